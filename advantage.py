@@ -1,0 +1,270 @@
+"""Who gets the credit: a tree of segments, the reward of a leaf, the advantage of a token.
+
+    question -- policy -- result -+- policy -- result -- policy      leaf 0, reward r_0
+                                  +- policy                          leaf 1, reward r_1
+
+The leaves of one question are compared with each other (GRPO). A segment that several leaves
+share gets one advantage from each of them (ARPO, arXiv 2507.19849, section 3.2). Pure functions.
+"""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# ---- the tree -----------------------------------------------------------------------------
+
+AUTHORS = ("prompt", "policy", "tool")
+
+
+@dataclass(eq=False)    # identity, not value: one segment occurs in many paths
+class Segment:
+    """A run of tokens with one author. Only what it adds: a trajectory is `leaf.path()`."""
+
+    author: str
+    token_ids: list[int]
+    parent: "Segment | None" = field(default=None, repr=False)
+    stop: str | None = None         # policy: why it stopped, tool | answer | eos | length
+    entropy: float | None = None    # policy: of its first k tokens, as the branch rule saw it
+    logp: list[float] = field(default_factory=list)  # policy: what its first tokens were drawn with
+    decision: Any = None            # tool: the entropy.Decision taken at it
+
+    def __post_init__(self):
+        if self.author not in AUTHORS:
+            raise ValueError(f"author {self.author!r} is not one of {', '.join(AUTHORS)}")
+
+    def path(self) -> list["Segment"]:
+        """From the root to this segment."""
+        segments, segment = [], self
+        while segment is not None:
+            segments.append(segment)
+            segment = segment.parent
+        return segments[::-1]
+
+
+def shared_by(leaves: list[Segment]) -> dict[Segment, list[int]]:
+    """Segment -> the indices of the leaves that pass through it; parents before children."""
+    below: dict[Segment, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        for segment in leaf.path():
+            below.setdefault(segment, []).append(i)
+    return below
+
+
+# ---- the reward of a trajectory -----------------------------------------------------------
+
+# A body cannot hold its own tag, so it matches in one way only and the time stays linear.
+THINK = r"\s*<think>(?:(?!</?think>).)*</think>\s*"
+CALL = re.compile(THINK + r"<(?!think>|answer>|result>)(\w+)>(?:(?!</\1>).)*</\1>\s*", re.DOTALL)
+ANSWER = re.compile(THINK + r"<answer>((?:(?!</?answer>).)*)</answer>\s*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Reward:
+    total: float            # what the policy is trained on
+    accuracy: float         # in [0, 1]
+    well_formed: bool
+    tools_used: int         # kinds of tools, not calls
+
+
+def reward(
+    turns: list[tuple[str, str]], answers: list[str], *, tool_names: Sequence[str], eos: str = ""
+) -> Reward:
+    r"""-1 if badly formed, else the accuracy, +0.1 if right with two kinds of tools (paper, Eq. 8).
+
+    `turns` is a trajectory without its prompt: (author, text), policy and tool in turn. Whether it
+    is well-formed is judged author by author, so a policy cannot write its own results:
+
+        policy  <think>..</think> <tool>..</tool>
+        tool    the result, whatever it says                          (both as often as needed)
+        policy  <think>..</think> <answer>.. \boxed{..} ..</answer>   (and at most one eos)
+    """
+    authors = [author for author, _ in turns]
+    if authors != [("policy", "tool")[i % 2] for i in range(len(turns))]:
+        raise ValueError(f"turns must be policy, tool, policy, ...; got {', '.join(authors)}")
+    texts = [text for author, text in turns if author == "policy"]
+    unread = len(turns) % 2 == 0    # it ends with a result that the policy never read
+    calls, last = (texts, "") if unread else (texts[:-1], texts[-1])
+
+    answer = ANSWER.fullmatch(last.rstrip().removesuffix(eos))
+    prediction = boxed(answer[1]) if answer else None
+    forged = any("<result>" in text or "</result>" in text for text in texts)
+    well_formed = prediction is not None and not forged and all(map(CALL.fullmatch, calls))
+    accuracy = answer_accuracy(prediction, answers) if well_formed else 0.0
+    used = {name for name in tool_names for text in calls if text.rstrip().endswith(f"</{name}>")}
+    return Reward(total_reward(well_formed, accuracy, len(used)), accuracy, well_formed, len(used))
+
+
+def total_reward(well_formed: bool, accuracy: float, tools_used: int) -> float:
+    if not well_formed:
+        return -1.0
+    return accuracy + 0.1 if accuracy > 0 and tools_used > 1 else accuracy
+
+
+def boxed(text: str) -> str | None:
+    r"""What the last \boxed{..} holds, up to the brace that closes it; None if there is none."""
+    _, found, rest = text.rpartition("\\boxed{")
+    depth = 1
+    for i, character in enumerate(rest if found else ""):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return rest[:i]
+    return None
+
+
+def answer_accuracy(prediction: str, answers: list[str]) -> float:
+    """Two numbers are equal or not, other answers score their F1; the best over the answers."""
+    best = 0.0
+    for answer in answers:
+        numbers = as_number(prediction), as_number(answer)
+        if None not in numbers:
+            accuracy = float(numbers[0] == numbers[1])
+        elif normalize_answer(answer):
+            accuracy = f1_score(prediction, answer)
+        else:   # "A" is an article, normalised to nothing: compare it as it stands
+            accuracy = float(prediction.strip().lower() == answer.strip().lower())
+        best = max(best, accuracy)
+    return best
+
+
+NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d+|/\d+)?")
+
+
+def as_number(text: str) -> Fraction | None:
+    r"""The exact value of "-5", "1,200", "$0.50", "3/4", "\frac{3}{4}"; None for anything else."""
+    text = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text.replace("\u2212", "-"))
+    text = text.strip(" \t\n\\$%")
+    try:
+        return Fraction(text.replace(",", "")) if NUMBER.fullmatch(text) else None
+    except (ValueError, ZeroDivisionError):     # "", "1/0", more digits than Python converts
+        return None
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, no ASCII punctuation, no articles, single spaces (SQuAD, deep_research.py)."""
+    text = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def f1_score(prediction: str, answers: str | list[str]) -> float:
+    """2 |shared words| / (|prediction| + |answer|), the best over the answers; yes/no exactly."""
+    best = 0.0
+    for answer in [answers] if isinstance(answers, str) else answers:
+        p, a = normalize_answer(prediction), normalize_answer(answer)
+        if p != a and {p, a} & {"yes", "no", "noanswer"}:
+            continue
+        shared = (Counter(p.split()) & Counter(a.split())).total()
+        best = max(best, 2 * shared / max(len(p.split()) + len(a.split()), 1))
+    return best
+
+
+# ---- the reward of the released code, quirks included (deep_research.py) ------------------
+
+
+def official_reward(transcript: str, answers: str | list[str], eos: str | None = None) -> Reward:
+    """The released `compute_score`: one text without authors, the tools <search> and <python>."""
+    # quirk: the format is checked before the eos is cut off, and any text may follow the answer
+    answer = re.search(r"<answer>(.*?)</answer>", transcript.removesuffix(eos or ""), re.DOTALL)
+    prediction = official_boxed(answer[1]) if answer and official_format(transcript) else None
+    well_formed = prediction is not None
+    accuracy = f1_score(prediction, answers) if well_formed else 0.0
+    # quirk: a closing tag anywhere, even in a thought, is a tool used
+    used = ("</search>" in transcript) + ("</python>" in transcript)
+    return Reward(total_reward(well_formed, accuracy, used), accuracy, well_formed, used)
+
+
+def official_format(text: str) -> bool:
+    # quirk: tags are counted, not paired: </think> may come first, or a thought after the answer
+    if text.count("<think>") == 0 or text.count("<think>") != text.count("</think>"):
+        return False
+    if text.count("<answer>") != 1 or text.count("</answer>") != 1:
+        return False
+    for tool in ("search", "python"):
+        call = text.find(f"<{tool}>")
+        while call >= 0:    # quirk: further calls before the same </result> are not looked at
+            call_end, result = text.find(f"</{tool}>", call), text.find("<result>", call)
+            result_end = text.find("</result>", result)
+            if not call < call_end < result < result_end:
+                return False
+            call = text.find(f"<{tool}>", result_end)
+    answer = text[text.find("<answer>") : text.find("</answer>")]
+    return "\\boxed{" in answer and "}" in answer
+
+
+def official_boxed(text: str) -> str | None:
+    if "\\boxed " in text:      # quirk: it runs to the next $, and beats every \boxed{..}
+        return text.rpartition("\\boxed ")[2].partition("$")[0]
+    return boxed(text[text.rfind("\\boxed") :])     # quirk: a last \boxed without { hides them
+
+
+# ---- from rewards to advantages -----------------------------------------------------------
+
+
+def group_advantages(rewards: Sequence[float] | Tensor) -> Tensor:
+    """A_i = (r_i - mean) / (std + 1e-6) over the leaves of one question: (M,) -> (M,).
+
+    GRPO (core_algos.py:113). Equal rewards give exactly 0, and so does a group of one: there is
+    nothing to compare. The released code gives up to 0.056 for equal rewards (float32 noise over
+    1e-6) and, for a group of one, the reward itself.
+    """
+    r = torch.as_tensor(rewards, dtype=torch.float32)
+    if len(r) < 2:
+        return torch.zeros_like(r)
+    r = r - r[0]    # changes no advantage, but equal rewards are 0 before anything is rounded
+    return (r - r.mean()) / (r.std() + 1e-6)
+
+
+def segment_advantages(
+    leaves: list[Segment], A: Tensor, shared_weight: float
+) -> dict[Segment, Tensor]:
+    """Policy segment -> one advantage from each leaf below it, in the order of `shared_by`:
+
+        (1 - shared_weight) * A_i + shared_weight * mean(A of the leaves below)
+
+    0 is soft (the released code, GRPO), 1 is hard (paper, section 3.2), 0.3 the mix of a blog.
+    All have the same sum, so the same gradient, until the clip treats + and - differently.
+    """
+    if not 0 <= shared_weight <= 1:
+        raise ValueError(f"shared_weight must be in [0, 1], got {shared_weight}")
+    if len(A) != len(leaves):
+        raise ValueError(f"{len(A)} advantages for {len(leaves)} leaves")
+    advantages = {}
+    for segment, below in shared_by(leaves).items():
+        if segment.author == "policy":
+            own = A[below]      # (d,)
+            advantages[segment] = (1 - shared_weight) * own + shared_weight * own.mean()
+    return advantages
+
+
+# ---- the objective of a token -------------------------------------------------------------
+
+
+def clipped_objective(
+    ratio: Tensor, A_plus: Tensor, A_minus: Tensor,
+    clip_low: float, clip_high: float, dual_clip: float | None = None,
+) -> Tensor:
+    """sum_i min(ratio A_i, clip(ratio) A_i) of a token shared by trajectories i; to maximise.
+
+        min(ratio, 1 + clip_high) * A_plus + max(ratio, 1 - clip_low) * A_minus
+
+    A_plus sums the positive A_i, A_minus the negative ones; with one trajectory this is PPO's.
+    `dual_clip` > 1 also bounds the ratio of A_minus above (core_algos.py:455 uses 3).
+    """
+    rewarded = ratio.clamp(max=1 + clip_high) * A_plus
+    punished = ratio.clamp(min=1 - clip_low, max=dual_clip) * A_minus
+    return rewarded + punished
+
+
+def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """exp(d) - d - 1, d = ref_logp - logp: KL(policy, reference) per token, at least 0.
+
+    Unbiased but for the released code's cap at 10 (core_algos.py:583).
+    """
+    d = ref_logp - logp
+    return (d.exp() - d - 1).clamp(max=10)

@@ -1,0 +1,146 @@
+"""How uncertain is the policy, and should the rollout fork here?
+
+ARPO (arXiv 2507.19849) spends its rollouts where the policy hesitates. This file holds that idea:
+the entropy of the next token, its mean over the first k tokens of a segment, and the rules that
+turn it into a branch decision. H is in nats until divided by ln V; then it lies in [0, 1].
+
+Pure functions. B rows, k measured tokens, V words in the vocabulary. The random draw u is passed
+in, so a decision can be taken again.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# ---- measuring ----------------------------------------------------------------------------
+
+
+def token_entropy(logits: Tensor) -> Tensor:
+    """H = -sum_v p_v ln p_v in nats (paper, Eq. 3). A logit of -inf has p = 0 and adds nothing."""
+    p = logits.float().softmax(dim=-1)          # (..., V)
+    return torch.special.entr(p).sum(dim=-1)    # (...)      entr(p) = -p ln p, entr(0) = 0
+
+
+def segment_entropy(H: Tensor, sampled: Tensor) -> Tensor:
+    """Mean of H over the steps a row sampled. A row that sampled none chose nothing: 0."""
+    total = H.masked_fill(~sampled, 0.0).sum(dim=1)     # (B, k) -> (B,)
+    return total / sampled.sum(dim=1).clamp(min=1)
+
+
+def normalised_entropy(scores: Tensor, sampled: Tensor) -> Tensor:
+    """Mean of H / ln V over the sampled of k steps, in [0, 1]: (B, k, V), (B, k) -> (B,).
+
+    The paper (Eq. 4) divides by V itself: with V = 152k a change of H then decides nothing.
+    """
+    return segment_entropy(token_entropy(scores), sampled) / math.log(scores.shape[-1])
+
+
+def official_entropy(topk_logp: Iterable[Iterable[float]], vocab_size: int) -> float:
+    """-(sum of p ln p over the first 20 tokens and the top log-probs reported for each) / ln V.
+
+    The released code (vllm_rollout_with_tools.py:172). A sum and not a mean, so it grows with the
+    number of tokens: up to 3.86 for 20 tokens, the top 10 (not renormalised), V = 152k.
+    """
+    first = [logp for token in list(topk_logp)[:20] for logp in token if logp > -math.inf]
+    return -sum(math.exp(logp) * logp for logp in first) / math.log(vocab_size)
+
+
+def official_scalar(scores: Tensor, sampled: Tensor, top: int = 10) -> Tensor:
+    """`official_entropy` of the sampled steps of each row: (B, k, V), (B, k) -> (B,)."""
+    V = scores.shape[-1]
+    logp = scores.float().log_softmax(dim=-1).topk(min(top, V)).values      # (B, k, top)
+    rows = zip(logp, sampled, strict=True)
+    H = [official_entropy(row[mask].tolist(), V) for row, mask in rows]
+    return torch.tensor(H, device=scores.device)
+
+
+# ---- deciding -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A branch decision taken at one tool result, with the numbers it was taken on."""
+
+    H: float                # entropy here
+    H_initial: float        # entropy at the start of the same trajectory
+    gain: float             # by how much H exceeds what the rule compares it with
+    probability: float      # the rule's P, in [0, 1]
+    forks: int              # extra paths wanted, beside the one that goes on
+
+
+def clip(x: float) -> float:
+    return min(max(x, 0.0), 1.0)
+
+
+# Every rule is called with the same arguments, by name, and ignores those it has no use for:
+#   branch_probability   alpha of the paper, tau of the released code
+#   entropy_weight       beta of the paper, w of the released code
+#   entropy_threshold    tau of the paper
+#   entropy_sigma        k_sigma of the adaptive rule
+#   max_branches         the most extra paths at one tool result: Z of the paper
+#   u                    a uniform draw from [0, 1)
+#   history              the entropies measured before this one
+
+
+def paper(
+    H, H_initial, *, branch_probability, entropy_weight, entropy_threshold, max_branches, **_
+):
+    """P = clip(alpha + beta * (H - H_initial)), fork when P > tau (paper, Eq. 5; the clip is ours).
+
+    Nothing is drawn. With the published alpha = tau = 0.5 this is H > H_initial, whatever beta.
+    """
+    gain = H - H_initial
+    probability = clip(branch_probability + entropy_weight * gain)
+    forks = max_branches if probability > entropy_threshold else 0
+    return Decision(H, H_initial, gain, probability, forks)
+
+
+def official(H, H_initial, *, u, branch_probability, entropy_weight, **_):
+    """Fork one copy when clip(u - w * (H - H_initial)) <= tau (vllm_rollout_with_tools.py:468).
+
+    So P(fork) = clip(tau + w * gain) for tau < 1: with the published 0.5 and 0.2 near a coin flip.
+    """
+    gain = H - H_initial
+    probability = clip(branch_probability + entropy_weight * gain)
+    fork = clip(u - entropy_weight * gain) <= branch_probability
+    return Decision(H, H_initial, gain, probability, forks=int(fork))
+
+
+def adaptive(H, H_initial, *, history, entropy_sigma, max_branches, **_):
+    """Fork min(floor(H / T), max_branches) times if H > T = mean + k_sigma * std (a blog on ARPO).
+
+    Mean and std are those of the history; fewer than two values have no spread: T = H, no fork.
+    The blog's N_branches is read as forks beside the path itself: floor(H / T) is mostly 1, and
+    one path in all would be no fork.
+    """
+    T = H
+    if len(history) > 1:
+        mean = sum(history) / len(history)
+        std = math.sqrt(sum((h - mean) ** 2 for h in history) / len(history))
+        T = mean + entropy_sigma * std
+    wanted = H / T if T > 0 else max_branches
+    forks = math.floor(min(wanted, max_branches)) if H > T else 0
+    return Decision(H, H_initial, gain=H - T, probability=float(H > T), forks=forks)
+
+
+def random_control(H, H_initial, *, u, branch_probability, max_branches, **_):
+    """Fork when u < branch_probability, whatever H: the control experiment nobody published."""
+    forks = max_branches if u < branch_probability else 0
+    return Decision(H, H_initial, H - H_initial, branch_probability, forks)
+
+
+def never(H, H_initial, **_):
+    """No forks: every rollout starts at the question, which is GRPO."""
+    return Decision(H, H_initial, H - H_initial, probability=0.0, forks=0)
+
+
+RULES: dict[str, Callable[..., Decision]] = {
+    "paper": paper,
+    "official": official,
+    "adaptive": adaptive,
+    "random": random_control,
+    "none": never,
+}
