@@ -23,17 +23,17 @@ from torch import Tensor
 AUTHORS = ("prompt", "policy", "tool")
 
 
-@dataclass(eq=False)    # identity, not value: one segment occurs in many paths
+@dataclass(eq=False)  # identity, not value: one segment occurs in many paths
 class Segment:
     """A run of tokens with one author. Only what it adds: a trajectory is `leaf.path()`."""
 
     author: str
     token_ids: list[int]
     parent: "Segment | None" = field(default=None, repr=False)
-    stop: str | None = None         # policy: why it stopped, tool | answer | eos | length
-    entropy: float | None = None    # policy: of its first k tokens, as the branch rule saw it
+    stop: str | None = None  # policy: why it stopped, tool | answer | eos | length
+    entropy: float | None = None  # policy: of its first k tokens, as the branch rule saw it
     logp: list[float] = field(default_factory=list)  # policy: what its first tokens were drawn with
-    decision: Any = None            # tool: the entropy.Decision taken at it
+    decision: Any = None  # tool: the entropy.Decision taken at it
 
     def __post_init__(self):
         if self.author not in AUTHORS:
@@ -67,10 +67,10 @@ ANSWER = re.compile(THINK + r"<answer>((?:(?!</?answer>).)*)</answer>\s*", re.DO
 
 @dataclass(frozen=True)
 class Reward:
-    total: float            # what the policy is trained on
-    accuracy: float         # in [0, 1]
+    total: float  # what the policy is trained on
+    accuracy: float  # in [0, 1]
     well_formed: bool
-    tools_used: int         # kinds of tools, not calls
+    tools_used: int  # kinds of tools, not calls
 
 
 def reward(
@@ -89,7 +89,7 @@ def reward(
     if authors != [("policy", "tool")[i % 2] for i in range(len(turns))]:
         raise ValueError(f"turns must be policy, tool, policy, ...; got {', '.join(authors)}")
     texts = [text for author, text in turns if author == "policy"]
-    unread = len(turns) % 2 == 0    # it ends with a result that the policy never read
+    unread = len(turns) % 2 == 0  # it ends with a result that the policy never read
     calls, last = (texts, "") if unread else (texts[:-1], texts[-1])
 
     answer = ANSWER.fullmatch(last.rstrip().removesuffix(eos))
@@ -127,7 +127,7 @@ def answer_accuracy(prediction: str, answers: list[str]) -> float:
             accuracy = float(numbers[0] == numbers[1])
         elif normalize_answer(answer):
             accuracy = f1_score(prediction, answer)
-        else:   # "A" is an article, normalised to nothing: compare it as it stands
+        else:  # "A" is an article, normalised to nothing: compare it as it stands
             accuracy = float(prediction.strip().lower() == answer.strip().lower())
         best = max(best, accuracy)
     return best
@@ -142,7 +142,7 @@ def as_number(text: str) -> Fraction | None:
     text = text.strip(" \t\n\\$%")
     try:
         return Fraction(text.replace(",", "")) if NUMBER.fullmatch(text) else None
-    except (ValueError, ZeroDivisionError):     # "", "1/0", more digits than Python converts
+    except (ValueError, ZeroDivisionError):  # "", "1/0", more digits than Python converts
         return None
 
 
@@ -187,7 +187,7 @@ def official_format(text: str) -> bool:
         return False
     for tool in ("search", "python"):
         call = text.find(f"<{tool}>")
-        while call >= 0:    # quirk: further calls before the same </result> are not looked at
+        while call >= 0:  # quirk: further calls before the same </result> are not looked at
             call_end, result = text.find(f"</{tool}>", call), text.find("<result>", call)
             result_end = text.find("</result>", result)
             if not call < call_end < result < result_end:
@@ -198,9 +198,9 @@ def official_format(text: str) -> bool:
 
 
 def official_boxed(text: str) -> str | None:
-    if "\\boxed " in text:      # quirk: it runs to the next $, and beats every \boxed{..}
+    if "\\boxed " in text:  # quirk: it runs to the next $, and beats every \boxed{..}
         return text.rpartition("\\boxed ")[2].partition("$")[0]
-    return boxed(text[text.rfind("\\boxed") :])     # quirk: a last \boxed without { hides them
+    return boxed(text[text.rfind("\\boxed") :])  # quirk: a last \boxed without { hides them
 
 
 # ---- from rewards to advantages -----------------------------------------------------------
@@ -216,7 +216,7 @@ def group_advantages(rewards: Sequence[float] | Tensor) -> Tensor:
     r = torch.as_tensor(rewards, dtype=torch.float32)
     if len(r) < 2:
         return torch.zeros_like(r)
-    r = r - r[0]    # changes no advantage, but equal rewards are 0 before anything is rounded
+    r = r - r[0]  # changes no advantage, but equal rewards are 0 before anything is rounded
     return (r - r.mean()) / (r.std() + 1e-6)
 
 
@@ -237,7 +237,7 @@ def segment_advantages(
     advantages = {}
     for segment, below in shared_by(leaves).items():
         if segment.author == "policy":
-            own = A[below]      # (d,)
+            own = A[below]  # (d,)
             advantages[segment] = (1 - shared_weight) * own + shared_weight * own.mean()
     return advantages
 
@@ -246,8 +246,12 @@ def segment_advantages(
 
 
 def clipped_objective(
-    ratio: Tensor, A_plus: Tensor, A_minus: Tensor,
-    clip_low: float, clip_high: float, dual_clip: float | None = None,
+    ratio: Tensor,
+    A_plus: Tensor,
+    A_minus: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
 ) -> Tensor:
     """sum_i min(ratio A_i, clip(ratio) A_i) of a token shared by trajectories i; to maximise.
 

@@ -20,13 +20,13 @@ from torch import Tensor
 
 def token_entropy(logits: Tensor) -> Tensor:
     """H = -sum_v p_v ln p_v in nats (paper, Eq. 3). A logit of -inf has p = 0 and adds nothing."""
-    p = logits.float().softmax(dim=-1)          # (..., V)
-    return torch.special.entr(p).sum(dim=-1)    # (...)      entr(p) = -p ln p, entr(0) = 0
+    p = logits.float().softmax(dim=-1)  # (..., V)
+    return torch.special.entr(p).sum(dim=-1)  # (...)      entr(p) = -p ln p, entr(0) = 0
 
 
 def segment_entropy(H: Tensor, sampled: Tensor) -> Tensor:
     """Mean of H over the steps a row sampled. A row that sampled none chose nothing: 0."""
-    total = H.masked_fill(~sampled, 0.0).sum(dim=1)     # (B, k) -> (B,)
+    total = H.masked_fill(~sampled, 0.0).sum(dim=1)  # (B, k) -> (B,)
     return total / sampled.sum(dim=1).clamp(min=1)
 
 
@@ -51,7 +51,7 @@ def official_entropy(topk_logp: Iterable[Iterable[float]], vocab_size: int) -> f
 def official_scalar(scores: Tensor, sampled: Tensor, top: int = 10) -> Tensor:
     """`official_entropy` of the sampled steps of each row: (B, k, V), (B, k) -> (B,)."""
     V = scores.shape[-1]
-    logp = scores.float().log_softmax(dim=-1).topk(min(top, V)).values      # (B, k, top)
+    logp = scores.float().log_softmax(dim=-1).topk(min(top, V)).values  # (B, k, top)
     rows = zip(logp, sampled, strict=True)
     H = [official_entropy(row[mask].tolist(), V) for row, mask in rows]
     return torch.tensor(H, device=scores.device)
@@ -64,11 +64,11 @@ def official_scalar(scores: Tensor, sampled: Tensor, top: int = 10) -> Tensor:
 class Decision:
     """A branch decision taken at one tool result, with the numbers it was taken on."""
 
-    H: float                # entropy here
-    H_initial: float        # entropy at the start of the same trajectory
-    gain: float             # by how much H exceeds what the rule compares it with
-    probability: float      # the rule's P, in [0, 1]
-    forks: int              # extra paths wanted, beside the one that goes on
+    H: float  # entropy here
+    H_initial: float  # entropy at the start of the same trajectory
+    gain: float  # by how much H exceeds what the rule compares it with
+    probability: float  # the rule's P, in [0, 1]
+    forks: int  # extra paths wanted, beside the one that goes on
 
 
 def clip(x: float) -> float:

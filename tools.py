@@ -40,7 +40,8 @@ class Tool:
 
     def __post_init__(self) -> None:
         if not TAG.fullmatch(f"<{self.name}>") or self.name in RESERVED:
-            raise ValueError(f"a tool's name is letters, digits, _ or -, not {self.name!r}")
+            legal = f"letters, digits, _ and -, and none of {', '.join(RESERVED)}"
+            raise ValueError(f"{self.name!r} is not a name for a tool; legal: {legal}")
 
 
 @dataclass(frozen=True)
@@ -407,6 +408,8 @@ class Search:
                     message = f"{path}, line {number}: a line must look like {JSONL_LINE}"
                     raise ValueError(message) from None
                 documents.append(document)
+        if not documents:
+            raise ValueError(f"{path} has no line like {JSONL_LINE}")
         return cls(documents, **settings)
 
     def rank(self, query: str) -> list[tuple[float, Document]]:

@@ -51,14 +51,15 @@ class Hesitation:
 
     guess: float = 0.0  # writes a number where the next step is the calculator
     stop: float = 0.0  # takes what it just found for the answer
-    misread: float = 0.0  # reads another value of the result
+    misread: float = 0.0  # reads another value of the last result
+    misread_early: float = 0.0  # the same at a result that is not the last
     again: float = 0.0  # makes the same call once more
 
     def scaled(self, factor: float) -> Hesitation:
         return Hesitation(*(factor * getattr(self, name) for name in self.__dataclass_fields__))
 
 
-UNSURE = Hesitation(guess=0.58, stop=0.25, misread=0.25, again=0.06)
+UNSURE = Hesitation(guess=0.58, stop=0.2, misread=0.33, misread_early=0.12, again=0.06)
 
 
 class Demonstrator:
@@ -90,7 +91,8 @@ class Demonstrator:
             while self.rng.random() < unsure.again:
                 turns += self.act("I look again.", step.tool, argument)
             after = problem.steps[i + 1] if i + 1 < len(problem.steps) else None
-            misread = self.rng.random() < unsure.misread and self.misread(step, found)
+            risk = unsure.misread_early if after else unsure.misread
+            misread = self.rng.random() < risk and self.misread(step, found)
             if misread:
                 read[step.found] = found = misread
             thought = f"Found {found}. "
@@ -273,7 +275,7 @@ def main() -> None:
     tokenizer = build_tokenizer(texts, args.vocab_size)
     model = build_model(tokenizer)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
-    sure = batches(demonstrator, maker, tokenizer, UNSURE.scaled(0.08), args.batch_size)
+    sure = batches(demonstrator, maker, tokenizer, UNSURE.scaled(0.05), args.batch_size)
     unsure = batches(demonstrator, maker, tokenizer, UNSURE, args.batch_size)
     train(model, sure, unsure, args.steps, args.learning_rate, args.switch)
     model.generation_config.update(do_sample=True, eos_token_id=tokenizer.eos_token_id)

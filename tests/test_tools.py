@@ -114,8 +114,7 @@ def test_stop_and_call_agree_on_random_segments():
 
 
 @pytest.mark.parametrize(
-    "piece",
-    "<a> <a></a> </a> < <a </ <think> </think> </think><a></a> <a><a><a></a>".split(),
+    "piece", "<a> <a></a> </a> < <a </ <think> </think> </think><a></a> <a><a><a></a>".split()
 )
 def test_reading_is_linear_on_hostile_text(piece):
     text = piece * (100_000 // len(piece))
@@ -780,8 +779,10 @@ def test_a_missing_or_empty_file_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         Search.from_jsonl(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(ValueError, match="0 documents"):
+    with pytest.raises(ValueError, match=r"empty\.jsonl has no line"):
         Search.from_jsonl(tmp_path / "empty.jsonl")
+    with pytest.raises(ValueError, match="0 documents"):
+        Search([])
 
 
 @pytest.mark.parametrize("setting", [{"k1": -1}, {"b": 2}, {"top_k": 0}, {"max_chars": 3}])

@@ -1,0 +1,60 @@
+"""What several tests need: the tiny Qwen3 in plain float32 and in NF4, the tools, some questions."""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+
+import arpo_mini
+from arpo_mini import Config, Rollout, load_policy, load_questions, make_tools
+
+
+@pytest.fixture(scope="session")
+def config():
+    """Eight trajectories a question, no quantisation; a whole segment is measured (k = 64)."""
+    return Config(load_in_4bit=False, entropy_tokens=64)
+
+
+@pytest.fixture(scope="session")
+def tools(config):
+    return make_tools(config)
+
+
+@pytest.fixture(scope="session")
+def policy(config, tools):
+    torch.manual_seed(0)
+    return with_random_adapter(load_policy(config, tools, trainable=True))
+
+
+@pytest.fixture(scope="session")
+def policy_4bit(config, tools):
+    torch.manual_seed(0)
+    nf4 = dataclasses.replace(config, load_in_4bit=True)
+    return with_random_adapter(load_policy(nf4, tools, trainable=True))
+
+
+def with_random_adapter(policy):
+    """A fresh adapter adds nothing (its B is 0); tests want one that does."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in policy.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.02 * torch.randn(parameter.shape, generator=generator)
+    return policy
+
+
+@pytest.fixture(scope="session")
+def questions():
+    """Two of each domain, of different lengths."""
+    return arpo_mini.part_of(load_questions(Config().eval_path), per_domain=2)
+
+
+@pytest.fixture(scope="session")
+def groups(policy, config, tools, questions):
+    """The leaves of one rollout with forks."""
+    return roll_out(policy, config, tools, questions)
+
+
+def roll_out(policy, config, tools, questions, seed=0):
+    torch.manual_seed(seed)
+    return Rollout(policy, config, tools, random.Random(seed)).run(questions)

@@ -1,0 +1,225 @@
+"""The command line: what a user types, right and wrong, and what a run leaves behind."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import arpo_mini
+from arpo_mini import Config, main, pass_at_k, wilson
+
+FAST = ["--steps", "2", "--questions_per_step", "2", "--eval_every", "1", "--record_every", "1"]
+KEYS = """step reward accuracy well_formed equal_groups groups rollouts tool_calls forks
+generated_tokens prefill_tokens reread_tokens train_tokens train_tokens_unpacked entropy_initial
+entropy_after_tool entropy loss clip_fraction grad_norm seconds_rollout seconds_update""".split()
+
+
+@pytest.fixture(scope="module")
+def few_questions(tmp_path_factory):
+    """Three test questions, so that an evaluation takes a moment."""
+    path = tmp_path_factory.mktemp("data") / "few.jsonl"
+    some = arpo_mini.part_of(arpo_mini.load_questions(Config().eval_path), per_domain=1)
+    lines = [{"question": q.text, "answer": q.answers, "domain": q.domain} for q in some]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def lines_of(folder, name):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["train", "--group_sise", "4"], ["--group_sise", "--group_size", "--learning_rate"]),
+        (["trian"], ["trian", "train", "eval", "show"]),
+        (["train", "--branch_rule", "best"], ["best", "paper", "official", "adaptive", "random"]),
+        (["train", "--group_size", "four"], ["--group_size", "four", "int"]),
+        (["train", "--group_size", "0"], ["--group_size 0", "at least 1"]),
+        (["train", "--initial_rollouts", "9"], ["--initial_rollouts 9", "group_size (8)"]),
+        (["train", "--temperature", "0"], ["--temperature 0", "above 0"]),
+        (["train", "--temperature", "nan"], ["--temperature nan"]),
+        (["train", "--shared_weight", "1.5"], ["--shared_weight 1.5", "[0, 1]"]),
+        (["train", "--dual_clip", "1"], ["--dual_clip 1.0", "above 1"]),
+        (["train", "--load_in_4bit", "maybe"], ["maybe", "true or false"]),
+        (["train", "--dataset_path", "no/such.jsonl"], ["no/such.jsonl", "No such file"]),
+        (["eval", "--dataset_path", "no/such.jsonl"], ["no/such.jsonl", "No such file"]),
+        (["train", "--documents_path", "no/such.jsonl"], ["no/such.jsonl", "No such file"]),
+        (["train", "--model_name", "no/such/model"], ["no/such/model"]),
+        (["eval", "--adapter", "no/such/adapter"], ["no/such/adapter"]),
+        (["eval", "--samples", "0"], ["--samples 0"]),
+        (["eval", "--samples", "2", "--pass_k", "3"], ["--pass_k 3", "--samples 2"]),
+        (["eval", "--group_size"], ["--group_size", "expected one argument"]),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(args, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(args) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and "Traceback" not in error
+    assert len(error.strip().splitlines()) == 1
+    for word in words:
+        assert word in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"question": "a"', "line 2"),
+        ('{"question": "a"}', "'answer' is missing"),
+        ('{"question": "a", "answer": []}', "at least one answer"),
+        ('{"question": 3, "answer": "b"}', "a question is a text"),
+        ("[1, 2]", "line 2"),
+        ("7", "line 2"),
+    ],
+)
+def test_a_broken_line_is_named(line, words, capsys, tmp_path):
+    path = tmp_path / "broken.jsonl"
+    path.write_text('{"question": "q", "answer": 4}\n' + line + "\n")
+    assert main(["train", "--dataset_path", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{path}, line 2" in error and words in error and len(error.splitlines()) == 1
+
+
+def test_files_without_questions_or_of_bytes(capsys, tmp_path):
+    path = tmp_path / "odd.jsonl"
+    for content, words in ((b"\n\n", "no questions"), (b"\xff\xfe\x00", "cannot read")):
+        path.write_bytes(content)
+        assert main(["eval", "--dataset_path", str(path)]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_help_names_every_field_with_its_default(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--help"])
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for item in dataclasses.fields(Config):
+        assert f"--{item.name}" in text
+        assert f"(default: {item.default})" in text
+
+
+def test_every_field_is_read_somewhere():
+    source = "".join(
+        (arpo_mini.Path(arpo_mini.__file__).parent / name).read_text()
+        for name in ("arpo_mini.py", "screen.py")
+    )
+    for item in dataclasses.fields(Config):
+        assert f"config.{item.name}" in source or f"c.{item.name}" in source, item.name
+
+
+def train(folder, few_questions, *more):
+    args = ["train", "--output_dir", str(folder), "--eval_path", few_questions, *FAST, *more]
+    return main(args)
+
+
+def test_train_writes_what_the_readme_says(tmp_path, few_questions, capsys):
+    folder = tmp_path / "run"
+    assert train(folder, few_questions) == 0
+    screen = capsys.readouterr().out
+    assert "before" in screen and "after" in screen and "times as many" in screen
+    assert json.loads((folder / "config.json").read_text())["steps"] == 2
+    metrics = lines_of(folder, "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [1, 2]
+    assert all(list(m) == sorted(m, key=list(m).index) and set(m) == set(KEYS) for m in metrics)
+    assert all(m["rollouts"] == 16 for m in metrics)
+    evaluations = lines_of(folder, "evaluations.jsonl")
+    assert {(e["step"], e["decoding"]) for e in evaluations} == {
+        (step, decoding) for step in (0, 1, 2) for decoding in ("sampled", "greedy")
+    }
+    tree = lines_of(folder, "rollouts.jsonl")[0]
+    assert len(tree["leaves"]) == 8 and tree["nodes"][0]["author"] == "prompt"
+    for node in tree["nodes"][1:]:
+        assert node["parent"] < tree["nodes"].index(node)
+        if node["author"] == "policy":
+            assert len(node["token_entropy"]) == len(node["tokens"])
+            assert all(0 <= h <= 1 for h in node["token_entropy"])
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {
+        file.name for file in (folder / "adapter").iterdir()
+    }
+
+
+def test_same_seed_same_metrics_and_adapter_bit_for_bit(tmp_path, few_questions):
+    runs = [tmp_path / "a", tmp_path / "b"]
+    for folder in runs:
+        assert train(folder, few_questions, "--branch_rule", "official") == 0
+    timed = ("seconds_rollout", "seconds_update")
+    one, two = (
+        [{k: v for k, v in m.items() if k not in timed} for m in lines_of(f, "metrics.jsonl")]
+        for f in runs
+    )
+    assert one == two
+    for name in ("evaluations.jsonl", "rollouts.jsonl", "adapter/adapter_model.safetensors"):
+        assert (runs[0] / name).read_bytes() == (runs[1] / name).read_bytes()
+    assert train(tmp_path / "c", few_questions, "--seed", "1") == 0
+    assert lines_of(tmp_path / "c", "metrics.jsonl")[0]["loss"] != one[0]["loss"]
+
+
+def test_evaluating_does_not_change_the_run(tmp_path, few_questions):
+    assert train(tmp_path / "a", few_questions) == 0
+    assert train(tmp_path / "b", few_questions, "--eval_every", "0") == 0
+    one, two = (load_file(tmp_path / f / "adapter/adapter_model.safetensors") for f in "ab")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_trained_adapter_can_be_evaluated_and_trained_on(tmp_path, few_questions, capsys):
+    assert train(tmp_path / "run", few_questions) == 0
+    adapter, figures = str(tmp_path / "run" / "adapter"), tmp_path / "figures.json"
+    args = ["eval", "--adapter", adapter, "--dataset_path", few_questions, "--json", str(figures)]
+    assert main([*args, "--samples", "4", "--pass_k", "2"]) == 0
+    values = json.loads(figures.read_text())
+    assert values["sampled"]["questions"] == 3 and "pass@2" in values["sampled"]
+    assert set(values["sampled"]["domains"]) == {"math", "knowledge", "deep_search"}
+    assert 0 <= values["greedy"]["interval"][0] <= values["greedy"]["accuracy"]
+    assert train(tmp_path / "more", few_questions, "--adapter", adapter) == 0
+    capsys.readouterr()
+    assert main([*args[:-1], str(tmp_path / "no" / "figures.json")]) == 2
+    assert "No such file" in capsys.readouterr().err
+
+
+def test_no_run_overwrites_another(tmp_path, few_questions):
+    assert train(tmp_path / "run", few_questions) == 0
+    first = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert train(tmp_path / "run", few_questions, "--steps", "1") == 0
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == first
+    assert len(lines_of(tmp_path / "run-2", "metrics.jsonl")) == 1
+
+
+def test_ctrl_c_saves_and_says_so(tmp_path, few_questions, monkeypatch, capsys):
+    real, steps = arpo_mini.train_step, []
+
+    def interrupted(*args):
+        if steps:
+            raise KeyboardInterrupt
+        steps.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(arpo_mini, "train_step", interrupted)
+    assert train(tmp_path / "run", few_questions) == 130
+    assert "stopped" in capsys.readouterr().out
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+    assert len(lines_of(tmp_path / "run", "metrics.jsonl")) == 1
+
+
+def test_show_draws_the_tree(capsys):
+    assert main(["show", "--seed", "2"]) == 0
+    out = capsys.readouterr().out
+    for words in ("H_initial", "gain", "P 0.5", "fork", "leaf 7", "advantage", "reward", "answer:"):
+        assert words in out
+    assert main(["show", "--question", "What is 2 plus 2?", "--answer", "4"]) == 0
+    assert "What is 2 plus 2?" in capsys.readouterr().out
+
+
+def test_pass_at_k_and_wilson():
+    from itertools import combinations
+
+    for n, c, k in ((6, 2, 3), (5, 0, 2), (5, 5, 1), (4, 3, 2)):
+        draws = list(combinations(range(n), k))
+        expected = sum(any(i < c for i in draw) for draw in draws) / len(draws)
+        assert pass_at_k(c, n, k) == pytest.approx(expected)
+    low, high = wilson(0.5, 100)
+    assert (low, high) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert wilson(1.0, 20) == pytest.approx((0.8389, 1.0), abs=1e-4)

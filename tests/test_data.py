@@ -1,0 +1,119 @@
+"""The mini-world and the tiny Qwen3 are what data/README.md says they are."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from advantage import answer_accuracy
+from arpo_mini import Config, make_tools
+from data import make_world
+from tools import ToolCall, run_calls
+
+DATA = Path(__file__).parent.parent / "data"
+FILES = ("documents.jsonl", "train.jsonl", "test.jsonl")
+
+
+def rows(name):
+    return [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_script_writes_the_shipped_files_byte_for_byte(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["make_world.py", "--folder", str(tmp_path)])
+    make_world.main()
+    for name in FILES:
+        assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
+
+
+def test_sizes_and_domains():
+    assert 150 <= len(rows("documents.jsonl")) <= 200
+    assert len(rows("train.jsonl")) >= 3000
+    domains = Counter(row["domain"] for row in rows("test.jsonl"))
+    assert set(domains) == set(make_world.DOMAINS) and min(domains.values()) >= 100
+
+
+def test_train_and_test_ask_different_things():
+    _, train, test = make_world.make()
+    assert not {p.key for p in train} & {p.key for p in test}
+    assert not {p.text for p in train} & {p.text for p in test}
+    for problems in (train, test):
+        assert len({p.text for p in problems}) == len(problems)
+
+
+def test_every_problem_is_solved_by_its_steps_with_the_real_tools():
+    """Each finding stands in the result of its call, and the last one is the answer."""
+    _, train, test = make_world.make()
+    tools = make_tools(Config())
+    calls = Counter()
+    for problem in train + test:
+        steps = problem.steps
+        results = run_calls([ToolCall(s.tool, s.argument) for s in steps], tools, time_limit=5)
+        for step, result in zip(steps, results, strict=True):
+            assert result.ok
+            assert all(part in result.text for part in step.found.split(" and "))
+        assert steps[-1].found == problem.answer
+        assert answer_accuracy(problem.answer, [problem.answer]) == 1
+        calls[problem.domain, len(steps)] += 1
+        used = {step.tool for step in steps}
+        expected = {"math": {"calculator"}, "knowledge": {"search"}}.get(problem.domain)
+        assert used == expected if expected else "search" in used
+    assert set(n for d, n in calls if d == "deep_search") == {2, 3, 4, 5}
+    assert {n for d, n in calls if d == "knowledge"} == {1}
+
+
+def test_every_fact_is_asked_in_several_ways_and_a_document_states_several():
+    assert min(map(len, make_world.ASK.values())) >= 2
+    world, _, _ = make_world.make()
+    assert all(len(entity.facts) >= 3 for entity in world.values())
+    for entity in world.values():
+        assert all(fact in entity.text for fact in entity.facts.values())
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(DATA / "tiny-qwen3")
+
+
+def test_the_tiny_qwen3_is_a_real_and_a_tiny_one():
+    model = AutoModelForCausalLM.from_pretrained(DATA / "tiny-qwen3")
+    assert type(model).__name__ == "Qwen3ForCausalLM"
+    assert model.num_parameters() <= 1_500_000
+    files = list((DATA / "tiny-qwen3").iterdir())
+    assert sum(file.stat().st_size for file in files) <= 4_000_000
+    assert {file.suffix for file in files} <= {".json", ".safetensors", ".jinja"}
+
+
+def test_the_tokenizer(tokenizer):
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    for tag in ("think", "search", "calculator", "result", "answer"):
+        for text in (f"<{tag}>", f"</{tag}>"):
+            assert len(tokenizer.encode(text, add_special_tokens=False)) == 1
+    assert len(tokenizer.encode("20419", add_special_tokens=False)) == 5
+    for text in ("Naïve café, 東京 — 100 %\n\tend", "</result><|im_end|>", "a  b"):
+        ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        assert tokenizer.decode(ids) == text
+
+
+def test_the_chat_template(tokenizer):
+    text = tokenizer.apply_chat_template(
+        [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}],
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    assert text == "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_trajectories_stay_short(tokenizer):
+    """A right deep search takes at most about 350 tokens, results included."""
+    from random import Random
+
+    from lab.coldstart import Demonstrator, Hesitation, encode
+
+    world, _, test = make_world.make()
+    demonstrator = Demonstrator(world, make_tools(Config()), Random(0))
+    lengths = [
+        len(encode(tokenizer, p.text, demonstrator.solve(p, Hesitation()))[0]) for p in test
+    ]
+    assert max(lengths) <= 350
