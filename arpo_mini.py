@@ -1,15 +1,15 @@
-"""ARPO in one file: roll out, branch where the policy is uncertain, credit, update (arXiv 2507.19849).
+"""ARPO in one file: roll out, branch where uncertain, credit, update (arXiv 2507.19849).
 
     python arpo_mini.py train | eval | show      (--help lists the flags of each)
 
 Read `train` first: it is the algorithm, a line a step. Then `Rollout.grow`, the recursion that
 branches; then `make_row` and `policy_loss`, what is trained on. The three lessons it stands on are
-entropy.py (where to branch), advantage.py (who gets the credit) and tools.py (what can be called).
+entropy.py (where to branch), advantage.py (who gets the credit) and tools.py (what can be called);
+terminal.py makes the flags and the tables.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import logging
@@ -27,7 +27,6 @@ from pathlib import Path
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from rich.markup import escape as plain
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -52,118 +51,89 @@ from advantage import (
     shared_by,
 )
 from entropy import RULES, normalised_entropy, official_scalar
-from screen import LOG_HEAD, comparison, console, draw_tree, log_line, progress_bar, report_table
+from terminal import (
+    LOG_HEAD,
+    Parser,
+    UserError,
+    advance,
+    check,
+    comparison,
+    console,
+    draw_tree,
+    kind,
+    log_line,
+    option,
+    progress_bar,
+    report_table,
+)
 
 DATA = Path(os.path.relpath(Path(__file__).parent / "data"))
-# What the libraries below say about themselves is not for the reader of this screen: loading bars,
-# missing optional kernels, a padding warning that tests the wrong thing (a hole is no right padding).
+# What the libraries say about themselves is not for the reader of this screen: loading bars,
+# missing optional kernels, a padding warning that takes a hole for right padding.
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 
-class UserError(Exception):
-    """Something the user named cannot be used: one line, exit code 2, no traceback."""
-
-
 # ---- settings -----------------------------------------------------------------------------
-
-
-def option(default, help: str, choices=None):
-    return field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass(frozen=True)
 class Config:
     # the policy
-    model_name: str = option(
-        str(DATA / "tiny-qwen3"), "folder or hub id of a causal language model"
-    )
+    model_name: str = option(str(DATA / "tiny-qwen3"), "folder or hub id of a causal LM")
     adapter: str | None = option(None, "folder of a LoRA adapter to start from")
     load_in_4bit: bool = option(True, "quantise the frozen weights to NF4 (bitsandbytes)")
-    lora_rank: int = option(16, "rank of the LoRA adapter, on all linear layers")
+    lora_rank: int = option(16, "rank of the LoRA adapter, on all linear layers", low=1)
     # the task
     dataset_path: str = option(str(DATA / "train.jsonl"), "questions to train on (JSONL)")
     eval_path: str = option(str(DATA / "test.jsonl"), "questions to evaluate on (JSONL)")
-    documents_path: str = option(
-        str(DATA / "documents.jsonl"), "what the search tool searches (JSONL)"
-    )
-    search_results: int = option(
-        1, "documents a search returns; 3 is usual, the mini-world needs 1"
-    )
-    search_chars: int = option(200, "characters of each document returned")
-    tool_time_limit: float = option(5.0, "seconds a tool may take")
-    max_tool_calls: int = option(6, "calls a trajectory may make")
-    max_segment_tokens: int = option(64, "tokens the policy may write between two tool results")
-    max_total_tokens: int = option(512, "tokens of a trajectory, prompt and results included")
+    documents_path: str = option(str(DATA / "documents.jsonl"), "what is searched (JSONL)")
+    search_results: int = option(1, "documents a search returns (3 is usual elsewhere)", low=1)
+    search_chars: int = option(200, "characters of each document returned", low=10)
+    tool_time_limit: float = option(5.0, "seconds a tool may take", above=0)
+    max_tool_calls: int = option(6, "calls a trajectory may make", low=0)
+    max_segment_tokens: int = option(64, "tokens the policy may write at a time", low=1)
+    max_total_tokens: int = option(512, "tokens of a trajectory, prompt included", low=1)
     # the rollout
-    group_size: int = option(8, "M: trajectories returned for each question")
-    initial_rollouts: int = option(2, "N: started from the question; M - N are kept for branches")
-    branch_rule: str = option("paper", "when to fork after a tool result", tuple(RULES))
-    branch_probability: float = option(0.5, "alpha of the paper, tau of the official code")
-    entropy_weight: float = option(0.2, "beta of the paper, w of the official code")
-    entropy_threshold: float = option(0.5, "tau of the paper")
+    group_size: int = option(8, "M: trajectories returned for each question", low=1)
+    initial_rollouts: int = option(2, "N: begun at the question; M - N may branch off", low=1)
+    branch_rule: str = option("paper", "when to fork after a tool result", choices=tuple(RULES))
+    branch_probability: float = option(0.5, "paper's alpha, official tau", low=0, high=1)
+    entropy_weight: float = option(0.2, "paper's beta, official w")
+    entropy_threshold: float = option(0.5, "paper's tau")
     entropy_sigma: float = option(1.5, "k_sigma of the adaptive rule")
-    entropy_tokens: int = option(10, "k: tokens measured after a tool result")
-    max_branches: int = option(1, "Z: most forks at one tool result")
-    temperature: float = option(1.0, "of sampling and of the trained log-probs; 0: greedy (eval)")
+    entropy_tokens: int = option(10, "k: tokens measured after a tool result", low=1)
+    max_branches: int = option(1, "Z: most forks at one tool result", low=0)
+    temperature: float = option(1.0, "of sampling, and of what is trained; 0: greedy", low=0)
     # the update
-    steps: int = option(80, "training steps: one rollout and its update each")
-    questions_per_step: int = option(8, "questions rolled out side by side")
-    updates_per_rollout: int = option(
-        1, "optimizer steps on each rollout; more than 1 is off-policy"
-    )
-    learning_rate: float = option(1e-3, "of AdamW, constant")
+    steps: int = option(100, "training steps: a rollout and its update each", low=1)
+    questions_per_step: int = option(8, "questions rolled out side by side", low=1)
+    updates_per_rollout: int = option(1, "optimizer steps on a rollout; >1: off-policy", low=1)
+    learning_rate: float = option(1e-3, "of AdamW, constant", above=0)
     shared_weight: float = option(
-        0.0, "advantage of shared tokens: 0 soft, 1 hard, 0.3 the seed's mix"
+        0.0, "of shared tokens' advantages: 0 soft, 1 hard, 0.3 the seed's mix", low=0, high=1
     )
-    clip_low: float = option(0.2, "the ratio is clipped below 1 - clip_low")
-    clip_high: float = option(0.2, "... and above 1 + clip_high; larger is clip-higher")
-    dual_clip: float | None = option(
-        None, "cap on the ratio where the advantage is negative, e.g. 3"
-    )
-    kl_coefficient: float = option(0.0, "weight of KL(policy, adapter switched off)")
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
+    clip_low: float = option(0.2, "the ratio is clipped below 1 - clip_low", low=0, high=1)
+    clip_high: float = option(0.2, "and above 1 + clip_high (larger: clip-higher)", low=0)
+    dual_clip: float | None = option(None, "cap on the ratio where A < 0, e.g. 3", above=1)
+    kl_coefficient: float = option(0.0, "weight of KL(policy, adapter switched off)", low=0)
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
     official_rewards: bool = option(False, "score like the official code, quirks included")
-    packed: bool = option(True, "train on each token of a tree once; false: a row a trajectory")
-    micro_batch_tokens: int = option(8192, "tokens of one forward and backward pass")
+    packed: bool = option(True, "train each token of a tree once; false: a row a trajectory")
+    micro_batch_tokens: int = option(8192, "tokens of one forward and backward pass", low=1)
     # the run
-    seed: int = option(0, "of everything that is drawn")
-    output_dir: str = option("runs/arpo", "where the run is written")
-    eval_every: int = option(40, "steps between evaluations on a part of eval_path; 0: none")
-    record_every: int = option(10, "steps between the rollouts written to rollouts.jsonl; 0: none")
+    seed: int = option(0, "of everything that is drawn", low=0)
+    output_dir: str = option("runs/arpo", "folder of the run; an existing one is not touched")
+    eval_every: int = option(50, "steps between looks at a part of eval_path; 0: none", low=0)
+    record_every: int = option(10, "steps between trees in rollouts.jsonl; 0: none", low=0)
 
     def __post_init__(self):
-        """Out-of-range values raise UserError, naming the value and the legal ones."""
-        for item in dataclasses.fields(self):
-            value, choices = getattr(self, item.name), item.metadata["choices"]
-            if choices and value not in choices:
-                raise UserError(f"--{item.name} {value}: choose one of {', '.join(choices)}")
-        at_least_one = (
-            "group_size initial_rollouts entropy_tokens max_segment_tokens questions_per_step"
-        )
-        at_least_one += " updates_per_rollout lora_rank search_results micro_batch_tokens steps"
-        self.require("at least 1", at_least_one, lambda value: value >= 1)
-        at_least_zero = "max_tool_calls max_branches eval_every record_every seed kl_coefficient"
-        at_least_zero += " temperature"
-        self.require("at least 0", at_least_zero, lambda value: value >= 0)
-        self.require("above 0", "learning_rate tool_time_limit", lambda value: value > 0)
-        self.require(
-            "in [0, 1]", "branch_probability shared_weight clip_low", lambda x: 0 <= x <= 1
-        )
-        self.require("none or above 1", "dual_clip", lambda value: value is None or value > 1)
-        self.require(
-            f"at most group_size ({self.group_size})",
-            "initial_rollouts",
-            lambda value: value <= self.group_size,
-        )
-
-    def require(self, legal: str, names: str, check: Callable[[float], bool]) -> None:
-        for name in names.split():
-            value = getattr(self, name)
-            if not check(value):
-                raise UserError(f"--{name} {value}: it must be {legal}")
+        check(self)
+        if self.initial_rollouts > self.group_size:
+            limit = f"at most group_size ({self.group_size})"
+            raise UserError(f"--initial_rollouts {self.initial_rollouts}: it must be {limit}")
 
 
 @dataclass(frozen=True)
@@ -275,10 +245,11 @@ def load_policy(config: Config, tools: dict[str, toolbox.Tool], trainable: bool)
         if config.adapter:
             model = PeftModel.from_pretrained(lm, config.adapter, is_trainable=trainable)
     except (OSError, ValueError) as error:
-        named = f"--model_name {config.model_name}" + (
-            f" --adapter {config.adapter}" if config.adapter else ""
-        )
-        raise UserError(f"{named} cannot be loaded: {reason(error)}") from None
+        names = f"--model_name {config.model_name} --adapter {config.adapter}"
+        raise UserError(f"cannot load {names}: {reason(error)}") from None
+    if not tokenizer.chat_template:
+        wanted = "an instruct model, or a folder with a chat_template.jinja, has one"
+        raise UserError(f"--model_name {config.model_name} has no chat template; {wanted}")
     if not config.adapter:
         lora = LoraConfig(
             r=config.lora_rank,
@@ -335,10 +306,8 @@ class Paths:
         picked = torch.tensor(rows, device=mask.device)[:, None]  # (R', 1)
         cache = DynamicCache()
         for i, layer in enumerate(self.cache.layers):
-            keys, values = (
-                x[picked, :, columns].transpose(1, 2) for x in (layer.keys, layer.values)
-            )
-            cache.update(keys, values, i)
+            kept = (x[picked, :, columns].transpose(1, 2) for x in (layer.keys, layer.values))
+            cache.update(*kept, i)
         return Paths(
             [self.nodes[r] for r in rows],
             [self.owners[r] for r in rows],
@@ -487,14 +456,11 @@ class Rollout:
         """The same paths, and after them a row for each fork, which stands right after its node."""
         rows = [*range(len(paths.nodes)), *forked]
         mask = paths.mask[rows]
-        mask[len(paths.nodes) :, node_end:] = (
-            0  # the sibling's probe, and the node's last token ...
-        )
+        # Not the sibling's probe, and not the node's last token: it is read again for its logits.
+        mask[len(paths.nodes) :, node_end:] = 0
         both = paths.select(rows, mask)
         for row in range(len(paths.nodes), len(rows)):
-            both.pending[row] = both.nodes[row].token_ids[
-                -1:
-            ]  # ... which is read again for its logits
+            both.pending[row] = both.nodes[row].token_ids[-1:]
         self.prefill_tokens += len(forked)
         return both
 
@@ -502,12 +468,10 @@ class Rollout:
         """One `generate` call: up to `steps` more tokens for every segment that is not complete."""
         limits = [self.room(draft) for draft in drafts]
         written = [len(draft.token_ids) for draft in drafts]
-        left = [
-            limit - n for limit, n, d in zip(limits, written, drafts, strict=True) if not d.stop
-        ]
-        steps = min(steps, max(left, default=0))
-        if steps < 1:
+        left = [a - b for a, b, d in zip(limits, written, drafts, strict=True) if not d.stop]
+        if not left:
             return
+        steps = min(steps, max(left))
         input_ids, fresh = self.left_pad(paths.pending)  # (R, W)
         paths.mask = torch.cat([paths.mask, fresh], dim=1)  # (R, C + W)
         out = self.policy.lm.generate(
@@ -532,7 +496,7 @@ class Rollout:
     def measure(
         self, scores: Tensor, kept: Tensor, drafts: list[Segment], written: list[int]
     ) -> None:
-        """Entropy of the segments that began here, and the log-probs their tokens were drawn with."""
+        """Entropy of the segments that began here, and the log-probs of their tokens."""
         official = self.config.branch_rule == "official"
         H = (official_scalar if official else normalised_entropy)(scores, kept).tolist()
         logp = scores.float().log_softmax(dim=-1)  # (R, S, V)
@@ -540,7 +504,7 @@ class Rollout:
             if before == 0:
                 new = torch.tensor(draft.token_ids, device=logp.device)  # (n,)
                 draft.entropy = H[row]
-                draft.logp = logp[row, torch.arange(len(new)), new].tolist()
+                draft.logp = logp[row, : len(new)].gather(1, new[:, None])[:, 0].tolist()
 
     def room(self, draft: Segment) -> int:
         """Tokens that this segment may have."""
@@ -565,7 +529,7 @@ class Rollout:
     def call_tools(
         self, paths: Paths, drafts: list[Segment]
     ) -> tuple[list[tuple[int, Segment]], Paths | None]:
-        """Run the calls of a level; (question, leaf) of the paths that end, and the paths that go on."""
+        """Run the calls of a level: (question, leaf) of those that end, and those that go on."""
         calling = [row for row, draft in enumerate(drafts) if self.may_call(draft)]
         calls = [
             toolbox.read_call(self.policy.decode(drafts[row].token_ids), self.tools)
@@ -577,10 +541,9 @@ class Rollout:
             token_ids = self.policy.encode(toolbox.result_text(result))
             nodes[row] = Segment("tool", token_ids, parent=drafts[row])
         still_open = [row for row, node in nodes.items() if self.fits(node)]
+        last = [nodes.get(row, draft) for row, draft in enumerate(drafts)]
         ended = [
-            (paths.owners[row], nodes.get(row, draft))
-            for row, draft in enumerate(drafts)
-            if row not in still_open
+            (paths.owners[row], last[row]) for row in range(len(last)) if row not in still_open
         ]
         if not still_open:
             return ended, None
@@ -626,7 +589,7 @@ class Row:
         return len(self.input_ids)
 
     def sees(self) -> Tensor:
-        """(T, T): True where a token (row) may attend to a token (column): itself and its ancestors."""
+        """(T, T): True where a token (row) attends to a token (column): itself, its ancestors."""
         mask = torch.eye(len(self), dtype=torch.bool)
         for t, parent in enumerate(self.parent):
             if parent >= 0:
@@ -635,7 +598,7 @@ class Row:
 
 
 def make_row(leaves: list[Segment], advantages: dict[Segment, dict[Segment, float]]) -> Row:
-    """The tree of these leaves, parents before children. `advantages[segment][leaf]`, policy only."""
+    """The tree of these leaves, parents first; `advantages[segment][leaf]` for policy segments."""
     row, last = Row(), {}  # last: segment -> index of its last token
     for segment, below in shared_by(leaves).items():
         credit = [advantages[segment][leaves[i]] for i in below] if segment in advantages else []
@@ -756,7 +719,7 @@ def policy_loss(
 
 
 def reference_logprobs(policy: Policy, batches: list[Batch], config: Config) -> list:
-    """Log-probs under the model with its adapter switched off; no pass where nothing asks for them."""
+    """Log-probs with the adapter switched off; no pass where nothing asks for them."""
     if not config.kl_coefficient:
         return [None for _ in batches]
     with policy.model.disable_adapter():
@@ -787,12 +750,9 @@ def update(policy: Policy, optimizer, rows: list[Row], config: Config) -> dict[s
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss.item()} on {batch.input_ids.shape}")
             loss.backward()
-            for name, value in (
-                ("loss", loss),
-                ("clipped", clipped),
-                ("H", (batch.weight * H).sum()),
-            ):
-                sums[name] += value.item()
+            sums["loss"] += loss.item()
+            sums["clipped"] += clipped.item()
+            sums["H"] += (batch.weight * H).sum().item()
         parameters = [p for p in policy.model.parameters() if p.requires_grad]
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimizer.step()
@@ -821,7 +781,7 @@ def score(policy: Policy, leaf: Segment, question: Question, config: Config, too
 
 
 def credit(leaves: list[Segment], rewards: list[Reward], config: Config) -> list[Row]:
-    """Rewards of one question -> group advantages -> advantages of its segments -> rows to train on."""
+    """Rewards of one question -> advantages of its leaves -> of its segments -> rows to train."""
     A = group_advantages([reward.total for reward in rewards])  # (M,)
     below = shared_by(leaves)
     advantages = {
@@ -896,7 +856,7 @@ def mean(values: list[float | None]) -> float | None:
 
 
 def pass_at_k(correct: int, n: int, k: int) -> float:
-    """Chance that k of n samples hold a correct one, unbiased (Chen et al. 2021, arXiv 2107.03374)."""
+    """Chance that k of n samples hold a right one, unbiased (Chen et al., arXiv 2107.03374)."""
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
@@ -908,7 +868,7 @@ def wilson(p: float, n: int) -> tuple[float, float]:
 
 
 def summary(records: list[dict], k: int | None = None) -> dict:
-    """Shares over all records, and the same for each domain. A trajectory is right at accuracy 1."""
+    """Shares over all records and for each domain. A trajectory is right at accuracy 1."""
 
     def figures(some: list[dict]) -> dict:
         n = len(some[0]["accuracy"])
@@ -943,8 +903,8 @@ def question_stream(questions: list[Question], rng: random.Random) -> Iterator[Q
 
 def train_step(
     policy: Policy, optimizer, questions: list[Question], config: Config, tools, rng
-) -> tuple[dict, list[tuple[list[Segment], list[Reward]]]]:
-    """One step of ARPO: the metrics, and the leaves and rewards of each question."""
+) -> tuple[dict, list[list[Segment]], list[list[Reward]]]:
+    """One step of ARPO: its metrics, and the leaves and their rewards for each question."""
     started = time.perf_counter()
     rollout = Rollout(policy, config, tools, rng)
     groups = rollout.run(questions)  # M leaves for each question
@@ -953,35 +913,41 @@ def train_step(
         for question, leaves in zip(questions, groups, strict=True)
     ]
     rolled_out = time.perf_counter()
-    scored = list(zip(groups, rewards, strict=True))
-    rows = [row for leaves, some in scored for row in credit(leaves, some, config)]
+    rows = [row for pair in zip(groups, rewards, strict=True) for row in credit(*pair, config)]
     stats = update(policy, optimizer, rows, config)
-    every_leaf = [leaf for leaves in groups for leaf in leaves]
-    every_reward = [r for some in rewards for r in some]
     metrics = {
-        "reward": mean([r.total for r in every_reward]),
-        "accuracy": mean([float(r.accuracy == 1) for r in every_reward]),
-        "well_formed": mean([r.well_formed for r in every_reward]),
-        "equal_groups": sum(len({r.total for r in some}) == 1 for some in rewards),
-        "groups": len(groups),
-        "rollouts": len(every_leaf),
-        **tree_counts(every_leaf),
+        **step_metrics(groups, rewards),
         "prefill_tokens": rollout.prefill_tokens,
         "train_tokens": sum(map(len, rows)),
-        "train_tokens_unpacked": sum(len(s.token_ids) for leaf in every_leaf for s in leaf.path()),
         **stats,
         "seconds_rollout": rolled_out - started,
         "seconds_update": time.perf_counter() - rolled_out,
     }
-    return metrics, scored
+    return metrics, groups, rewards
 
 
-def train(config: Config) -> int:
+def step_metrics(groups: list[list[Segment]], rewards: list[list[Reward]]) -> dict:
+    """What the trees of one step, and their rewards, look like."""
+    leaves = [leaf for group in groups for leaf in group]
+    all_rewards = [r for some in rewards for r in some]
+    return {
+        "reward": mean([r.total for r in all_rewards]),
+        "accuracy": mean([r.accuracy == 1 for r in all_rewards]),
+        "well_formed": mean([r.well_formed for r in all_rewards]),
+        "groups": len(groups),
+        "equal_groups": sum(len({r.total for r in some}) == 1 for some in rewards),
+        "rollouts": len(leaves),
+        **tree_counts(leaves),
+        "train_tokens_unpacked": sum(len(s.token_ids) for leaf in leaves for s in leaf.path()),
+    }
+
+
+def train(config: Config, tools: dict[str, toolbox.Tool] | None = None) -> int:
     """Roll out, reward, credit, update, log; evaluate before, now and then, and after."""
     if config.temperature == 0:
         raise UserError("--temperature 0: training needs samples that differ; it must be above 0")
     questions, test = load_questions(config.dataset_path), load_questions(config.eval_path)
-    tools = make_tools(config)
+    tools = tools or make_tools(config)
     torch.manual_seed(config.seed)
     rng = random.Random(config.seed)
     policy = load_policy(config, tools, trainable=True)
@@ -996,11 +962,11 @@ def train(config: Config) -> int:
             bar.console.print(LOG_HEAD)
             for step in range(1, config.steps + 1):
                 asked = [next(stream) for _ in range(config.questions_per_step)]
-                metrics, scored = train_step(policy, optimizer, asked, config, tools, rng)
+                metrics, *trees = train_step(policy, optimizer, asked, config, tools, rng)
                 run.log({"step": step, **metrics})
                 bar.console.print(log_line(step, metrics))
                 if config.record_every and (step - 1) % config.record_every == 0:
-                    run.record(policy, step, asked, scored)
+                    run.record(policy, step, asked, *trees)
                 if config.eval_every and step % config.eval_every == 0 and step < config.steps:
                     run.evaluate(policy, part_of(test), tools, bar, step)
                 bar.advance(task)
@@ -1028,7 +994,7 @@ def part_of(questions: list[Question], per_domain: int = 20) -> list[Question]:
 
 
 class RunFolder:
-    """What a run leaves behind: config.json, metrics.jsonl, evaluations.jsonl, rollouts.jsonl, adapter/."""
+    """What a run leaves: config.json, metrics, evaluations and rollouts (.jsonl), adapter/."""
 
     def __init__(self, config: Config):
         self.config, self.folder = config, free_folder(Path(config.output_dir))
@@ -1055,12 +1021,9 @@ class RunFolder:
         """Sampled at temperature 1, and greedy."""
         figures = {}
         for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
-            task = bar.add_task(f"evaluate, {name}", total=len(questions))
             config = dataclasses.replace(self.config, temperature=temperature)
-            records = evaluate(
-                policy, questions, config, tools, on_progress=lambda n, t=task: bar.advance(t, n)
-            )
-            bar.remove_task(task)
+            on_progress = advance(bar, f"evaluate, {name}", questions)
+            records = evaluate(policy, questions, config, tools, on_progress=on_progress)
             figures[name] = summary(records)
             self.append("evaluations.jsonl", {"step": step, "decoding": name, **figures[name]})
         sampled, greedy = figures["sampled"], figures["greedy"]
@@ -1070,24 +1033,23 @@ class RunFolder:
         )
         return figures
 
-    def record(self, policy: Policy, step: int, questions: list[Question], scored, most: int = 2):
+    def record(self, policy: Policy, step: int, questions, groups, rewards, most: int = 2):
         """The trees of some questions, enough to draw them later."""
-        for question, (leaves, rewards) in list(zip(questions, scored, strict=True))[:most]:
-            tree = tree_record(policy, question, leaves, rewards, self.config)
-            self.append("rollouts.jsonl", {"step": step, **tree})
+        for each in list(zip(questions, groups, rewards, strict=True))[:most]:
+            self.append("rollouts.jsonl", {"step": step, **tree_record(policy, *each, self.config)})
 
     def save(self, policy: Policy) -> None:
         policy.model.save_pretrained(self.folder / "adapter")
 
     def in_words(self) -> str:
-        t = self.totals
+        t, seconds = self.totals, time.perf_counter() - self.started
         reread = t["reread_tokens"] / max(1, t["prefill_tokens"])
-        packed = t["train_tokens"] / max(1, t["train_tokens_unpacked"])
+        packed = t["train_tokens_unpacked"] / max(1, t["train_tokens"])
         return (
-            f"Prompt and result tokens were read once: {t['prefill_tokens']:,}. Reading the prefix again "
-            f"every turn would have taken {reread:.1f} times as many.\n"
-            f"Trained on {t['train_tokens']:,} tokens, {packed:.2f} of what one row a trajectory has.\n"
-            f"{time.perf_counter() - self.started:.0f} seconds. Adapter, metrics and rollouts: {self.folder}"
+            f"{seconds:.0f} seconds. Read {t['prefill_tokens']:,} tokens of prompts and results; "
+            f"reading the prefix again every turn: {reread:.1f} times as many.\n"
+            f"Trained on {t['train_tokens']:,} tokens; one row a trajectory: {packed:.1f} times.\n"
+            f"Adapter, metrics and rollouts: {self.folder}"
         )
 
 
@@ -1153,34 +1115,28 @@ def token_entropies(policy: Policy, leaves: list[Segment], config: Config) -> di
 
 
 def make_tools(config: Config) -> dict[str, toolbox.Tool]:
-    """The tools of a run. Add one's own here: a name, a function from text to text, a line of help."""
+    """The built-in tools, by name."""
+    c = config
     try:
-        return toolbox.default_tools(
-            config.documents_path, config.search_results, config.search_chars
-        )
+        return toolbox.default_tools(c.documents_path, c.search_results, c.search_chars)
     except (OSError, ValueError) as error:
-        raise UserError(f"--documents_path {config.documents_path}: {reason(error)}") from None
+        raise UserError(f"--documents_path {c.documents_path}: {reason(error)}") from None
 
 
 def eval_command(config: Config, samples: int, pass_k: int | None, json_path: str | None) -> int:
     """Accuracy on a file of questions, sampled and greedy, with intervals and by domain."""
     k = samples if pass_k is None else pass_k
-    if samples < 1 or not 1 <= k <= samples:
+    if not 1 <= k <= samples:
         raise UserError(f"--samples {samples} --pass_k {k}: it must be 1 <= pass_k <= samples")
     questions, tools = load_questions(config.eval_path), make_tools(config)
     policy = load_policy(config, tools, trainable=False)
     figures = {}
     with progress_bar() as bar:
         for name, temperature, n in (("sampled", config.temperature, samples), ("greedy", 0.0, 1)):
-            if n and not (name == "sampled" and temperature == 0):
-                task = bar.add_task(f"evaluate, {name}", total=len(questions))
-                asked = dataclasses.replace(config, temperature=temperature)
-                records = evaluate(
-                    policy, questions, asked, tools, n, lambda n, t=task: bar.advance(t, n)
-                )
-                figures[name] = summary(records, k if name == "sampled" else 1)
-    for name, values in figures.items():
-        console.print(report_table(name, values))
+            asked = dataclasses.replace(config, temperature=temperature)
+            records = evaluate(policy, questions, asked, tools, n, advance(bar, name, questions))
+            figures[name] = summary(records, min(k, n))
+            console.print(report_table(name, figures[name]))
     if json_path:
         write_json(Path(json_path), {"config": dataclasses.asdict(config), **figures})
     return 0
@@ -1194,115 +1150,65 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def show_command(config: Config, text: str | None, answer: str | None) -> int:
-    """Roll out one question and draw its tree."""
+    """Roll out one question and draw its tree: entropy, tool results, decisions, rewards."""
     known = load_questions(config.eval_path)
-    question = next(
-        (q for q in known if (q.text == text if text else q.domain == "deep_search")), known[0]
-    )
-    if text and question.text != text:
-        question = Question(text, [answer] if answer else [])
+    if text is None:
+        question = next((q for q in known if q.domain == "deep_search"), known[0])
+    else:
+        answers = [answer] if answer else []
+        question = next((q for q in known if q.text == text), Question(text, answers))
     tools = make_tools(config)
     torch.manual_seed(config.seed)
     policy = load_policy(config, tools, trainable=False)
     (leaves,) = Rollout(policy, config, tools, random.Random(config.seed)).run([question])
     rewards = [score(policy, leaf, question, config, tools) for leaf in leaves]
     console.print(draw_tree(tree_record(policy, question, leaves, rewards, config)))
-    console.print(
-        f"answer: {plain(', '.join(question.answers)) or 'unknown (name it with --answer)'}"
-    )
+    answer = ", ".join(question.answers) or "unknown; name it with --answer"
+    console.print(f"answer: {answer}", markup=False)
     return 0
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, whose complaint about a flag lists the flags there are."""
-
-    def error(self, message: str):
-        raise UserError(f"{message}; see {self.prog} --help")
-
-    def parse(self, args: list[str]) -> argparse.Namespace:
-        values, unknown = self.parse_known_args(args)
-        if unknown:
-            flags = " ".join(sorted(flag for flag in self._option_string_actions))
-            raise UserError(f"unknown: {' '.join(unknown)}; the flags of {self.prog} are {flags}")
-        return values
-
-
-def boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r}: choose true or false")
-    return text.lower() == "true"
-
-
-def optional(kind: Callable) -> Callable:
-    def convert(text: str):
-        return None if text.lower() == "none" else kind(text)
-
-    convert.__name__ = kind.__name__
-    return convert
-
-
-KINDS = {
-    "str": str,
-    "int": int,
-    "float": float,
-    "bool": boolean,
-    "str | None": optional(str),
-    "float | None": optional(float),
-}
-COMMANDS = {
+COMMANDS = {  # name: (function, flags it has beside those of Config)
     "train": (train, {}),
     "eval": (
         eval_command,
         {
-            "samples": (int, 1, "trajectories for each question"),
-            "pass_k": (int, None, "k of pass@k (default: samples)"),
-            "json_path": (str, None, "write the figures to this file"),
+            "--samples": ("int", 1, "trajectories for each question"),
+            "--pass_k": ("int", None, "k of pass@k (default: samples)"),
+            "--json": ("str", None, "write the figures to this file"),
         },
     ),
     "show": (
         show_command,
         {
-            "text": (str, None, "the question (default: a deep search of the mini-world)"),
-            "answer": (str, None, "its right answer, where the question is your own"),
+            "--question": ("str", None, "the question (default: a deep search of the mini-world)"),
+            "--answer": ("str", None, "its right answer, where the question is your own"),
         },
     ),
 }
-SPELLED = {"json_path": "--json", "text": "--question"}
 
 
 def parse_command(args: list[str]) -> Callable[[], int]:
-    """The command that was asked for, ready to run."""
-    name = args[0] if args else ""
-    if name in ("", "-h", "--help"):
-        console.print(plain(__doc__))
-        raise SystemExit(0 if name else 2)
+    """The command that was asked for, with its settings, ready to run."""
+    name = args[0] if args else "--help"
+    if name in ("-h", "--help"):
+        print(__doc__)
+        raise SystemExit(0 if args else 2)
     if name not in COMMANDS:
         raise UserError(f"unknown command {name}; the commands are {', '.join(COMMANDS)}")
-    command, extra = COMMANDS[name]
+    command, own_flags = COMMANDS[name]
     parser = Parser(prog=f"arpo_mini.py {name}", description=command.__doc__, allow_abbrev=False)
-    for flag, (kind, default, words) in extra.items():
-        parser.add_argument(
-            SPELLED.get(flag, f"--{flag}"), dest=flag, type=kind, default=default, help=words
-        )
+    for flag, (annotation, default, words) in own_flags.items():
+        parser.add_argument(flag, type=kind(annotation), default=default, help=words)
     for item in dataclasses.fields(Config):
-        spelled = [f"--{item.name}"]
-        if name != "train" and item.name == "dataset_path":
-            continue
-        if name != "train" and item.name == "eval_path":
-            spelled.append("--dataset_path")
-        words = f"{item.metadata['help']} (default: {item.default})".replace("%", "%%")
-        parser.add_argument(
-            *spelled,
-            dest=item.name,
-            type=KINDS[item.type],
-            default=item.default,
-            help=words,
-            metavar=item.type,
-        )
-    values = vars(parser.parse(args[1:]))
-    own = {flag: values.pop(flag) for flag in extra}
+        if name == "train":
+            parser.add_field(item)
+        elif item.name != "dataset_path":  # there, --dataset_path names what is evaluated on
+            parser.add_field(item, *(["--dataset_path"] if item.name == "eval_path" else []))
+    values = parser.parse(args[1:])
+    own = [values.pop(flag.removeprefix("--")) for flag in own_flags]
     config = Config(**values)
-    return lambda: command(config, *own.values())
+    return lambda: command(config, *own)
 
 
 def main(args: list[str]) -> int:
@@ -1311,6 +1217,9 @@ def main(args: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

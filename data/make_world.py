@@ -1,4 +1,4 @@
-"""Write the mini-world: documents.jsonl, train.jsonl and test.jsonl, byte for byte the same for one seed.
+"""Write the mini-world: documents, train and test questions, byte for byte the same for one seed.
 
     python data/make_world.py [--seed 0] [--folder data]
 
@@ -28,8 +28,12 @@ DOMAINS = ("math", "knowledge", "deep_search")
 TEST_PER_DOMAIN = 120
 TRAIN_PER_DOMAIN = 1200
 
-SHE = "Mira Orla Tilda Senna Ivka Runa Della Maren Petra Jonna Lise Asta Edda Nora Vesna Hilde".split()
-HE = "Anselm Corin Davo Emric Falk Goran Hugo Jarek Kasper Lorin Milo Odo Piet Rolf Stellan Tobin".split()
+SHE = (
+    "Mira Orla Tilda Senna Ivka Runa Della Maren Petra Jonna Lise Asta Edda Nora Vesna Hilde"
+).split()
+HE = (
+    "Anselm Corin Davo Emric Falk Goran Hugo Jarek Kasper Lorin Milo Odo Piet Rolf Stellan Tobin"
+).split()
 FAMILY = (
     "Voss Rook Arden Brandt Calder Drossel Ebner Fenwick Garrow Hollin Isak Jessup "
     "Kolb Lindqvist Marlow Nyberg Ostrow Pell Quill Ravn Sorrel Thorne Ulver Wexley"
@@ -41,7 +45,8 @@ TOWNS = (
 ).split()
 RIVERS = "Wend Alder Brisk Cind Dorn Erle Fallow Gann Hest Lune".split()
 TRADES = (
-    "glassblower weaver potter smith carpenter tanner baker bookbinder clockmaker dyer engraver cooper"
+    "glassblower weaver potter smith carpenter tanner baker bookbinder clockmaker dyer "
+    "engraver cooper"
 ).split()
 WORKSHOPS = (
     "Kestrel Heron Badger Marten Falcon Otter Raven Lynx Hare Swallow Beaver Stag Owl Viper "
@@ -49,7 +54,7 @@ WORKSHOPS = (
     "Robin Salmon Tern Wolf"
 ).split()
 LOOKS = "amber oak copper velvet silver marble woollen painted".split()
-WARES = "lamp chair kettle cloak".split() + "clock bowl".split()
+WARES = "lamp chair kettle cloak clock bowl".split()
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Problem:
-    """A question with its answer and the steps that solve it; `key` is what it asks, however phrased."""
+    """A question, its answer, the steps that solve it; `key` is what it asks, however phrased."""
 
     text: str
     answer: str
@@ -149,7 +154,7 @@ LEADS_TO = {
     ("workshop", "owner"): "person",
     ("good", "maker"): "workshop",
 }
-# What can be compared or added: (kind, fact): phrasing of the difference, phrasing of the sum or None.
+# What can be compared or added: (kind, fact): phrasing of the difference and of the sum, or None.
 COMPARE = {
     ("person", "birth year"): ("How many years after {y} was {x} born?", None),
     ("person", "apprentices"): (
@@ -178,10 +183,15 @@ COMPARE = {
 
 
 def build_world(rng: Random) -> dict[str, Entity]:
-    """All entities by name. Facts are drawn first, then every document is written from its facts."""
+    """All entities by name; facts are drawn first, then each document is written from them."""
     names = {
-        "person": [f"{first} {last}" for first, last in zip(SHE + HE, FAMILY + FAMILY[:8])]
-        + [f"{first} {last}" for first, last in zip(HE + SHE, FAMILY[5:] + FAMILY[:13])],
+        "person": [
+            f"{first} {last}" for first, last in zip(SHE + HE, FAMILY + FAMILY[:8], strict=True)
+        ]
+        + [
+            f"{first} {last}"
+            for first, last in zip(HE + SHE, FAMILY[5:] + FAMILY[:13], strict=True)
+        ],
         "town": TOWNS,
         "workshop": [f"{animal} Workshop" for animal in WORKSHOPS],
         "good": [f"the {look} {ware}" for look in LOOKS for ware in WARES],
@@ -354,7 +364,7 @@ class Maker:
         return self.combine(label, COMPARE[kind, label], x, y, "far compare")
 
     def combine(self, label: str, phrasings: tuple, x: tuple, y: tuple, kind: str) -> Problem:
-        """Sum or difference of one fact of two entities, each (noun phrase, steps to it, entity)."""
+        """Sum or difference of a fact of two entities, each (noun phrase, steps to it, entity)."""
         difference, total = phrasings
         add = total is not None and self.rng.random() < 0.5
         if not add and int(x[2].facts[label]) < int(y[2].facts[label]):
@@ -373,13 +383,13 @@ class Maker:
         """One or two prices and the calculator."""
         goods = self.rng.sample(self.by_kind["good"], self.rng.choice((1, 1, 2)))
         counts = [self.rng.randint(2, 9) for _ in goods]
-        wanted = " and ".join(f"{n} times {g.name}" for n, g in zip(counts, goods))
+        wanted = " and ".join(f"{n} times {g.name}" for n, g in zip(counts, goods, strict=True))
         text = self.rng.choice(
             ("How many coins do I pay for {x}?", "What is the cost of {x}?")
         ).format(x=wanted)
         prices = [int(g.facts["price"]) for g in goods]
-        sums = "+".join(f"{n}*{price}" for n, price in zip(counts, prices))
-        total = sum(n * price for n, price in zip(counts, prices))
+        sums = "+".join(f"{n}*{price}" for n, price in zip(counts, prices, strict=True))
+        total = sum(n * price for n, price in zip(counts, prices, strict=True))
         steps = (*(look_up(g, "price") for g in goods), compute(sums, total))
         return Problem(text, steps[-1].found, "deep_search", "cost", steps, ("cost", wanted))
 
@@ -396,11 +406,10 @@ class Maker:
         )
         early, late = sorted((int(there.facts[fact]), int(born)))
         steps = [both, look_up(there, fact), compute(f"{late}-{early}", late - early)]
-        text = (
-            f"How many years after {person.name} was born did the workshop of {person.name} open?"
-            if label == "workshop"
-            else f"How many years after the home of {person.name} was founded was {person.name} born?"
-        )
+        x = person.name
+        text = f"How many years after {x} was born did the workshop of {x} open?"
+        if label == "home":
+            text = f"How many years after the home of {x} was founded was {x} born?"
         key = ("anniversary", label, person.name)
         return Problem(text, steps[-1].found, "deep_search", "anniversary", tuple(steps), key)
 
@@ -458,7 +467,7 @@ def look_up(entity: Entity, label: str) -> Step:
 
 
 def compute(expression: str, value: int) -> Step:
-    """A calculator step; its value is worked out here, without tools.py (the tests compare them)."""
+    """A calculator step; its value is worked out without tools.py (the tests compare them)."""
     return Step(f"compute {expression}", "calculator", expression, str(value))
 
 
@@ -488,9 +497,8 @@ def main() -> None:
     write_jsonl(args.folder / "documents.jsonl", documents)
     write_jsonl(args.folder / "train.jsonl", [p.row() for p in train])
     write_jsonl(args.folder / "test.jsonl", [p.row() for p in test])
-    print(
-        f"{len(documents)} documents, {len(train)} train and {len(test)} test questions in {args.folder}"
-    )
+    counts = f"{len(documents)} documents, {len(train)} train and {len(test)} test questions"
+    print(f"{counts} in {args.folder}")
 
 
 if __name__ == "__main__":

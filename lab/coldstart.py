@@ -1,4 +1,4 @@
-"""Make the tiny Qwen3 from nothing: tokenizer, model, and a supervised cold start on demonstrations.
+"""Make the tiny Qwen3 from nothing: tokenizer, model, supervised cold start on demonstrations.
 
     python -m lab.coldstart [--output_dir data/tiny-qwen3] [--steps 4000]
 
@@ -74,9 +74,7 @@ class Demonstrator:
         if (tool, argument) not in self.results:
             (result,) = run_calls([ToolCall(tool, argument)], self.tools, time_limit=5.0)
             if not result.ok:
-                raise ValueError(
-                    f"the demonstrator's call {tool}({argument}) failed: {result.text}"
-                )
+                raise ValueError(f"the call {tool}({argument}) failed: {result.text}")
             self.results[tool, argument] = result_text(result)
         return self.results[tool, argument]
 
@@ -111,7 +109,7 @@ class Demonstrator:
         return "policy", f"<think>{thought}</think><answer>\\boxed{{{value}}}</answer>"
 
     def carry_on(self, step: Step, read: dict[str, str]) -> tuple[str, str]:
-        """The step's argument and finding, with the numbers misread so far in the place of the right ones."""
+        """The step's argument and finding, with the numbers misread so far in them."""
         if step.tool == "search" or not read:
             return step.argument, step.found
         argument = step.argument
@@ -121,7 +119,7 @@ class Demonstrator:
         return argument, result.text
 
     def misread(self, step: Step, found: str) -> str | None:
-        """Another value of the same result: another fact of the document, or a number gone wrong."""
+        """Another value of the result: another fact of the document, or a number gone wrong."""
         if step.tool == "calculator":
             wrong = abs(int(float(found)) + self.rng.choice((-10, -1, 1, 10, 100)))
             return str(wrong)
@@ -229,7 +227,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def train(model, sure, unsure, steps: int, peak: float, switch: float) -> None:
-    """Next-token prediction on the policy's tokens; the demonstrator starts to hesitate at `switch`."""
+    """Next-token prediction on the policy's tokens; the hesitation starts at `switch`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.05)
     started, average = time.time(), None
     for step in range(steps):

@@ -1,4 +1,4 @@
-"""What several tests need: the tiny Qwen3 in plain float32 and in NF4, the tools, some questions."""
+"""What several tests need: the tiny Qwen3 in float32 and NF4, the tools, questions."""
 
 import dataclasses
 import random

@@ -89,9 +89,7 @@ ANSWER = ("policy", "<think>done</think><answer>It is \\boxed{2}</answer><|im_en
 
 
 def score(*turns, answers=("2",)):
-    got = reward(
-        list(turns), list(answers), tool_names=["calculator", "search"], eos="<|im_end|>"
-    )
+    got = reward(list(turns), list(answers), tool_names=["calculator", "search"], eos="<|im_end|>")
     return got.total, got.well_formed, got.tools_used
 
 
@@ -113,8 +111,17 @@ def policy(text):
         # a result may hold anything: it is not the policy's format
         ([SEARCH, ("tool", "<result>a quoted </result> <answer> </result>"), ANSWER], 1, 1),
         ([policy("<think>so</think><answer>\\boxed{3}</answer>")], 0, 0),
-        ([CALCULATE, RESULT, SEARCH, RESULT, policy("<think></think><answer>\\boxed{3}</answer>")],
-         0, 2),
+        (
+            [
+                CALCULATE,
+                RESULT,
+                SEARCH,
+                RESULT,
+                policy("<think></think><answer>\\boxed{3}</answer>"),
+            ],
+            0,
+            2,
+        ),
     ],
 )
 def test_well_formed(turns, total, tools_used):
@@ -190,7 +197,7 @@ def test_turns_that_do_not_alternate_are_a_programmers_mistake():
 def test_a_degenerate_policy_is_judged_quickly(hostile):
     start = time.perf_counter()
     assert score(policy(hostile))[0] == score(policy(hostile), RESULT, ANSWER)[0] == -1
-    assert time.perf_counter() - start < 3      # quadratic time would take minutes
+    assert time.perf_counter() - start < 3  # quadratic time would take minutes
 
 
 @pytest.mark.parametrize(
@@ -202,7 +209,7 @@ def test_a_degenerate_policy_is_judged_quickly(hostile):
         ("\\frac{1}{2}", "0.5", 1),
         ("12", "1/2", 0),
         ("1,200", "1200", 1),
-        ("1,5", "15.0", 0),         # a comma that separates no thousands makes no number
+        ("1,5", "15.0", 0),  # a comma that separates no thousands makes no number
         ("12.0", "12", 1),
         ("1.2", "12", 0),
         (".5", "0.5", 1),
@@ -272,7 +279,7 @@ def test_equal_rewards_are_exactly_0(M, value):
 
 
 def test_group_advantages_by_hand():
-    A = group_advantages([1.0, 0.0, 0.0, -1.0])     # mean 0, unbiased std sqrt(2 / 3)
+    A = group_advantages([1.0, 0.0, 0.0, -1.0])  # mean 0, unbiased std sqrt(2 / 3)
     assert A.tolist() == pytest.approx([1.5**0.5, 0.0, 0.0, -(1.5**0.5)], abs=1e-5)
     assert A.dtype == torch.float32
 
@@ -288,7 +295,7 @@ def test_soft_is_grpo_and_hard_is_the_mean(leaves):
         assert torch.equal(soft[segment], own)
         torch.testing.assert_close(hard[segment], own.mean().expand(len(indices)))
         torch.testing.assert_close(mix[segment], 0.7 * own + 0.3 * own.mean())
-    for i, leaf in enumerate(leaves):   # what a leaf shares with nobody is its own in all of them
+    for i, leaf in enumerate(leaves):  # what a leaf shares with nobody is its own in all of them
         torch.testing.assert_close(hard[leaf], A[i : i + 1])
 
 
@@ -315,7 +322,7 @@ def gradients(leaves, shared_weight, log_ratio, clip=0.2):
 @TREES
 def test_every_shared_weight_gives_the_same_gradient_until_the_clip_acts(leaves):
     """The advantages of a segment have the same sum under every weight, and only that counts."""
-    for log_ratio in (0.0, 0.1, -0.1):      # inside the clip of 0.2
+    for log_ratio in (0.0, 0.1, -0.1):  # inside the clip of 0.2
         soft = gradients(leaves, 0.0, log_ratio)
         assert soft.abs().sum() > 0
         torch.testing.assert_close(gradients(leaves, 0.3, log_ratio), soft)

@@ -59,7 +59,7 @@ def test_every_problem_is_solved_by_its_steps_with_the_real_tools():
         used = {step.tool for step in steps}
         expected = {"math": {"calculator"}, "knowledge": {"search"}}.get(problem.domain)
         assert used == expected if expected else "search" in used
-    assert set(n for d, n in calls if d == "deep_search") == {2, 3, 4, 5}
+    assert {n for d, n in calls if d == "deep_search"} == {2, 3, 4, 5}
     assert {n for d, n in calls if d == "knowledge"} == {1}
 
 
@@ -113,7 +113,5 @@ def test_trajectories_stay_short(tokenizer):
 
     world, _, test = make_world.make()
     demonstrator = Demonstrator(world, make_tools(Config()), Random(0))
-    lengths = [
-        len(encode(tokenizer, p.text, demonstrator.solve(p, Hesitation()))[0]) for p in test
-    ]
+    lengths = [len(encode(tokenizer, p.text, demonstrator.solve(p, Hesitation()))[0]) for p in test]
     assert max(lengths) <= 350

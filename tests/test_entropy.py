@@ -15,7 +15,7 @@ from entropy import (
     token_entropy,
 )
 
-PUBLISHED = {      # and the blog's k_sigma; Z, which the paper never gives, is 2 here
+PUBLISHED = {  # and the blog's k_sigma; Z, which the paper never gives, is 2 here
     "branch_probability": 0.5,
     "entropy_weight": 0.2,
     "entropy_threshold": 0.5,
@@ -71,7 +71,7 @@ def test_segment_entropy_is_the_mean_over_the_sampled_steps():
 
 def test_normalised_entropy_is_a_share_of_ln_V():
     scores = torch.stack([torch.zeros(3, 11), logits(3, 11)])
-    scores[0, 2] = torch.tensor([50.0] + [0.0] * 10)    # certain, but not part of the segment
+    scores[0, 2] = torch.tensor([50.0] + [0.0] * 10)  # certain, but not part of the segment
     sampled = torch.tensor([[True, True, False], [True, True, True]])
     uniform, other = normalised_entropy(scores, sampled).tolist()
     assert uniform == pytest.approx(1.0)
@@ -85,7 +85,7 @@ def test_official_entropy_grows_with_length_up_to_20_tokens():
     assert one == pytest.approx(math.log(10) / math.log(151_665))
     for n in (2, 20, 21, 40):
         assert official_entropy([top10] * n, 151_665) == pytest.approx(min(n, 20) * one)
-    assert 20 * one == pytest.approx(3.86, abs=0.001)   # its largest value for Qwen2.5
+    assert 20 * one == pytest.approx(3.86, abs=0.001)  # its largest value for Qwen2.5
 
 
 def test_official_scalar_reads_the_sampled_steps_and_the_top_words():
@@ -127,7 +127,7 @@ def test_paper_by_hand():
     assert asdict(yes) == pytest.approx(
         {"H": 0.7, "H_initial": 0.3, "gain": 0.4, "probability": 0.58, "forks": 2}
     )
-    assert decide("paper", 0.5, 0.3, entropy_threshold=0.55).forks == 0     # P = 0.54
+    assert decide("paper", 0.5, 0.3, entropy_threshold=0.55).forks == 0  # P = 0.54
     assert decide("paper", 0.9, 0.1, entropy_weight=5).probability == 1.0
     assert decide("paper", 0.1, 0.9, entropy_weight=5).probability == 0.0
 
@@ -142,7 +142,7 @@ def test_official_is_close_to_a_coin_flip(gain, rate):
 
 
 def test_adaptive_by_hand():
-    history = [0.1, 0.2, 0.3]   # mean 0.2, std sqrt(0.02 / 3) = 0.0816, threshold 0.3225
+    history = [0.1, 0.2, 0.3]  # mean 0.2, std sqrt(0.02 / 3) = 0.0816, threshold 0.3225
     threshold = 0.2 + 1.5 * math.sqrt(0.02 / 3)
 
     def forks(H, **changed):

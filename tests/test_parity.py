@@ -85,11 +85,11 @@ def test_group_advantages(case):
         scores = [case["scores"][i] for i in members]
         A = ours.group_advantages(scores)
         expected = [case["expected"][i] for i in members]
-        known = [j for j, value in enumerate(expected) if value is not None]    # null: empty mask
+        known = [j for j, value in enumerate(expected) if value is not None]  # null: empty mask
         expected = torch.tensor([expected[j] for j in known])
         if len(members) == 1:
             assert A.tolist() == [0.0]
-            assert_close(expected, scores)      # theirs: the plain reward (over 1 + 1e-6)
+            assert_close(expected, scores)  # theirs: the plain reward (over 1 + 1e-6)
         elif len(set(scores)) == 1:
             assert A.tolist() == [0.0] * len(members)
             assert expected.abs().max() < 0.1
@@ -101,7 +101,7 @@ def test_group_advantages(case):
 
 @cases("policy_loss")
 def test_policy_loss(case):
-    logp = torch.tensor(case["log_prob"], requires_grad=True)       # (B, T)
+    logp = torch.tensor(case["log_prob"], requires_grad=True)  # (B, T)
     ratio = (logp - torch.tensor(case["old_log_prob"])).exp()
     A = torch.tensor(case["advantages"])
     mask = torch.tensor(case["response_mask"], dtype=torch.float32)

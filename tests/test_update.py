@@ -188,10 +188,15 @@ def test_equal_rewards_train_nothing(policy, config, groups):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(policy, config, groups):
-    leaves = groups[0]
-    broken = [Reward(float("nan"), 0.0, True, 1)] * len(leaves)
-    with pytest.raises(FloatingPointError, match="loss"):
-        update(policy, torch.optim.SGD([torch.zeros(1)], lr=1), credit(leaves, broken, config), config)
+    rows = rows_of(groups, config, packed=True)
+    parameter = next(p for p in policy.model.parameters() if p.requires_grad)
+    kept = parameter.data.clone()
+    parameter.data[0, 0] = float("nan")
+    try:
+        with pytest.raises(FloatingPointError, match="loss is nan"):
+            update(policy, torch.optim.SGD([parameter], lr=1.0), rows, config)
+    finally:
+        parameter.data = kept
 
 
 def test_reference_is_the_model_without_its_adapter(policy, config, groups):
@@ -199,7 +204,9 @@ def test_reference_is_the_model_without_its_adapter(policy, config, groups):
     batch = make_batch(rows, policy.pad_id, "cpu")
     with torch.no_grad():
         assert reference_logprobs(policy, [batch], config) == [None]
-        (ref,) = reference_logprobs(policy, [batch], dataclasses.replace(config, kl_coefficient=1.0))
+        (ref,) = reference_logprobs(
+            policy, [batch], dataclasses.replace(config, kl_coefficient=1.0)
+        )
         adapted, _ = token_logprobs(policy, batch, 1.0)
         assert not torch.allclose(ref, adapted, atol=1e-3)
         saved = {}

@@ -1,0 +1,147 @@
+"""Nothing assumes Qwen, single-token tags or a pad token.
+
+A model that recites shows it: whatever its weights, it gives all its probability to the token that
+a script holds for the next position. So a rollout tells the script back only if positions stay
+contiguous over turns, forks and dropped rows, and if tags are found that are split over tokens.
+"""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from conftest import roll_out
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from advantage import shared_by
+from arpo_mini import Config, Question, UserError, load_policy, score
+from tools import Tool
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+RESULT = "<result>\n4\n</result>"
+SCRIPT = [
+    "<think>add the two</think>\n<adder>2 2</adder>\n",
+    RESULT,
+    "<think>again</think>\n<adder>3 1</adder>\n",
+    RESULT,
+    "<think>four</think> <answer>it is \\boxed{4}</answer>\n",
+]
+
+
+def save_tokenizer(folder, pad):
+    """Byte-level BPE over ordinary text: '>' and a newline become one token, no tag does."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|stop|>", "<|pad|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(["x >\n", "y >\n", "the cat sat on the mat"] * 9, trainer)
+    names = {"eos_token": "<|stop|>", "chat_template": TEMPLATE}
+    names |= {"other": {"pad_token": "<|pad|>"}, "eos": {"pad_token": "<|stop|>"}, "missing": {}}[
+        pad
+    ]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def save_model(folder, architecture, vocab_size):
+    size = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "eos_token_id": 0,
+        "bos_token_id": None,
+        "tie_word_embeddings": False,
+    }
+    if architecture == "llama":
+        LlamaForCausalLM(LlamaConfig(**size)).save_pretrained(folder)
+    else:
+        Qwen3ForCausalLM(Qwen3Config(head_dim=8, **size)).save_pretrained(folder)
+
+
+def recite(policy, token_ids):
+    """From now on the model says token_ids[p + 1] at position p."""
+    script = torch.tensor([*token_ids, policy.eos_ids[0]])
+    original = policy.lm.forward
+
+    @functools.wraps(original)
+    def forward(*args, position_ids=None, **kwargs):
+        out = original(*args, position_ids=position_ids, **kwargs)
+        said = script[(position_ids + 1).clamp(max=len(script) - 1)][:, -out.logits.shape[1] :]
+        out.logits = out.logits + 1e4 * torch.nn.functional.one_hot(said, out.logits.shape[-1])
+        return out
+
+    policy.lm.forward = forward
+
+
+@pytest.fixture(params=[("qwen3", "other"), ("llama", "eos"), ("llama", "missing")], ids=str)
+def loaded(request, tmp_path):
+    architecture, pad = request.param
+    torch.manual_seed(0)
+    save_model(tmp_path, architecture, len(save_tokenizer(tmp_path, pad)))
+    config = Config(
+        model_name=str(tmp_path),
+        load_in_4bit=False,
+        branch_rule="random",
+        branch_probability=1.0,
+        max_segment_tokens=200,
+        max_total_tokens=2000,
+        entropy_tokens=7,
+    )
+    tools = {"adder": Tool("adder", lambda text: str(sum(map(int, text.split()))), "two numbers")}
+    return load_policy(config, tools, trainable=True), config, tools
+
+
+def test_a_recited_transcript_comes_back_as_it_was_written(loaded):
+    policy, config, tools = loaded
+    question = Question("two and two?", ["4"])
+    prompt = policy.prompt(question.text)
+    parts = [policy.encode(text) for text in SCRIPT]
+    assert policy.decode(parts[0][-1:]) == ">\n"  # the last token carries a following character
+    assert all(len(policy.encode(tag)) > 2 for tag in ("</adder>", "<answer>", "<result>"))
+    recite(policy, prompt + [token for part in parts for token in part])
+    (leaves,) = roll_out(policy, config, tools, [question])
+    forks = sum(s.decision.forks for s in shared_by(leaves) if s.decision)
+    assert len(leaves) == config.group_size and forks == 6
+    for leaf in leaves:
+        path = leaf.path()
+        assert [s.token_ids for s in path[1:]] == parts
+        assert [s.stop for s in path] == [None, "tool", None, "tool", None, "answer"]
+        reward = score(policy, leaf, question, config, tools)
+        assert reward.well_formed and reward.total == 1.0
+
+
+def test_the_system_prompt_comes_from_the_tools(loaded):
+    policy, _, _ = loaded
+    text = policy.decode(policy.prompt("why?"))
+    assert "<adder>two numbers</adder>" in text and "[user] why?" in text
+    assert text.endswith("[assistant] ")
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
+    tokenizer = save_tokenizer(tmp_path, "other")
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    save_model(tmp_path, "llama", len(tokenizer))
+    config = dataclasses.replace(Config(), model_name=str(tmp_path), load_in_4bit=False)
+    with pytest.raises(UserError, match="chat template"):
+        load_policy(config, {}, trainable=False)
