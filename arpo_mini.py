@@ -429,7 +429,7 @@ class Rollout:
         for row in sorted(asked, key=lambda row: -paths.nodes[row].decision.gain):
             node, owner = paths.nodes[row], paths.owners[row]
             granted = min(node.decision.forks, slots[owner])
-            node.decision = dataclasses.replace(node.decision, forks=granted)
+            node.decision = dataclasses.replace(node.decision, granted=granted)
             slots[owner] -= granted
             forked += [row] * granted
         return forked, slots
@@ -530,29 +530,31 @@ class Rollout:
         self, paths: Paths, drafts: list[Segment]
     ) -> tuple[list[tuple[int, Segment]], Paths | None]:
         """Run the calls of a level: (question, leaf) of those that end, and those that go on."""
-        calling = [row for row, draft in enumerate(drafts) if self.may_call(draft)]
-        calls = [
-            toolbox.read_call(self.policy.decode(drafts[row].token_ids), self.tools)
-            for row in calling
-        ]
-        results = toolbox.run_calls(calls, self.tools, self.config.tool_time_limit)
-        nodes = {}
-        for row, result in zip(calling, results, strict=True):
-            token_ids = self.policy.encode(toolbox.result_text(result))
-            nodes[row] = Segment("tool", token_ids, parent=drafts[row])
-        still_open = [row for row, node in nodes.items() if self.fits(node)]
-        last = [nodes.get(row, draft) for row, draft in enumerate(drafts)]
+        results = self.results(drafts)
+        open_rows = [row for row, result in results.items() if self.fits(result)]
         ended = [
-            (paths.owners[row], last[row]) for row in range(len(last)) if row not in still_open
+            (paths.owners[row], results.get(row, draft))
+            for row, draft in enumerate(drafts)
+            if row not in open_rows
         ]
-        if not still_open:
+        if not open_rows:
             return ended, None
-        going_on = paths.select(still_open)
-        going_on.nodes = [nodes[row] for row in still_open]
-        for pending, node in zip(going_on.pending, going_on.nodes, strict=True):
+        still_open = paths.select(open_rows)
+        still_open.nodes = [results[row] for row in open_rows]
+        for pending, node in zip(still_open.pending, still_open.nodes, strict=True):
             pending += node.token_ids
             self.prefill_tokens += len(node.token_ids)
-        return ended, going_on
+        return ended, still_open
+
+    def results(self, drafts: list[Segment]) -> dict[int, Segment]:
+        """Row -> the result of its call, for the rows that made one they were allowed to make."""
+        rows = [row for row, draft in enumerate(drafts) if self.may_call(draft)]
+        texts = [self.policy.decode(drafts[row].token_ids) for row in rows]
+        calls = [toolbox.read_call(text, self.tools) for text in texts]
+        results = toolbox.run_calls(calls, self.tools, self.config.tool_time_limit)
+        token_ids = [self.policy.encode(toolbox.result_text(result)) for result in results]
+        pairs = zip(rows, token_ids, strict=True)
+        return {row: Segment("tool", ids, parent=drafts[row]) for row, ids in pairs}
 
     def may_call(self, draft: Segment) -> bool:
         used = sum(segment.author == "tool" for segment in draft.path())
@@ -841,7 +843,7 @@ def tree_counts(leaves: list[Segment]) -> dict[str, float | None]:
     after = [s.entropy for s in policy if s.parent.author == "tool"]
     return {
         "tool_calls": len(calls),
-        "forks": sum(segment.decision.forks for segment in calls if segment.decision),
+        "forks": sum(segment.decision.granted for segment in calls if segment.decision),
         "generated_tokens": sum(len(segment.token_ids) for segment in policy),
         # what the prefixes cost if every turn read them again
         "reread_tokens": sum(len(s.token_ids) for segment in policy for s in segment.path()[:-1]),
@@ -895,18 +897,28 @@ def summary(records: list[dict], k: int | None = None) -> dict:
 # ---- training -----------------------------------------------------------------------------
 
 
-def question_stream(questions: list[Question], rng: random.Random) -> Iterator[Question]:
-    """Every question once in a random order, then again in another."""
-    while True:
-        yield from rng.sample(questions, len(questions))
+def questions_of_step(questions: list[Question], step: int, config: Config) -> list[Question]:
+    """What step 1, 2, .. asks: every question once in a random order, then again in another."""
+    asked, orders, n = [], {}, config.questions_per_step
+    for i in range((step - 1) * n, step * n):
+        epoch, at = divmod(i, len(questions))
+        if epoch not in orders:
+            rng = random.Random(f"order {config.seed} {epoch}")
+            orders[epoch] = rng.sample(questions, len(questions))
+        asked.append(orders[epoch][at])
+    return asked
 
 
 def train_step(
-    policy: Policy, optimizer, questions: list[Question], config: Config, tools, rng
+    policy: Policy, optimizer, questions: list[Question], config: Config, tools, step: int
 ) -> tuple[dict, list[list[Segment]], list[list[Reward]]]:
-    """One step of ARPO: its metrics, and the leaves and their rewards for each question."""
+    """One step of ARPO: its metrics, and the leaves and their rewards for each question.
+
+    All that it draws depends on the seed and the number of the step alone.
+    """
     started = time.perf_counter()
-    rollout = Rollout(policy, config, tools, rng)
+    torch.manual_seed(config.seed * 1_000_003 + step)
+    rollout = Rollout(policy, config, tools, random.Random(f"rollout {config.seed} {step}"))
     groups = rollout.run(questions)  # M leaves for each question
     rewards = [
         [score(policy, leaf, question, config, tools) for leaf in leaves]
@@ -948,12 +960,10 @@ def train(config: Config, tools: dict[str, toolbox.Tool] | None = None) -> int:
         raise UserError("--temperature 0: training needs samples that differ; it must be above 0")
     questions, test = load_questions(config.dataset_path), load_questions(config.eval_path)
     tools = tools or make_tools(config)
-    torch.manual_seed(config.seed)
-    rng = random.Random(config.seed)
+    torch.manual_seed(config.seed)  # the fresh adapter
     policy = load_policy(config, tools, trainable=True)
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
-    stream = question_stream(questions, rng)
     run = RunFolder(config)
     with progress_bar() as bar:
         try:
@@ -961,8 +971,8 @@ def train(config: Config, tools: dict[str, toolbox.Tool] | None = None) -> int:
             task = bar.add_task("train", total=config.steps)
             bar.console.print(LOG_HEAD)
             for step in range(1, config.steps + 1):
-                asked = [next(stream) for _ in range(config.questions_per_step)]
-                metrics, *trees = train_step(policy, optimizer, asked, config, tools, rng)
+                asked = questions_of_step(questions, step, config)
+                metrics, *trees = train_step(policy, optimizer, asked, config, tools, step)
                 run.log({"step": step, **metrics})
                 bar.console.print(log_line(step, metrics))
                 if config.record_every and (step - 1) % config.record_every == 0:

@@ -69,6 +69,7 @@ class Decision:
     gain: float  # by how much H exceeds what the rule compares it with
     probability: float  # the rule's P, in [0, 1]
     forks: int  # extra paths wanted, beside the one that goes on
+    granted: int = 0  # how many of them the budget of the question allowed
 
 
 def clip(x: float) -> float:

@@ -201,7 +201,7 @@ def tool_text(node: dict) -> Text:
     text = Text("".join(node["tokens"]).replace("\n", " "), style="cyan")
     d = node["decision"]
     if d:
-        forks = {0: "no fork", 1: "1 fork"}.get(d["forks"], f"{d['forks']} forks")
+        forks = f"{d['granted']} of {d['forks']} forks" if d["forks"] else "no fork"
         figures = f"H {d['H']:.3f}  H_initial {d['H_initial']:.3f}  gain {d['gain']:+.3f}"
         text.append(f"\n{figures}  P {d['probability']:.3f}  -> {forks}", style="magenta")
     return text

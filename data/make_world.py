@@ -154,6 +154,31 @@ LEADS_TO = {
     ("workshop", "owner"): "person",
     ("good", "maker"): "workshop",
 }
+# Two ways of telling the facts of an entity.
+TELL = {
+    "person": (
+        "{x} is a {trade} born in {birth year}. {pronoun} lives in {home}, works at {workshop} "
+        "and has {apprentices} apprentices.",
+        "{x} works at {workshop} and lives in {home}. {pronoun} was born in {birth year}, is a "
+        "{trade} and has {apprentices} apprentices.",
+    ),
+    "town": (
+        "{x} is a town on the river {river}. It was founded in {founding year}, has {inhabitants} "
+        "inhabitants and its mayor is {mayor}.",
+        "{x} was founded in {founding year} and its mayor is {mayor}. It lies on the river {river} "
+        "and has {inhabitants} inhabitants.",
+    ),
+    "workshop": (
+        "{x} stands in {town} and opened in {opening year}. It employs {workers} workers and its "
+        "owner is {owner}.",
+        "{x} belongs to its owner {owner}. It opened in {opening year}, employs {workers} workers "
+        "and stands in {town}.",
+    ),
+    "good": (
+        "{x} is made by {maker}. It costs {price} coins and weighs {weight} grams.",
+        "{x} weighs {weight} grams and costs {price} coins. Its maker is {maker}.",
+    ),
+}
 # What can be compared or added: (kind, fact): phrasing of the difference and of the sum, or None.
 COMPARE = {
     ("person", "birth year"): ("How many years after {y} was {x} born?", None),
@@ -238,38 +263,9 @@ def draw_facts(kind: str, names: dict[str, list[str]], rng: Random) -> dict[str,
 
 
 def describe(kind: str, name: str, facts: dict[str, str], rng: Random) -> str:
-    """The document of one entity: two ways of telling the same facts."""
-    f = facts
-    if kind == "person":
-        pronoun = "She" if name.split()[0] in SHE else "He"
-        texts = (
-            f"{name} is a {f['trade']} born in {f['birth year']}. {pronoun} lives in {f['home']}, "
-            f"works at {f['workshop']} and has {f['apprentices']} apprentices.",
-            f"{name} works at {f['workshop']} and lives in {f['home']}. {pronoun} was born in "
-            f"{f['birth year']}, is a {f['trade']} and has {f['apprentices']} apprentices.",
-        )
-    elif kind == "town":
-        texts = (
-            f"{name} is a town on the river {f['river']}. It was founded in {f['founding year']}, "
-            f"has {f['inhabitants']} inhabitants and its mayor is {f['mayor']}.",
-            f"{name} was founded in {f['founding year']} and its mayor is {f['mayor']}. It lies on "
-            f"the river {f['river']} and has {f['inhabitants']} inhabitants.",
-        )
-    elif kind == "workshop":
-        texts = (
-            f"{name} stands in {f['town']} and opened in {f['opening year']}. It employs "
-            f"{f['workers']} workers and its owner is {f['owner']}.",
-            f"{name} belongs to its owner {f['owner']}. It opened in {f['opening year']}, employs "
-            f"{f['workers']} workers and stands in {f['town']}.",
-        )
-    else:
-        title = capital(name)
-        texts = (
-            f"{title} is made by {f['maker']}. It costs {f['price']} coins and weighs "
-            f"{f['weight']} grams.",
-            f"{title} weighs {f['weight']} grams and costs {f['price']} coins. Its maker is {f['maker']}.",
-        )
-    return rng.choice(texts)
+    """The document of one entity."""
+    pronoun = "She" if name.split()[0] in SHE else "He"
+    return rng.choice(TELL[kind]).format(x=capital(name), pronoun=pronoun, **facts)
 
 
 def capital(text: str) -> str:

@@ -1,17 +1,16 @@
 """Make the tiny Qwen3 from nothing: tokenizer, model, supervised cold start on demonstrations.
 
-    python -m lab.coldstart [--output_dir data/tiny-qwen3] [--steps 4000]
+    python -m lab.coldstart [--output_dir data/tiny-qwen3]
 
-The demonstrator solves mini-world problems in the transcript grammar with the real tools. It first
-shows the model mostly right transcripts, and then, in the last part, hesitates after tool results
-the way the paper observed real models to: it guesses instead of calculating, misreads, stops early,
-looks again. That is what makes the entropy rise after a tool result, and what ARPO has to unlearn.
+The demonstrator solves mini-world problems in the transcript grammar with the real tools. First it
+is always right; in a second stage it hesitates after tool results, the way the paper observed real
+models to: it guesses instead of calculating, misreads, stops early, looks again. That is what makes
+the entropy rise after a tool result, and what ARPO has to unlearn.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 import time
@@ -21,7 +20,13 @@ from random import Random
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from data.make_world import DOMAINS, Entity, Maker, Problem, Step, capital, make
 from tools import ToolCall, default_tools, result_text, run_calls
@@ -55,11 +60,8 @@ class Hesitation:
     misread_early: float = 0.0  # the same at a result that is not the last
     again: float = 0.0  # makes the same call once more
 
-    def scaled(self, factor: float) -> Hesitation:
-        return Hesitation(*(factor * getattr(self, name) for name in self.__dataclass_fields__))
 
-
-UNSURE = Hesitation(guess=0.58, stop=0.2, misread=0.33, misread_early=0.12, again=0.06)
+UNSURE = Hesitation(guess=0.55, stop=0.12, misread=0.3, misread_early=0.08, again=0.06)
 
 
 class Demonstrator:
@@ -139,6 +141,20 @@ class Demonstrator:
 # Tokenizer and model --------------------------------------------------------------------------
 
 
+def corpus(world: dict[str, Entity], tools: dict, taken: set[tuple], seed: int) -> list[str]:
+    """Text to learn the tokens from: documents, questions and transcripts, without their tags."""
+    maker, demonstrator = (
+        Maker(world, Random(seed), taken),
+        Demonstrator(world, tools, Random(seed)),
+    )
+    texts = [text for e in world.values() for text in (e.text, capital(e.name))]
+    for problem in [maker.draw(domain) for domain in DOMAINS for _ in range(2000)]:
+        texts.append(f"user\n{problem.text}\nassistant\n")
+        for _, text in demonstrator.solve(problem, UNSURE):
+            texts += re.split("</?[a-z]+>", text)
+    return texts
+
+
 def build_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE with Qwen's chat markers; each protocol tag is one token; pad is not eos."""
     backend = Tokenizer(models.BPE())
@@ -202,15 +218,18 @@ def encode(tokenizer, question: str, turns: list[tuple[str, str]]) -> tuple[list
     return [*ids, tokenizer.eos_token_id], [*by_policy, 1]
 
 
-def batches(demonstrator, maker, tokenizer, unsure: Hesitation, batch_size: int, pool: int = 16):
+BATCH, POOL = 32, 16  # demonstrations a step; steps whose demonstrations are sorted together
+
+
+def batches(demonstrator, maker, tokenizer, unsure: Hesitation):
     """Endless batches (ids, by_policy), each of similar lengths so that little is padding."""
     while True:
         rows = []
-        for _ in range(pool * batch_size):
+        for _ in range(POOL * BATCH):
             problem = maker.draw(maker.rng.choice((*DOMAINS, "deep_search")))
             rows.append(encode(tokenizer, problem.text, demonstrator.solve(problem, unsure)))
         rows.sort(key=lambda row: len(row[0]))
-        groups = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+        groups = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
         maker.rng.shuffle(groups)
         for group in groups:
             width = max(len(ids) for ids, _ in group)
@@ -226,15 +245,16 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def train(model, sure, unsure, steps: int, peak: float, switch: float) -> None:
-    """Next-token prediction on the policy's tokens; the hesitation starts at `switch`."""
+def train(model, data, steps: int, peak: float) -> None:
+    """Next-token prediction on the policy's tokens; results and prompts are only read."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.05)
     started, average = time.time(), None
     for step in range(steps):
-        ids, by_policy = next(sure if step < switch * steps else unsure)
-        logits = model(input_ids=ids[:, :-1]).logits  # (B, T-1, V)
-        labels = ids[:, 1:].masked_fill(by_policy[:, 1:] == 0, -100)
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        ids, by_policy = next(data)
+        counted = by_policy[:, 1:] > 0  # (B, T-1)
+        hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
+        logits = model.lm_head(hidden[counted])  # (n, V)
+        loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:][counted])
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak)
         optimizer.zero_grad()
@@ -242,45 +262,43 @@ def train(model, sure, unsure, steps: int, peak: float, switch: float) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
-        if step % 50 == 0 or step == steps - 1:
+        if step % 100 == 0 or step == steps - 1:
             print(f"step {step:5d}  loss {average:.4f}  {time.time() - started:.0f} s", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=DATA / "tiny-qwen3")
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--learning_rate", type=float, default=3e-3)
+    parser.add_argument("--start", type=Path, help="a saved first stage; only the second is run")
+    parser.add_argument("--sure_steps", type=int, default=3000, help="of right demonstrations")
     parser.add_argument(
-        "--switch", type=float, default=0.75, help="share of steps before hesitation"
+        "--unsure_steps", type=int, default=1000, help="of hesitant ones, after them"
     )
     parser.add_argument("--vocab_size", type=int, default=1280)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    torch.manual_seed(args.seed)
     world, _, test = make()
     tools = default_tools(DATA / "documents.jsonl", top_k=1, max_chars=200)
-    demonstrator = Demonstrator(world, tools, Random(args.seed))
-    maker = Maker(world, Random(args.seed + 1), taken={problem.key for problem in test})
-    drawn = [maker.draw(domain) for domain in DOMAINS for _ in range(2000)]
-    texts = [e.text for e in world.values()] + [capital(e.name) for e in world.values()]
-    for problem in drawn:
-        turns = demonstrator.solve(problem, UNSURE)
-        texts += [f"user\n{problem.text}\nassistant\n"]
-        texts += [part for _, text in turns for part in re.split("</?[a-z]+>", text)]
-    tokenizer = build_tokenizer(texts, args.vocab_size)
-    model = build_model(tokenizer)
-    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
-    sure = batches(demonstrator, maker, tokenizer, UNSURE.scaled(0.05), args.batch_size)
-    unsure = batches(demonstrator, maker, tokenizer, UNSURE, args.batch_size)
-    train(model, sure, unsure, args.steps, args.learning_rate, args.switch)
+    taken = {problem.key for problem in test}
+
+    def data(seed: int, unsure: Hesitation):
+        maker = Maker(world, Random(seed), taken)
+        return batches(Demonstrator(world, tools, Random(seed)), maker, tokenizer, unsure)
+
+    if args.start:
+        tokenizer = AutoTokenizer.from_pretrained(args.start)
+        model = AutoModelForCausalLM.from_pretrained(args.start, dtype=torch.float32)
+    else:
+        torch.manual_seed(args.seed)
+        tokenizer = build_tokenizer(corpus(world, tools, taken, args.seed), args.vocab_size)
+        model = build_model(tokenizer)
+        print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
+        train(model, data(args.seed + 1, Hesitation()), args.sure_steps, peak=3e-3)
+    train(model, data(args.seed + 2, UNSURE), args.unsure_steps, peak=1e-3)
     model.generation_config.update(do_sample=True, eos_token_id=tokenizer.eos_token_id)
     model.to(torch.bfloat16).save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    print(json.dumps(settings))
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def test_a_recited_transcript_comes_back_as_it_was_written(loaded):
     assert all(len(policy.encode(tag)) > 2 for tag in ("</adder>", "<answer>", "<result>"))
     recite(policy, prompt + [token for part in parts for token in part])
     (leaves,) = roll_out(policy, config, tools, [question])
-    forks = sum(s.decision.forks for s in shared_by(leaves) if s.decision)
+    forks = sum(s.decision.granted for s in shared_by(leaves) if s.decision)
     assert len(leaves) == config.group_size and forks == 6
     for leaf in leaves:
         path = leaf.path()

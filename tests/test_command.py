@@ -2,15 +2,19 @@
 
 import dataclasses
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import arpo_mini
-from arpo_mini import Config, main, pass_at_k, wilson
+from arpo_mini import Config, Question, main, pass_at_k, questions_of_step, wilson
 
-FAST = ["--steps", "2", "--questions_per_step", "2", "--eval_every", "1", "--record_every", "1"]
+FAST = "--steps 2 --questions_per_step 1 --group_size 4 --eval_every 1 --record_every 1".split()
 KEYS = """step reward accuracy well_formed equal_groups groups rollouts tool_calls forks
 generated_tokens prefill_tokens reread_tokens train_tokens train_tokens_unpacked entropy_initial
 entropy_after_tool entropy loss clip_fraction grad_norm seconds_rollout seconds_update""".split()
@@ -125,13 +129,13 @@ def test_train_writes_what_the_readme_says(tmp_path, few_questions, capsys):
     metrics = lines_of(folder, "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2]
     assert all(list(m) == sorted(m, key=list(m).index) and set(m) == set(KEYS) for m in metrics)
-    assert all(m["rollouts"] == 16 for m in metrics)
+    assert all(m["rollouts"] == 4 for m in metrics)
     evaluations = lines_of(folder, "evaluations.jsonl")
     assert {(e["step"], e["decoding"]) for e in evaluations} == {
         (step, decoding) for step in (0, 1, 2) for decoding in ("sampled", "greedy")
     }
     tree = lines_of(folder, "rollouts.jsonl")[0]
-    assert len(tree["leaves"]) == 8 and tree["nodes"][0]["author"] == "prompt"
+    assert len(tree["leaves"]) == 4 and tree["nodes"][0]["author"] == "prompt"
     for node in tree["nodes"][1:]:
         assert node["parent"] < tree["nodes"].index(node)
         if node["author"] == "policy":
@@ -213,6 +217,17 @@ def test_show_draws_the_tree(capsys):
     assert "What is 2 plus 2?" in capsys.readouterr().out
 
 
+def test_every_question_is_asked_once_before_any_is_asked_again():
+    questions = [Question(str(i), ["x"]) for i in range(7)]
+    config = Config(questions_per_step=3)
+    asked = [q.text for step in range(1, 8) for q in questions_of_step(questions, step, config)]
+    for epoch in (asked[:7], asked[7:14], asked[14:]):
+        assert sorted(epoch) == [str(i) for i in range(7)]
+    assert asked[:7] != asked[7:14]
+    other = dataclasses.replace(config, seed=1)
+    assert [q.text for q in questions_of_step(questions, 1, other)] != asked[:3]
+
+
 def test_pass_at_k_and_wilson():
     from itertools import combinations
 
@@ -223,3 +238,21 @@ def test_pass_at_k_and_wilson():
     low, high = wilson(0.5, 100)
     assert (low, high) == pytest.approx((0.4038, 0.5962), abs=1e-4)
     assert wilson(1.0, 20) == pytest.approx((0.8389, 1.0), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_real_ctrl_c_saves_too(tmp_path, few_questions):
+    folder = tmp_path / "run"
+    command = [sys.executable, "arpo_mini.py", "train", "--output_dir", str(folder), *FAST]
+    command += ["--steps", "1000", "--eval_path", few_questions, "--eval_every", "0"]
+    root = arpo_mini.Path(arpo_mini.__file__).parent
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=root, stdout=pipe, stderr=pipe, text=True)
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "stopped" in out and error == ""
+    assert load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert lines_of(folder, "metrics.jsonl")

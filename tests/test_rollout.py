@@ -54,7 +54,7 @@ def test_exactly_group_size_distinct_leaves(
         assert len(leaves) == len(set(leaves)) == config.group_size
         assert len({leaf.path()[0] for leaf in leaves}) == 1
         first_segments = {leaf.path()[1] for leaf in leaves}
-        forks = sum(s.decision.forks for s in shared_by(leaves) if s.decision)
+        forks = sum(s.decision.granted for s in shared_by(leaves) if s.decision)
         assert len(first_segments) == config.group_size - forks
         if rule == "none" or initial_rollouts == 8:
             assert forks == 0
@@ -63,7 +63,7 @@ def test_exactly_group_size_distinct_leaves(
 def test_the_rollout_forks_and_takes_several_turns(groups):
     """The checks below would prove nothing without forks, turns and early ends."""
     segments = every_segment(groups)
-    assert sum(s.decision.forks for s in segments if s.decision) >= 6
+    assert sum(s.decision.granted for s in segments if s.decision) >= 6
     turns = [sum(s.author == "tool" for s in leaf.path()) for leaves in groups for leaf in leaves]
     assert max(turns) >= 3 and min(turns) <= 1
     assert len({len(leaves[0].path()[0].token_ids) for leaves in groups}) > 1  # left padding
@@ -142,7 +142,7 @@ def test_every_column_is_computed_once(policy, config, tools, questions):
     unread = sum(
         len(leaf.token_ids) for leaves in groups for leaf in leaves if leaf.author == "tool"
     )
-    forks = sum(s.decision.forks for s in segments if s.decision)
+    forks = sum(s.decision.granted for s in segments if s.decision)
     starts = len({s for s in segments if s.author == "policy" and s.parent.author == "prompt"})
     assert rollout.prefill_tokens == read - unread - len(questions) + starts + forks
     rereading = sum(len(a.token_ids) for s in policy_segments(groups) for a in s.path()[:-1])
@@ -182,9 +182,9 @@ def test_a_fork_starts_right_after_the_result(groups):
     """It shares the node with its sibling, and both chose their first token themselves."""
     for leaves in groups:
         for node, below in shared_by(leaves).items():
-            if node.decision and node.decision.forks:
+            if node.decision and node.decision.granted:
                 children = {s for i in below for s in leaves[i].path() if s.parent is node}
-                assert len(children) == 1 + node.decision.forks
+                assert len(children) == 1 + node.decision.granted
                 assert all(child.author == "policy" and child.token_ids for child in children)
 
 
