@@ -61,7 +61,7 @@ def shared_by(leaves: list[Segment]) -> dict[Segment, list[int]]:
 
 # A body cannot hold its own tag, so it matches in one way only and the time stays linear.
 THINK = r"\s*<think>(?:(?!</?think>).)*</think>\s*"
-CALL = re.compile(THINK + r"<(?!think>|answer>|result>)(\w+)>(?:(?!</\1>).)*</\1>\s*", re.DOTALL)
+CALL = re.compile(THINK + r"<(?!think>|answer>|result>)([\w-]+)>(?:(?!</\1>).)*</\1>\s*", re.DOTALL)
 ANSWER = re.compile(THINK + r"<answer>((?:(?!</?answer>).)*)</answer>\s*", re.DOTALL)
 
 

@@ -14,7 +14,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import random
 import sys
 import time
@@ -24,9 +23,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+# It reports a missing optional kernel while it is imported (by peft).
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 import torch
 import transformers
+from jinja2 import TemplateError
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -50,7 +54,7 @@ from advantage import (
     segment_advantages,
     shared_by,
 )
-from entropy import RULES, normalised_entropy, official_scalar
+from entropy import RULES, normalised_entropy, official_scalar, token_entropy
 from terminal import (
     LOG_HEAD,
     Parser,
@@ -67,12 +71,11 @@ from terminal import (
     report_table,
 )
 
-DATA = Path(os.path.relpath(Path(__file__).parent / "data"))
+DATA = Path(__file__).resolve().parent / "data"
 # What the libraries say about themselves is not for the reader of this screen: loading bars,
-# missing optional kernels, a padding warning that takes a hole for right padding.
+# deprecations, a padding warning that takes a hole for right padding.
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 
@@ -146,7 +149,7 @@ class Question:
 def load_questions(path: str) -> list[Question]:
     """Questions of a JSONL file: {"question": .., "answer": text or list, "domain": ..} a line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {reason(error)}") from None
     questions = []
@@ -156,15 +159,17 @@ def load_questions(path: str) -> list[Question]:
         try:
             row = json.loads(line)
             answer = row["answer"]
-            answers = [str(a) for a in (answer if isinstance(answer, list) else [answer])]
-            if not isinstance(row["question"], str) or not answers:
+            answers = answer if isinstance(answer, list) else [answer]
+            if not isinstance(row["question"], str) or not answers or None in answers:
                 raise ValueError("a question is a text and has at least one answer")
         except (ValueError, KeyError, TypeError) as error:
             legal = '{"question": "...", "answer": "..."}'
             raise UserError(
                 f"{path}, line {number}: {reason(error)}; a line reads {legal}"
             ) from None
-        questions.append(Question(row["question"], answers, str(row.get("domain", "all"))))
+        questions.append(
+            Question(row["question"], [str(a) for a in answers], str(row.get("domain", "all")))
+        )
     if not questions:
         raise UserError(f"{path} holds no questions")
     return questions
@@ -174,7 +179,8 @@ def reason(error: Exception) -> str:
     """An exception in a few words."""
     if isinstance(error, KeyError):
         return f"{error} is missing"
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+    lines = str(getattr(error, "strerror", None) or error).splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 # ---- the policy ---------------------------------------------------------------------------
@@ -209,8 +215,8 @@ class Policy:
         return self.lm.device
 
     def prompt(self, question: str) -> list[int]:
-        for marker in self.tokenizer.all_special_tokens:  # a question cannot end its own turn
-            question = question.replace(marker, toolbox.escape(marker))
+        for marker in map(str, self.tokenizer.added_tokens_decoder.values()):
+            question = question.replace(marker, toolbox.escape(marker))  # it cannot end its turn
         messages = [
             {"role": "system", "content": self.system_prompt},
             {"role": "user", "content": question},
@@ -244,12 +250,9 @@ def load_policy(config: Config, tools: dict[str, toolbox.Tool], trainable: bool)
         )
         if config.adapter:
             model = PeftModel.from_pretrained(lm, config.adapter, is_trainable=trainable)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         names = f"--model_name {config.model_name} --adapter {config.adapter}"
         raise UserError(f"cannot load {names}: {reason(error)}") from None
-    if not tokenizer.chat_template:
-        wanted = "an instruct model, or a folder with a chat_template.jinja, has one"
-        raise UserError(f"--model_name {config.model_name} has no chat template; {wanted}")
     if not config.adapter:
         lora = LoraConfig(
             r=config.lora_rank,
@@ -258,6 +261,7 @@ def load_policy(config: Config, tools: dict[str, toolbox.Tool], trainable: bool)
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(lm, lora)
+        lora.target_modules = sorted(lora.target_modules)  # a set: its order would change each run
     model.eval()  # no dropout anywhere: what is sampled is what is scored
     for layer in lm.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
@@ -269,6 +273,7 @@ def load_policy(config: Config, tools: dict[str, toolbox.Tool], trainable: bool)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     # A model's own generation settings (Qwen3: top_k 20) would sample from another policy.
     lm.generation_config = GenerationConfig(eos_token_id=sorted(eos_ids), pad_token_id=pad_id)
+    refuse_unsupported(config.model_name, lm, tokenizer)
     described = "\n".join(f"<{t.name}>{t.description}</{t.name}>" for t in tools.values())
     return Policy(
         model=model,
@@ -278,6 +283,23 @@ def load_policy(config: Config, tools: dict[str, toolbox.Tool], trainable: bool)
         pad_id=pad_id,
         closers={i for token, i in tokenizer.get_vocab().items() if ">" in token},
     )
+
+
+def refuse_unsupported(name: str, lm, tokenizer) -> None:
+    """Models that would train silently wrong, or cannot be asked: UserError."""
+    if not tokenizer.chat_template:
+        wanted = "an instruct model, or a folder with a chat_template.jinja, has one"
+        raise UserError(f"--model_name {name} has no chat template; {wanted}")
+    try:
+        roles = [{"role": role, "content": role} for role in ("system", "user")]
+        tokenizer.apply_chat_template(roles, tokenize=False)
+    except TemplateError as error:
+        raise UserError(f"--model_name {name}: its chat template says: {reason(error)}") from None
+    scaled = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+    odd = [key for key in scaled if getattr(lm.config, key, None) not in (None, 1)]
+    odd += sorted({*(getattr(lm.config, "layer_types", None) or [])} - {"full_attention"})
+    if odd:  # log-probs come from the bare head, and any column of the cache may be a hole
+        raise UserError(f"--model_name {name} has {', '.join(odd)}, which is not supported here")
 
 
 # ---- the rollout --------------------------------------------------------------------------
@@ -359,16 +381,19 @@ class Rollout:
         """Exactly `group_size` distinct leaves for each question."""
         M, N = self.config.group_size, self.config.initial_rollouts
         start = self.read([Segment("prompt", self.policy.prompt(q.text)) for q in questions])
-        everyone = range(len(questions))
-        leaves = self.grow(self.begin(start, [N for _ in everyone]), [M - N for _ in everyone])
+        n = len(questions)
+        leaves = self.grow(self.begin(start, [N] * n), [M - N] * n)
         # Where too few forks were worth it, fresh paths from the question take their places.
         done = Counter(owner for owner, _ in leaves)
-        missing = [M - done[q] for q in everyone]
-        leaves += self.grow(self.begin(start, missing), [0 for _ in everyone])
-        return [[leaf for owner, leaf in leaves if owner == q] for q in everyone]
+        missing = [M - done[q] for q in range(n)]
+        leaves += self.grow(self.begin(start, missing), [0] * n)
+        return [[leaf for owner, leaf in leaves if owner == q] for q in range(n)]
 
     def read(self, roots: list[Segment]) -> Paths:
         """One row a question: every prompt but its last token, which each path begins with."""
+        longest, room = max(len(r.token_ids) for r in roots), self.config.max_total_tokens
+        if longest >= room:
+            raise UserError(f"--max_total_tokens {room}: a prompt has {longest} tokens already")
         prompts = [root.token_ids[:-1] for root in roots]
         input_ids, mask = self.left_pad(prompts)
         cache = DynamicCache()
@@ -509,7 +534,7 @@ class Rollout:
     def room(self, draft: Segment) -> int:
         """Tokens that this segment may have."""
         before = sum(len(segment.token_ids) for segment in draft.parent.path())
-        return max(1, min(self.config.max_segment_tokens, self.config.max_total_tokens - before))
+        return min(self.config.max_segment_tokens, self.config.max_total_tokens - before)
 
     def sampling(self, steps: int, measure: bool) -> GenerationConfig:
         """Whole distribution, at one temperature: sample from the policy that is scored."""
@@ -586,6 +611,8 @@ class Row:
     weight: list[int] = field(default_factory=list)  # trajectories it counts for; 0: not sampled
     A_plus: list[float] = field(default_factory=list)  # sum of their positive advantages
     A_minus: list[float] = field(default_factory=list)  # sum of their negative advantages
+    n_plus: list[int] = field(default_factory=list)  # how many of them are positive
+    n_minus: list[int] = field(default_factory=list)  # how many are negative
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -604,7 +631,7 @@ def make_row(leaves: list[Segment], advantages: dict[Segment, dict[Segment, floa
     row, last = Row(), {}  # last: segment -> index of its last token
     for segment, below in shared_by(leaves).items():
         credit = [advantages[segment][leaves[i]] for i in below] if segment in advantages else []
-        plus, minus = sum(a for a in credit if a > 0), sum(a for a in credit if a < 0)
+        plus, minus = [a for a in credit if a > 0], [a for a in credit if a < 0]
         parent = last.get(segment.parent, -1)
         depth = row.position[parent] + 1 if parent >= 0 else 0
         for i, token in enumerate(segment.token_ids):
@@ -612,8 +639,10 @@ def make_row(leaves: list[Segment], advantages: dict[Segment, dict[Segment, floa
             row.position.append(depth + i)
             row.parent.append(parent if i == 0 else len(row) - 2)
             row.weight.append(len(credit))
-            row.A_plus.append(plus)
-            row.A_minus.append(minus)
+            row.A_plus.append(sum(plus, 0.0))
+            row.A_minus.append(sum(minus, 0.0))
+            row.n_plus.append(len(plus))
+            row.n_minus.append(len(minus))
         last[segment] = len(row) - 1
     return row
 
@@ -629,6 +658,8 @@ class Batch:
     weight: Tensor  # (B, T) trajectories that token t counts for; 0: prompt, tool or padding
     A_plus: Tensor  # (B, T)
     A_minus: Tensor  # (B, T)
+    n_plus: Tensor  # (B, T)
+    n_minus: Tensor  # (B, T)
 
 
 def make_batch(rows: list[Row], pad_id: int, device, dtype=torch.float32) -> Batch:
@@ -655,6 +686,8 @@ def make_batch(rows: list[Row], pad_id: int, device, dtype=torch.float32) -> Bat
         weight=padded("weight", 0),
         A_plus=padded("A_plus", 0.0),
         A_minus=padded("A_minus", 0.0),
+        n_plus=padded("n_plus", 0),
+        n_minus=padded("n_minus", 0),
     )
 
 
@@ -689,9 +722,9 @@ def token_logprobs(policy: Policy, batch: Batch, temperature: float) -> tuple[Te
     target = batch.input_ids[b, t]  # (n,)
 
     def score(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        logp = (policy.lm.get_output_embeddings()(hidden).float() / temperature).log_softmax(-1)
-        H = -(logp.detach().exp() * logp.detach()).sum(-1)
-        return logp.gather(1, target[:, None])[:, 0], H
+        logits = policy.lm.get_output_embeddings()(hidden).float() / temperature  # (n, V)
+        logp = logits.log_softmax(dim=-1).gather(1, target[:, None])[:, 0]
+        return logp, token_entropy(logits.detach())
 
     chunks = zip(hidden.split(HEAD_CHUNK), target.split(HEAD_CHUNK), strict=True)
     scored = [checkpoint(score, h, y, use_reentrant=False) for h, y in chunks]
@@ -705,19 +738,19 @@ def policy_loss(
 ) -> tuple[Tensor, Tensor]:
     """Clipped surrogate, a mean over the `total` policy tokens of the whole batch (official code).
 
-    Also returns how many of those tokens were clipped: no gradient comes from them.
+    Also returns for how many of those tokens the clip took the gradient away.
     """
     ratio = torch.exp(logp - old_logp)  # (B, T)
     objective = clipped_objective(
         ratio, batch.A_plus, batch.A_minus, config.clip_low, config.clip_high, config.dual_clip
     )
-    loss = -(objective * (batch.weight > 0)).sum() / total
+    loss = -objective.sum() / total  # A is 0 where nothing counts
     if ref_logp is not None:
         kl = kl_k3(logp, ref_logp)  # (B, T)
         loss = loss + config.kl_coefficient * (batch.weight * kl).sum() / total
-    high = (ratio > 1 + config.clip_high) & (batch.A_plus > 0)
-    low = (ratio < 1 - config.clip_low) & (batch.A_minus < 0)
-    return loss, (batch.weight * (high | low)).sum()
+    clipped = batch.n_plus * (ratio > 1 + config.clip_high)
+    clipped = clipped + batch.n_minus * (ratio < 1 - config.clip_low)
+    return loss, clipped.sum()
 
 
 def reference_logprobs(policy: Policy, batches: list[Batch], config: Config) -> list:
@@ -809,28 +842,27 @@ def evaluate(
 ) -> list[dict]:
     """`samples` independent trajectories for each question: one record a question.
 
-    Draws from a random state of its own, so that evaluating does not change a training run.
+    It seeds itself: the same policy, questions and settings give the same records.
     """
+    torch.manual_seed(config.seed)
     alone = dataclasses.replace(
         config, group_size=samples, initial_rollouts=samples, branch_rule="none"
     )
     records, at_once = [], max(1, EVAL_ROWS // samples)
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        for i in range(0, len(questions), at_once):
-            some = questions[i : i + at_once]
-            groups = Rollout(policy, alone, tools, random.Random(config.seed)).run(some)
-            for question, leaves in zip(some, groups, strict=True):
-                rewards = [score(policy, leaf, question, config, tools) for leaf in leaves]
-                records.append(
-                    {
-                        "domain": question.domain,
-                        "accuracy": [r.accuracy for r in rewards],
-                        "well_formed": [r.well_formed for r in rewards],
-                        **tree_counts(leaves),
-                    }
-                )
-            on_progress(len(some))
+    for i in range(0, len(questions), at_once):
+        some = questions[i : i + at_once]
+        groups = Rollout(policy, alone, tools, random.Random(config.seed)).run(some)
+        for question, leaves in zip(some, groups, strict=True):
+            rewards = [score(policy, leaf, question, config, tools) for leaf in leaves]
+            records.append(
+                {
+                    "domain": question.domain,
+                    "accuracy": [r.accuracy for r in rewards],
+                    "well_formed": [r.well_formed for r in rewards],
+                    **tree_counts(leaves),
+                }
+            )
+        on_progress(len(some))
     return records
 
 
@@ -984,11 +1016,11 @@ def train(config: Config, tools: dict[str, toolbox.Tool] | None = None) -> int:
             after = run.evaluate(policy, test, tools, bar, step=config.steps)
         except KeyboardInterrupt:
             run.save(policy)
-            console.print(f"stopped; the adapter so far is in {run.folder / 'adapter'}")
+            console.print(f"stopped; the adapter is in {run.folder / 'adapter'}", markup=False)
             return 130
     run.save(policy)
     console.print(comparison(before, after))
-    console.print(run.in_words())
+    console.print(run.in_words(), markup=False, soft_wrap=True)
     return 0
 
 
@@ -1016,7 +1048,7 @@ class RunFolder:
         (self.folder / "config.json").write_text(text + "\n", encoding="utf-8")
         self.totals: Counter = Counter()
         self.started = time.perf_counter()
-        console.print(f"writing to {self.folder}")
+        console.print(f"writing to {self.folder}", markup=False, soft_wrap=True)
 
     def append(self, name: str, row: dict) -> None:
         with (self.folder / name).open("a", encoding="utf-8") as file:
@@ -1065,6 +1097,7 @@ class RunFolder:
 
 def free_folder(folder: Path) -> Path:
     """The folder itself, or its name with the first free number: no run overwrites another."""
+    folder = folder.resolve()
     number, free = 1, folder
     while free.exists():
         number += 1
@@ -1111,7 +1144,7 @@ def token_entropies(policy: Policy, leaves: list[Segment], config: Config) -> di
     counted = {s: dict.fromkeys(leaves, 0.0) for s in shared_by(leaves) if s.author == "policy"}
     row = make_row(leaves, counted)
     batch = make_batch([row], policy.pad_id, policy.device, policy.lm.dtype)
-    H = token_logprobs(policy, batch, max(config.temperature, 1e-3))[1][0]  # (T,)
+    H = token_logprobs(policy, batch, config.temperature or 1.0)[1][0]  # (T,)
     H = (H / math.log(policy.lm.config.vocab_size)).tolist()
     found, at = {}, 0
     for segment in shared_by(leaves):
@@ -1140,6 +1173,8 @@ def eval_command(config: Config, samples: int, pass_k: int | None, json_path: st
         raise UserError(f"--samples {samples} --pass_k {k}: it must be 1 <= pass_k <= samples")
     questions, tools = load_questions(config.eval_path), make_tools(config)
     policy = load_policy(config, tools, trainable=False)
+    if json_path:
+        write_json(Path(json_path), {})  # better refused now than after the work
     figures = {}
     with progress_bar() as bar:
         for name, temperature, n in (("sampled", config.temperature, samples), ("greedy", 0.0, 1)):

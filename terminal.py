@@ -13,6 +13,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -148,7 +149,7 @@ def comparison(before: dict, after: dict) -> Table:
         table.add_row(f"accuracy, {decoding}", with_interval(b), with_interval(a))
         for domain in b["domains"]:
             shares = (f"{x['domains'][domain]['accuracy']:.1%}" for x in (b, a))
-            table.add_row(f"  {domain}", *shares)
+            table.add_row(f"  {escape(domain)}", *shares)
     b, a = before["sampled"], after["sampled"]
     table.add_row("well-formed", f"{b['well_formed']:.1%}", f"{a['well_formed']:.1%}")
     table.add_row("tool calls a question", f"{b['tool_calls']:.2f}", f"{a['tool_calls']:.2f}")
@@ -164,7 +165,7 @@ def report_table(decoding: str, figures: dict) -> Table:
     for domain, values in [*figures["domains"].items(), ("all", figures)]:
         H = (values["entropy_initial"], values["entropy_after_tool"])
         table.add_row(
-            domain,
+            escape(domain),
             str(values["questions"]),
             with_interval(values),
             *(f"{values[name]:.1%}" for name in (*at_k, "well_formed")),
@@ -184,7 +185,7 @@ def draw_tree(record: dict) -> Tree:
         text = tool_text(node) if node["author"] == "tool" else policy_text(node, hottest)
         drawn[i] = drawn[node["parent"]].add(text)
         if i in leaves:
-            drawn[i].add(leaf_text(*leaves[i]))
+            drawn[i].add(leaf_text(*leaves[i], known=bool(record["answers"])))
     return drawn[0]
 
 
@@ -207,9 +208,10 @@ def tool_text(node: dict) -> Text:
     return text
 
 
-def leaf_text(number: int, leaf: dict) -> Text:
+def leaf_text(number: int, leaf: dict, known: bool) -> Text:
     right = leaf["accuracy"] == 1
-    words = "right" if right else "wrong" if leaf["well_formed"] else "not well-formed"
-    style = "bold green" if right else "bold red"
+    words = "right" if right else "wrong" if known else "its right answer is not known"
+    words = words if leaf["well_formed"] else "not well-formed"
+    style = "bold green" if right else "bold red" if known else "bold"
     figures = f"reward {leaf['total']:.2f}, advantage {leaf['advantage']:+.2f}"
     return Text(f"leaf {number}: {words}, {figures}", style=style)

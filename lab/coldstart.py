@@ -57,11 +57,10 @@ class Hesitation:
     guess: float = 0.0  # writes a number where the next step is the calculator
     stop: float = 0.0  # takes what it just found for the answer
     misread: float = 0.0  # reads another value of the last result
-    misread_early: float = 0.0  # the same at a result that is not the last
     again: float = 0.0  # makes the same call once more
 
 
-UNSURE = Hesitation(guess=0.55, stop=0.12, misread=0.3, misread_early=0.08, again=0.06)
+UNSURE = Hesitation(guess=0.5, stop=0.05, misread=0.3, again=0.06)
 
 
 class Demonstrator:
@@ -82,60 +81,40 @@ class Demonstrator:
 
     def solve(self, problem: Problem, unsure: Hesitation) -> list[tuple[str, str]]:
         turns: list[tuple[str, str]] = []
-        read: dict[str, str] = {}  # a value as it stands in the result -> as it was read
         thought = ""
-        for i, step in enumerate(problem.steps):
-            argument, found = self.carry_on(step, read)
+        for step, after in zip(problem.steps, [*problem.steps[1:], None], strict=True):
             plan = "I compute." if step.tool == "calculator" else f"I need {step.need}."
-            turns += self.act(f"{thought}{plan}", step.tool, argument)
+            turns += self.act(f"{thought}{plan}", step)
             while self.rng.random() < unsure.again:
-                turns += self.act("I look again.", step.tool, argument)
-            after = problem.steps[i + 1] if i + 1 < len(problem.steps) else None
-            risk = unsure.misread_early if after else unsure.misread
-            misread = self.rng.random() < risk and self.misread(step, found)
-            if misread:
-                read[step.found] = found = misread
+                turns += self.act("I look again.", step)
+            found = step.found
+            if after is None and self.rng.random() < unsure.misread:
+                found = self.misread(step)
             thought = f"Found {found}. "
-            if after is None or self.rng.random() < unsure.stop or self.lost(misread, after):
-                return [*turns, self.answer(thought + "That is the answer.", found)]
+            if after is None or self.rng.random() < unsure.stop:
+                break
             if after.tool == "calculator" and self.rng.random() < unsure.guess:
-                guess = self.guess(problem.answer)
+                guess = self.guess(int(problem.answer))
                 return [*turns, self.answer(f"{thought}I guess {guess}.", guess)]
-        raise AssertionError("a problem without steps")
+        return [*turns, self.answer(thought + "That is the answer.", found)]
 
-    def act(self, thought: str, tool: str, argument: str) -> list[tuple[str, str]]:
-        policy = f"<think>{thought}</think><{tool}>{argument}</{tool}>"
-        return [("policy", policy), ("tool", self.call(tool, argument))]
+    def act(self, thought: str, step: Step) -> list[tuple[str, str]]:
+        policy = f"<think>{thought}</think><{step.tool}>{step.argument}</{step.tool}>"
+        return [("policy", policy), ("tool", self.call(step.tool, step.argument))]
 
     def answer(self, thought: str, value: str) -> tuple[str, str]:
         return "policy", f"<think>{thought}</think><answer>\\boxed{{{value}}}</answer>"
 
-    def carry_on(self, step: Step, read: dict[str, str]) -> tuple[str, str]:
-        """The step's argument and finding, with the numbers misread so far in them."""
-        if step.tool == "search" or not read:
-            return step.argument, step.found
-        argument = step.argument
-        for right, wrong in read.items():
-            argument = argument.replace(right, wrong, 1)
-        (result,) = run_calls([ToolCall("calculator", argument)], self.tools, time_limit=5.0)
-        return argument, result.text
-
-    def misread(self, step: Step, found: str) -> str | None:
+    def misread(self, step: Step) -> str:
         """Another value of the result: another fact of the document, or a number gone wrong."""
         if step.tool == "calculator":
-            wrong = abs(int(float(found)) + self.rng.choice((-10, -1, 1, 10, 100)))
-            return str(wrong)
-        facts = self.by_title[step.argument].facts
-        others = [v for v in facts.values() if v != found and v.isdigit() == found.isdigit()]
-        return self.rng.choice(others or [v for v in facts.values() if v != found])
+            return str(abs(int(step.found) + self.rng.choice((-10, -1, 1, 10, 100))))
+        facts = self.by_title[step.argument].facts.values()
+        alike = [v for v in facts if v != step.found and v.isdigit() == step.found.isdigit()]
+        return self.rng.choice(alike or [v for v in facts if v != step.found])
 
-    def lost(self, misread: str | None, after: Step) -> bool:
-        """A misread link leads nowhere; a misread number can still be calculated with."""
-        return bool(misread) and not (misread.isdigit() and after.argument != misread)
-
-    def guess(self, right: str) -> str:
-        value = int(float(right))
-        return str(self.rng.randint(value // 2, value + value // 2 + 2))
+    def guess(self, right: int) -> str:
+        return str(self.rng.randint(right // 2, right + right // 2 + 2))
 
 
 # Tokenizer and model --------------------------------------------------------------------------

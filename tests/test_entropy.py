@@ -125,7 +125,7 @@ def test_dividing_by_V_leaves_nothing_of_the_gain():
 def test_paper_by_hand():
     yes = decide("paper", 0.7, 0.3, entropy_threshold=0.55)
     assert asdict(yes) == pytest.approx(
-        {"H": 0.7, "H_initial": 0.3, "gain": 0.4, "probability": 0.58, "forks": 2}
+        {"H": 0.7, "H_initial": 0.3, "gain": 0.4, "probability": 0.58, "forks": 2, "granted": 0}
     )
     assert decide("paper", 0.5, 0.3, entropy_threshold=0.55).forks == 0  # P = 0.54
     assert decide("paper", 0.9, 0.1, entropy_weight=5).probability == 1.0

@@ -1,11 +1,12 @@
 """The update: every token counted once and for the right trajectories, however it is batched."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 
-from advantage import Reward, Segment, shared_by
+from advantage import Reward, Segment, group_advantages, shared_by
 from arpo_mini import (
     credit,
     make_batch,
@@ -64,6 +65,40 @@ def test_packed_tree_equals_one_row_a_trajectory(
     assert sum(map(len, packed)) < 0.8 * sum(map(len, plain))
     assert sum(sum(r.weight) for r in packed) == sum(sum(r.weight) for r in plain)
     assert_close(gradient(policy, packed, config), gradient(policy, plain, config))
+
+
+def test_loss_is_the_textbook_one(policy, config, groups):
+    """Against a loop over trajectories and tokens: PPO's clip, dual clip, KL, token mean, count."""
+    config = dataclasses.replace(config, shared_weight=0.3, dual_clip=1.5, kl_coefficient=0.2)
+    leaves, rewards = groups[0], some_rewards(groups[0])
+    (row,) = credit(leaves, rewards, dataclasses.replace(config, packed=True))
+    batch = make_batch([row], policy.pad_id, "cpu")
+    generator = torch.Generator().manual_seed(5)
+    logp, old, ref = (torch.randn(1, len(row), generator=generator) * 0.4 for _ in range(3))
+    loss, clipped = policy_loss(logp, old, batch, config, sum(row.weight), ref)
+    A = group_advantages([r.total for r in rewards])
+    start, at = {}, 0
+    for segment in shared_by(leaves):
+        start[segment], at = at, at + len(segment.token_ids)
+    total, tokens, cut = 0.0, 0, 0
+    for i, leaf in enumerate(leaves):
+        for segment in leaf.path():
+            if segment.author != "policy":
+                continue
+            below = shared_by(leaves)[segment]
+            a = (0.7 * A[i] + 0.3 * A[below].mean()).item()
+            for t in range(start[segment], start[segment] + len(segment.token_ids)):
+                ratio = math.exp(logp[0, t] - old[0, t])
+                objective = min(ratio * a, min(max(ratio, 0.8), 1.2) * a)
+                if a < 0:
+                    objective = max(objective, 1.5 * a)
+                d = (ref[0, t] - logp[0, t]).item()
+                total += -objective + 0.2 * min(math.exp(d) - d - 1, 10)
+                cut += (ratio > 1.2 and a > 0) or (ratio < 0.8 and a < 0)
+                tokens += 1
+    assert tokens == sum(row.weight)
+    assert loss.item() == pytest.approx(total / tokens, rel=1e-4)
+    assert clipped.item() == cut > 0
 
 
 def test_padding_and_micro_batches_do_not_change_the_gradient(policy, config, groups):
