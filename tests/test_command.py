@@ -54,7 +54,7 @@ def lines_of(folder, name):
         (["train", "--shared_weight", "1.5"], ["--shared_weight 1.5", "at most 1"]),
         (["train", "--dual_clip", "1"], ["--dual_clip 1.0", "above 1"]),
         (["train", "--learning_rate", "inf"], ["--learning_rate inf", "finite"]),
-        (["train", "--max_total_tokens", "5"], ["--max_total_tokens 5", "tokens already"]),
+        (["show", "--max_total_tokens", "5"], ["--max_total_tokens 5", "tokens already"]),
         (["eval", "--json", "no/such/figures.json"], ["no/such/figures.json", "No such file"]),
         (["train", "--load_in_4bit", "maybe"], ["maybe", "true or false"]),
         (["train", "--dataset_path", "no/such.jsonl"], ["no/such.jsonl", "No such file"]),
