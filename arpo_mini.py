@@ -114,7 +114,7 @@ class Config:
     steps: int = option(100, "training steps: a rollout and its update each", low=1)
     questions_per_step: int = option(8, "questions rolled out side by side", low=1)
     updates_per_rollout: int = option(1, "optimizer steps on a rollout; >1: off-policy", low=1)
-    learning_rate: float = option(1e-3, "of AdamW; falls linearly to 0 at the last step", above=0)
+    learning_rate: float = option(1e-3, "of AdamW, constant", above=0)
     shared_weight: float = option(
         0.0, "of shared tokens' advantages: 0 soft, 1 hard, 0.3 the seed's mix", low=0, high=1
     )
@@ -950,8 +950,6 @@ def train_step(
     """
     started = time.perf_counter()
     torch.manual_seed(config.seed * 1_000_003 + step)
-    for group in optimizer.param_groups:
-        group["lr"] = config.learning_rate * (1 - (step - 1) / config.steps)
     rollout = Rollout(policy, config, tools, random.Random(f"rollout {config.seed} {step}"))
     groups = rollout.run(questions)  # M leaves for each question
     rewards = [

@@ -56,11 +56,11 @@ class Hesitation:
 
     guess: float = 0.0  # writes a number where the next step is the calculator
     stop: float = 0.0  # takes what it just found for the answer
-    misread: float = 0.0  # takes another fact of the last document for the right one
+    misread: float = 0.0  # reads another value of the last result
     again: float = 0.0  # makes the same call once more
 
 
-UNSURE = Hesitation(guess=0.56, stop=0.08, misread=0.42, again=0.06)
+UNSURE = Hesitation(guess=0.5, stop=0.05, misread=0.3, again=0.06)
 
 
 class Demonstrator:
@@ -88,8 +88,7 @@ class Demonstrator:
             while self.rng.random() < unsure.again:
                 turns += self.act("I look again.", step)
             found = step.found
-            last_search = after is None and step.tool == "search"
-            if last_search and self.rng.random() < unsure.misread:
+            if after is None and self.rng.random() < unsure.misread:
                 found = self.misread(step)
             thought = f"Found {found}. "
             if after is None or self.rng.random() < unsure.stop:
@@ -107,7 +106,9 @@ class Demonstrator:
         return "policy", f"<think>{thought}</think><answer>\\boxed{{{value}}}</answer>"
 
     def misread(self, step: Step) -> str:
-        """Another fact of the document, of the same kind if it holds one."""
+        """Another value of the result: another fact of the document, or a number gone wrong."""
+        if step.tool == "calculator":
+            return str(abs(int(step.found) + self.rng.choice((-10, -1, 1, 10, 100))))
         facts = self.by_title[step.argument].facts.values()
         alike = [v for v in facts if v != step.found and v.isdigit() == step.found.isdigit()]
         return self.rng.choice(alike or [v for v in facts if v != step.found])

@@ -280,7 +280,7 @@ def test_a_decision_compares_the_right_entropies(policy, config, tools, question
                 assert decision.H_initial == path[1].entropy  # of this trajectory, forks inherit it
                 assert decision.gain == pytest.approx(decision.H - decision.H_initial)
                 if rule == "official":
-                    assert decision.H == path[-2].entropy
+                    assert path[-2].entropy == decision.H
                 else:
                     assert decision.H in [child.entropy for child in below]
                 assert len(below) - 1 == decision.granted
