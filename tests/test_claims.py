@@ -26,23 +26,34 @@ def test_the_cold_start_leaves_something_to_learn_everywhere(tmp_path):
         assert values["pass@16"] >= 0.80, domain
 
 
-@pytest.mark.slow
-def test_the_default_run_learns_within_its_memory(tmp_path):
-    """The goal for sampling was 0.85; 0.77 is what the run reaches (README), so that is guarded."""
-    command = [sys.executable, "arpo_mini.py", "train", "--output_dir", str(tmp_path / "run")]
+@pytest.fixture(scope="module")
+def default_run(tmp_path_factory):
+    """Accuracy by (step, decoding) of one default run, its last step, and its peak memory."""
+    folder = tmp_path_factory.mktemp("default") / "run"
+    command = [sys.executable, "arpo_mini.py", "train", "--output_dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # no noise of the libraries
-    print(done.stdout[-2000:])
-    lines = (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
     accuracy = {(row["step"], row["decoding"]): row["accuracy"] for row in rows}
-    last = max(row["step"] for row in rows)
-    assert accuracy[0, "sampled"] <= 0.45
-    assert accuracy[last, "sampled"] >= 0.72
-    assert accuracy[last, "greedy"] >= 0.88
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024  # kB on Linux
+    return accuracy, max(row["step"] for row in rows), peak
+
+
+@pytest.mark.slow
+def test_the_default_run_learns_within_its_memory(default_run):
+    accuracy, last, peak = default_run
+    assert accuracy[0, "sampled"] <= 0.45
+    assert accuracy[last, "sampled"] >= accuracy[0, "sampled"] + 0.3
+    assert accuracy[last, "greedy"] >= 0.90
     assert peak <= 3e9
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="the goal; 0.77 is measured: numbers are miscopied")
+def test_the_default_run_reaches_the_goal_for_sampling(default_run):
+    accuracy, last, _ = default_run
+    assert accuracy[last, "sampled"] >= 0.85
 
 
 @pytest.mark.slow
