@@ -138,7 +138,7 @@ NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d+|/\d+)?")
 
 def as_number(text: str) -> Fraction | None:
     r"""The exact value of "-5", "1,200", "$0.50", "3/4", "\frac{3}{4}"; None for anything else."""
-    text = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text.replace("\u2212", "-"))
+    text = re.sub(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", r"\1/\2", text.replace("\u2212", "-"))
     text = text.strip(" \t\n\\$%")
     try:
         return Fraction(text.replace(",", "")) if NUMBER.fullmatch(text) else None
@@ -170,8 +170,10 @@ def f1_score(prediction: str, answers: str | list[str]) -> float:
 def official_reward(transcript: str, answers: str | list[str], eos: str | None = None) -> Reward:
     """The released `compute_score`: one text without authors, the tools <search> and <python>."""
     # quirk: the format is checked before the eos is cut off, and any text may follow the answer
-    answer = re.search(r"<answer>(.*?)</answer>", transcript.removesuffix(eos or ""), re.DOTALL)
-    prediction = official_boxed(answer[1]) if answer and official_format(transcript) else None
+    # Checked first, it also leaves one pair of tags to look for: the search is linear.
+    formed, text = official_format(transcript), transcript.removesuffix(eos or "")
+    answer = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL) if formed else None
+    prediction = official_boxed(answer[1]) if answer else None
     well_formed = prediction is not None
     accuracy = f1_score(prediction, answers) if well_formed else 0.0
     # quirk: a closing tag anywhere, even in a thought, is a tool used

@@ -8,12 +8,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -21,9 +21,22 @@ from rich.tree import Tree
 
 console = Console(highlight=False)
 
+# What a terminal obeys or cannot show: control characters, bidirectional ones, lone surrogates.
+UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
 
 class UserError(Exception):
     """Something the user typed or named cannot be used: one line, exit code 2, no traceback."""
+
+
+def reason(error: Exception) -> str:
+    """An exception in a few words."""
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    lines = str(getattr(error, "strerror", None) or error).splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 # ---- flags in -----------------------------------------------------------------------------
@@ -34,10 +47,16 @@ def option(default: Any, help: str, **legal) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, **legal})
 
 
+TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool}
+
+
 def check(config) -> None:
     """Raises UserError, naming the value and the legal ones, for a field out of its range."""
     for item in dataclasses.fields(config):
         value, legal = getattr(config, item.name), item.metadata
+        name, _, none = item.type.partition(" | ")
+        if not isinstance(value, TYPES[name]) and not (none and value is None):
+            raise UserError(f"--{item.name} {value!r}: it must be of type {item.type}")
         if "choices" in legal and value not in legal["choices"]:
             raise UserError(f"--{item.name} {value}: choose one of {', '.join(legal['choices'])}")
         if isinstance(value, float) and not math.isfinite(value):
@@ -80,10 +99,11 @@ class Parser(argparse.ArgumentParser):
         words = f"{item.metadata['help']} (default: {item.default})".replace("%", "%%")
         self.add_argument(
             f"--{item.name}", *more_names, dest=item.name, type=kind(item.type),
-            default=item.default, metavar=item.type.split()[0], help=words,
+            default=argparse.SUPPRESS, metavar=item.type.split()[0], help=words,
         )  # fmt: skip
 
     def parse(self, args: list[str]) -> dict[str, Any]:
+        """What was typed; a field that was not is not in it."""
         values, unknown = self.parse_known_args(args)
         if unknown:
             flags = " ".join(sorted(self._option_string_actions))
@@ -92,6 +112,16 @@ class Parser(argparse.ArgumentParser):
 
 
 # ---- figures out --------------------------------------------------------------------------
+
+
+def plain(text: str) -> str:
+    r"""Text from outside as it may be printed: an escape character is shown, as \x1b."""
+    return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def one_line(text: str) -> str:
+    """`plain` text without line ends: an error is one line, whatever it quotes."""
+    return plain(text).replace("\n", "\\n")
 
 
 def progress_bar() -> Progress:
@@ -113,27 +143,20 @@ def advance(bar: Progress, name: str, items: list) -> Callable[[int], None]:
     return move
 
 
-LOG_HEAD = "[dim]step  reward  right  calls  forks  H start  H tool  clipped  seconds[/]"
+# trained: tokens of the update, and with one row a trajectory
+LOG_HEAD = "[dim]step  reward  right  calls  forks  H start  H tool  clipped    trained  seconds[/]"
 
 
-def log_line(step: int, m: dict) -> str:
+def log_line(step: int, m: dict, words: Iterable[str] = ()) -> str:
+    """The figures of a step, and below them what needs to be said."""
     H_tool = "     -" if m["entropy_after_tool"] is None else f"{m['entropy_after_tool']:6.4f}"
+    trained = "/".join(f"{m[k] / 1000:.1f}k" for k in ("train_tokens", "train_tokens_unpacked"))
     line = (
         f"{step:4d}  {m['reward']:6.3f}  {m['accuracy']:5.0%}  {m['tool_calls']:5d}  "
         f"{m['forks']:5d}  {m['entropy_initial']:7.4f}  {H_tool}  {m['clip_fraction']:7.1%}  "
-        f"{m['seconds_rollout'] + m['seconds_update']:7.2f}"
+        f"{trained:>9}  {m['seconds_rollout'] + m['seconds_update']:7.2f}"
     )
-    return line + "".join(f"\n      [yellow]{words}[/]" for words in remarks(m))
-
-
-def remarks(m: dict) -> Iterator[str]:
-    """What needs words, each with what it means."""
-    equal, groups = m["equal_groups"], m["groups"]
-    if equal > groups / 2:
-        which = f"all {groups}" if equal == groups else f"{equal} of {groups}"
-        yield f"{which} groups had identical rewards: no gradient from them"
-    if m["well_formed"] < 0.5:
-        yield f"only {m['well_formed']:.0%} of the trajectories are well-formed: the rest score -1"
+    return line + "".join(f"\n      [yellow]{each}[/]" for each in words)
 
 
 def with_interval(figures: dict) -> str:
@@ -149,7 +172,7 @@ def comparison(before: dict, after: dict) -> Table:
         table.add_row(f"accuracy, {decoding}", with_interval(b), with_interval(a))
         for domain in b["domains"]:
             shares = (f"{x['domains'][domain]['accuracy']:.1%}" for x in (b, a))
-            table.add_row(f"  {escape(domain)}", *shares)
+            table.add_row(Text(f"  {plain(domain)}"), *shares)
     b, a = before["sampled"], after["sampled"]
     table.add_row("well-formed", f"{b['well_formed']:.1%}", f"{a['well_formed']:.1%}")
     table.add_row("tool calls a question", f"{b['tool_calls']:.2f}", f"{a['tool_calls']:.2f}")
@@ -157,21 +180,36 @@ def comparison(before: dict, after: dict) -> Table:
 
 
 def report_table(decoding: str, figures: dict) -> Table:
-    """The figures of one evaluation, a row a domain."""
+    """How good the answers of one evaluation are, a row a domain."""
     k = next(name for name in reversed(figures) if name.startswith("pass@"))
     at_k = [k] if k != "pass@1" else []  # pass@1 is the accuracy
-    table = Table(decoding, "n", "accuracy (95 %)", *at_k, "formed", "calls", "H start", "H tool")
+    table = Table(decoding, "n", "accuracy (95 %)", *at_k, "EM", "F1", "math")
     table.box = box.SIMPLE_HEAD
     for domain, values in [*figures["domains"].items(), ("all", figures)]:
-        H = (values["entropy_initial"], values["entropy_after_tool"])
+        shares = (*at_k, "em", "f1", "math_equal")
         table.add_row(
-            escape(domain),
+            Text(plain(domain)),
             str(values["questions"]),
             with_interval(values),
-            *(f"{values[name]:.1%}" for name in (*at_k, "well_formed")),
-            f"{values['tool_calls']:.2f}",
-            *("-" if h is None else f"{h:.4f}" for h in H),
+            *(f"{values[name]:.1%}" for name in shares),
         )
+    return table
+
+
+def effort_table(figures: dict) -> Table:
+    """What the answers took, and how uncertain the policy was, a row a domain."""
+    columns = {
+        "well-formed": ("well_formed", ".1%"),
+        "calls a question": ("tool_calls", ".2f"),
+        "right a call": ("tool_productivity", ".2f"),
+        "H start": ("entropy_initial", ".4f"),
+        "H tool": ("entropy_after_tool", ".4f"),
+    }
+    table = Table("", *columns, box=box.SIMPLE_HEAD)
+    for domain, values in [*figures["domains"].items(), ("all", figures)]:
+        shown = [(values[name], form) for name, form in columns.values()]
+        cells = ("-" if v is None else f"{v:{form}}" for v, form in shown)
+        table.add_row(Text(plain(domain)), *cells)
     return table
 
 
@@ -180,7 +218,7 @@ def draw_tree(record: dict) -> Tree:
     nodes = record["nodes"]
     leaves = {leaf["node"]: (i, leaf) for i, leaf in enumerate(record["leaves"])}
     hottest = max((h for node in nodes for h in node["token_entropy"] or []), default=0) or 1
-    drawn = {0: Tree(Text(record["question"], style="bold"), guide_style="dim")}
+    drawn = {0: Tree(Text(plain(record["question"]), style="bold"), guide_style="dim")}
     for i, node in enumerate(nodes[1:], start=1):  # parents come before children
         text = tool_text(node) if node["author"] == "tool" else policy_text(node, hottest)
         drawn[i] = drawn[node["parent"]].add(text)
@@ -194,12 +232,12 @@ def policy_text(node: dict, hottest: float) -> Text:
     for token, h in zip(node["tokens"], node["token_entropy"], strict=True):
         pale = int(255 * (1 - min(1.0, h / hottest)))
         style = f"black on rgb(255,{pale},{pale})" if h > 0.05 * hottest else ""
-        text.append(token.replace("\n", " "), style=style)
+        text.append(plain(token.replace("\n", " ")), style=style)
     return text
 
 
 def tool_text(node: dict) -> Text:
-    text = Text("".join(node["tokens"]).replace("\n", " "), style="cyan")
+    text = Text(plain("".join(node["tokens"]).replace("\n", " ")), style="cyan")
     d = node["decision"]
     if d:
         forks = f"{d['granted']} of {d['forks']} forks" if d["forks"] else "no fork"

@@ -146,8 +146,12 @@ def run_calls(
         started = []
         for call in different[i : i + MAX_THREADS]:
             thread = threading.Thread(target=work, args=(call,), daemon=True)
-            thread.start()
-            started.append((call, thread, time.monotonic() + time_limit))
+            try:
+                thread.start()
+            except RuntimeError as error:  # so many calls hang that no thread is left
+                results[call] = ToolResult(f"{call.name} did not start: {error}", ok=False)
+            else:
+                started.append((call, thread, time.monotonic() + time_limit))
         for call, thread, deadline in started:
             thread.join(max(0.0, deadline - time.monotonic()))
             late = ToolResult(f"{call.name} took longer than {time_limit:g} seconds", ok=False)
@@ -155,14 +159,24 @@ def run_calls(
     return [results[call] for call in calls]
 
 
+def readable(text: str) -> str:
+    """NUL and lone surrogates, which no tokenizer takes, become U+FFFD."""
+    return re.sub(r"[\x00\ud800-\udfff]", "\ufffd", text)
+
+
 def escape(text: str) -> str:
-    """Text that cannot pass for a tag or a chat marker. Escaping twice changes nothing more.
+    """Readable text that cannot pass for a tag or a chat marker. Escaping twice changes nothing.
 
     A '<', or a look-alike that a tokenizer may turn into one (NFKC), stays only where it can mean
-    "less than". NUL and lone surrogates, which no tokenizer takes, become U+FFFD.
+    "less than".
     """
-    text = re.sub(r"[\x00\ud800-\udfff]", "\ufffd", text)
-    return re.sub(r"[<\uff1c\ufe64](?![\s\d=.+-]|$)", "&lt;", text)
+    return re.sub(r"[<\uff1c\ufe64](?![\s\d=.+-]|$)", "&lt;", readable(text))
+
+
+def broken(marker: str) -> str:
+    """The spelling of a special token, e.g. <|end|> or [INST], that is one no more."""
+    escaped = escape(marker)
+    return escaped if escaped != marker else f"{marker[0]} {marker[1:]}"
 
 
 def result_text(result: ToolResult) -> str:
@@ -404,7 +418,7 @@ class Search:
                     document = Document(entry["title"], entry["text"])
                     if not (isinstance(document.title, str) and isinstance(document.text, str)):
                         raise TypeError
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     message = f"{path}, line {number}: a line must look like {JSONL_LINE}"
                     raise ValueError(message) from None
                 documents.append(document)
@@ -435,7 +449,11 @@ class Search:
         return "\n".join(f"{i}. {line}" for i, line in enumerate(lines, start=1))
 
     def line(self, document: Document) -> str:
-        title, text = " ".join(document.title.split()), " ".join(document.text.split())
+        # More words than max_chars do not fit: a document may be a book.
+        title, text = (
+            " ".join(part.split(maxsplit=self.max_chars)[: self.max_chars])
+            for part in (document.title, document.text)
+        )
         return cut(text if text.startswith(title) else f"{title}: {text}", self.max_chars)
 
 

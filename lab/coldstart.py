@@ -1,11 +1,12 @@
 """Make the tiny Qwen3 from nothing: tokenizer, model, supervised cold start on demonstrations.
 
     python -m lab.coldstart [--output_dir data/tiny-qwen3]
+    python -m lab.coldstart --model_name M     (an adapter for a model there is: lab/sft.py)
 
-The demonstrator solves mini-world problems in the transcript grammar with the real tools. First it
-is always right; in a second stage it hesitates after tool results, the way the paper observed real
-models to: it guesses instead of calculating, misreads, stops early, looks again. That is what makes
-the entropy rise after a tool result, and what ARPO has to unlearn.
+The demonstrator solves mini-world problems in the transcript grammar with the real tools, and
+hesitates after tool results, the way the paper observed real models to: it guesses instead of
+calculating, misreads, stops early, looks again. That is what makes the entropy rise after a tool
+result, and what ARPO has to unlearn.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +22,7 @@ from random import Random
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from data.make_world import DOMAINS, Entity, Maker, Problem, Step, capital, make
 from tools import ToolCall, default_tools, result_text, run_calls
@@ -54,67 +50,104 @@ CHAT_TEMPLATE = (
 class Hesitation:
     """What the demonstrator does right after a tool result, as probabilities."""
 
-    guess: float = 0.0  # writes a number where the next step is the calculator
-    stop: float = 0.0  # takes what it just found for the answer
-    misread: float = 0.0  # reads another value of the last result
     again: float = 0.0  # makes the same call once more
+    misread: float = 0.0  # reads another value where the right one would be the answer
+    stop: float = 0.0  # takes what it just found for the answer
+    guess: float = 0.0  # guesses what it just found where the next step is the calculator
 
 
-UNSURE = Hesitation(guess=0.5, stop=0.05, misread=0.3, again=0.06)
+UNSURE = Hesitation(again=0.06, misread=0.48, stop=0.1, guess=0.8)
+# The share of turns in which it goes the right way whatever the chances. They are what is learnt
+# (see `Turn`), so this only decides how often the long ways are seen to their end.
+RIGHT_WAY = 0.75
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A stretch of a transcript; for the policy's, all that it might have been: text -> chance."""
+
+    author: str
+    text: str
+    chances: dict[str, float]
 
 
 class Demonstrator:
-    """Writes the transcript of one problem as (author, text) turns, calling the real tools."""
+    """Writes the transcript of one problem, calling the real tools."""
 
     def __init__(self, world: dict[str, Entity], tools: dict, rng: Random):
-        self.world, self.tools, self.rng = world, tools, rng
+        self.tools, self.rng = tools, rng
         self.by_title = {e.name.removeprefix("the "): e for e in world.values()}
         self.results: dict[tuple[str, str], str] = {}  # one call has one result
 
-    def call(self, tool: str, argument: str) -> str:
-        if (tool, argument) not in self.results:
-            (result,) = run_calls([ToolCall(tool, argument)], self.tools, time_limit=5.0)
-            if not result.ok:
-                raise ValueError(f"the call {tool}({argument}) failed: {result.text}")
-            self.results[tool, argument] = result_text(result)
-        return self.results[tool, argument]
+    def solve(self, problem: Problem, unsure: Hesitation) -> list[Turn]:
+        turns: list[Turn] = []
+        done: int | None = 0  # steps made so far; None: answered
+        while done is not None:
+            options = self.options(problem, done, unsure)
+            chances = {text: chance for text, (chance, _) in options.items()}
+            if self.rng.random() < RIGHT_WAY:
+                (text,) = self.options(problem, done, Hesitation())
+            else:
+                (text,) = self.rng.choices([*chances], chances.values())
+            turns.append(Turn("policy", text, chances))
+            done = options[text][1]
+            if done is not None:
+                turns.append(Turn("tool", self.call(problem.steps[done - 1]), {}))
+        return turns
 
-    def solve(self, problem: Problem, unsure: Hesitation) -> list[tuple[str, str]]:
-        turns: list[tuple[str, str]] = []
-        thought = ""
-        for step, after in zip(problem.steps, [*problem.steps[1:], None], strict=True):
-            plan = "I compute." if step.tool == "calculator" else f"I need {step.need}."
-            turns += self.act(f"{thought}{plan}", step)
-            while self.rng.random() < unsure.again:
-                turns += self.act("I look again.", step)
-            found = step.found
-            if after is None and self.rng.random() < unsure.misread:
-                found = self.misread(step)
-            thought = f"Found {found}. "
-            if after is None or self.rng.random() < unsure.stop:
-                break
-            if after.tool == "calculator" and self.rng.random() < unsure.guess:
-                guess = self.guess(int(problem.answer))
-                return [*turns, self.answer(f"{thought}I guess {guess}.", guess)]
-        return [*turns, self.answer(thought + "That is the answer.", found)]
+    def options(
+        self, problem: Problem, done: int, unsure: Hesitation
+    ) -> dict[str, tuple[float, int | None]]:
+        """What may be written after `done` steps: text -> its chance, and the steps then made."""
+        after = problem.steps[done] if done < len(problem.steps) else None
+        if done == 0:
+            return {act(plan(after), after): (1.0, 1)}
+        last = problem.steps[done - 1]
+        options: dict = {act("I look again.", last): (unsure.again, done)}
 
-    def act(self, thought: str, step: Step) -> list[tuple[str, str]]:
-        policy = f"<think>{thought}</think><{step.tool}>{step.argument}</{step.tool}>"
-        return [("policy", policy), ("tool", self.call(step.tool, step.argument))]
+        def add(text: str, chance: float, then: int | None = None) -> None:
+            options[text] = (options.get(text, (0.0, then))[0] + chance, then)
 
-    def answer(self, thought: str, value: str) -> tuple[str, str]:
-        return "policy", f"<think>{thought}</think><answer>\\boxed{{{value}}}</answer>"
+        for found, chance in self.readings(last, 0.0 if after else unsure.misread).items():
+            thought, left = f"Found {found}. ", chance * (1 - unsure.again)
+            stop = unsure.stop if after else 1.0
+            guess = unsure.guess if after and after.tool == "calculator" else 0.0
+            add(answer(f"{thought}That is the answer.", found), left * stop)
+            add(answer(f"{thought}I guess {found}.", found), left * (1 - stop) * guess)
+            if after:
+                add(act(thought + plan(after), after), left * (1 - stop) * (1 - guess), done + 1)
+        return {text: option for text, option in options.items() if option[0] > 0}
 
-    def misread(self, step: Step) -> str:
-        """Another value of the result: another fact of the document, or a number gone wrong."""
+    def readings(self, step: Step, misread: float) -> dict[str, float]:
+        """What may be read in the step's result: the right value, or another one that is there."""
         if step.tool == "calculator":
-            return str(abs(int(step.found) + self.rng.choice((-10, -1, 1, 10, 100))))
+            return {step.found: 1.0}
         facts = self.by_title[step.argument].facts.values()
-        alike = [v for v in facts if v != step.found and v.isdigit() == step.found.isdigit()]
-        return self.rng.choice(alike or [v for v in facts if v != step.found])
+        others = {v for v in facts if v != step.found}
+        wrong = {v for v in others if v.isdigit() == step.found.isdigit()} or others
+        return {step.found: 1 - misread} | {v: misread / len(wrong) for v in sorted(wrong)}
 
-    def guess(self, right: int) -> str:
-        return str(self.rng.randint(right // 2, right + right // 2 + 2))
+    def call(self, step: Step) -> str:
+        """The tool's result, as the policy reads it."""
+        key = (step.tool, step.argument)
+        if key not in self.results:
+            (result,) = run_calls([ToolCall(*key)], self.tools, time_limit=5.0)
+            if not result.ok:
+                raise ValueError(f"the call {step.tool}({step.argument}) failed: {result.text}")
+            self.results[key] = result_text(result)
+        return self.results[key]
+
+
+def plan(step: Step) -> str:
+    return "I compute." if step.tool == "calculator" else f"I need {step.need}."
+
+
+def act(thought: str, step: Step) -> str:
+    return f"<think>{thought}</think><{step.tool}>{step.argument}</{step.tool}>"
+
+
+def answer(thought: str, value: str) -> str:
+    return f"<think>{thought}</think><answer>\\boxed{{{value}}}</answer>"
 
 
 # Tokenizer and model --------------------------------------------------------------------------
@@ -129,8 +162,8 @@ def corpus(world: dict[str, Entity], tools: dict, taken: set[tuple], seed: int) 
     texts = [text for e in world.values() for text in (e.text, capital(e.name))]
     for problem in [maker.draw(domain) for domain in DOMAINS for _ in range(2000)]:
         texts.append(f"user\n{problem.text}\nassistant\n")
-        for _, text in demonstrator.solve(problem, UNSURE):
-            texts += re.split("</?[a-z]+>", text)
+        for turn in demonstrator.solve(problem, UNSURE):
+            texts += re.split("</?[a-z]+>", turn.text)
     return texts
 
 
@@ -185,23 +218,34 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 # Training -------------------------------------------------------------------------------------
 
 
-def encode(tokenizer, question: str, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
-    """Token ids and, beside each, 1 where the policy is its author."""
+def encode(tokenizer, question: str, turns: list[Turn]) -> tuple[list[int], list[dict]]:
+    """Token ids and, for each, what the policy should have expected there: token id -> chance.
+
+    Nothing is expected of a prompt or a result: it is only read.
+    """
     messages = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    ids, by_policy = list(prompt), [0] * len(prompt)
-    for author, text in turns:
-        piece = tokenizer.encode(text, add_special_tokens=False)
+    ids, expected = list(prompt), [{} for _ in prompt]
+    for turn in turns:
+        texts = [turn.text, *turn.chances]
+        piece, *others = tokenizer(texts, add_special_tokens=False)["input_ids"]
         ids += piece
-        by_policy += [int(author == "policy")] * len(piece)
-    return [*ids, tokenizer.eos_token_id], [*by_policy, 1]
+        possible = list(zip(others, turn.chances.values(), strict=True))
+        for i, token in enumerate(piece):
+            total = sum(chance for _, chance in possible)
+            here: dict[int, float] = {}
+            for other, chance in possible:
+                here[other[i]] = here.get(other[i], 0.0) + chance / total
+            expected.append(here)
+            possible = [(o, chance) for o, chance in possible if o[i] == token]
+    return [*ids, tokenizer.eos_token_id], [*expected, {tokenizer.eos_token_id: 1.0}]
 
 
 BATCH, POOL = 32, 16  # demonstrations a step; steps whose demonstrations are sorted together
 
 
 def batches(demonstrator, maker, tokenizer, unsure: Hesitation):
-    """Endless batches (ids, by_policy), each of similar lengths so that little is padding."""
+    """Endless batches (input_ids, expected), of similar lengths so that little is padding."""
     while True:
         rows = []
         for _ in range(POOL * BATCH):
@@ -213,46 +257,62 @@ def batches(demonstrator, maker, tokenizer, unsure: Hesitation):
         for group in groups:
             width = max(len(ids) for ids, _ in group)
             pad = tokenizer.pad_token_id
-            yield (
-                torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in group]),  # (B, T)
-                torch.tensor([mine + [0] * (width - len(mine)) for _, mine in group]),  # (B, T)
-            )
+            ids = torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in group])  # (B, T)
+            yield ids, [expected for _, expected in group]
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
+def learning_rate(step: int, steps: int, peak: float = 3e-3) -> float:
+    """Of step 0, 1, ..: a linear warm-up, then half a cosine down to a fiftieth."""
     warm = min(1.0, (step + 1) / 100)
     return peak * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def train(model, data, steps: int, peak: float) -> None:
-    """Next-token prediction on the policy's tokens; results and prompts are only read."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.05)
+def soft_targets(expected: list[list[dict]], vocab_size: int):
+    """Row and column of each of the n tokens that are learnt, and its (n, V) distribution."""
+    learnt = [(r, c, p) for r, row in enumerate(expected) for c, p in enumerate(row) if p]
+    rows, columns = (torch.tensor(index) for index in list(zip(*learnt, strict=True))[:2])
+    targets = torch.zeros(len(learnt), vocab_size)
+    for i, (_, _, chances) in enumerate(learnt):
+        targets[i, list(chances)] = torch.tensor([*chances.values()])
+    return rows, columns, targets
+
+
+def train(model, data, steps: int) -> None:
+    """Minimise the KL divergence from the demonstrator to the model, on the policy's tokens.
+
+    Where the demonstrator chooses, the target is the distribution of its choices, not the one it
+    drew: then choices add no noise, and the digits that it copies are learnt exactly.
+    """
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [*model.get_input_embeddings().parameters(), *model.model.norm.parameters()]
+    others += [p for p in model.model.layers.parameters() if p.ndim == 1]
+    optimizers = [  # Muon needs a third of the steps that AdamW alone needs
+        torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.05),
+    ]
     started, average = time.time(), None
     for step in range(steps):
-        ids, by_policy = next(data)
-        counted = by_policy[:, 1:] > 0  # (B, T-1)
-        hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
-        logits = model.lm_head(hidden[counted])  # (n, V)
-        loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:][counted])
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak)
-        optimizer.zero_grad()
+        ids, expected = next(data)
+        rows, columns, targets = soft_targets(expected, model.config.vocab_size)
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
+        logp = model.lm_head(hidden[rows, columns - 1]).log_softmax(dim=-1)  # (n, V)
+        loss = torch.nn.functional.kl_div(logp, targets, reduction="batchmean")
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps)
+            optimizer.step()
         average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
         if step % 100 == 0 or step == steps - 1:
-            print(f"step {step:5d}  loss {average:.4f}  {time.time() - started:.0f} s", flush=True)
+            print(f"step {step:5d}  KL {average:.4f}  {time.time() - started:.0f} s", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=DATA / "tiny-qwen3")
-    parser.add_argument("--start", type=Path, help="a saved first stage; only the second is run")
-    parser.add_argument("--sure_steps", type=int, default=3000, help="of right demonstrations")
-    parser.add_argument(
-        "--unsure_steps", type=int, default=1000, help="of hesitant ones, after them"
-    )
+    parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--vocab_size", type=int, default=1280)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -261,24 +321,21 @@ def main() -> None:
     tools = default_tools(DATA / "documents.jsonl", top_k=1, max_chars=200)
     taken = {problem.key for problem in test}
 
-    def data(seed: int, unsure: Hesitation):
-        maker = Maker(world, Random(seed), taken)
-        return batches(Demonstrator(world, tools, Random(seed)), maker, tokenizer, unsure)
-
-    if args.start:
-        tokenizer = AutoTokenizer.from_pretrained(args.start)
-        model = AutoModelForCausalLM.from_pretrained(args.start, dtype=torch.float32)
-    else:
-        torch.manual_seed(args.seed)
-        tokenizer = build_tokenizer(corpus(world, tools, taken, args.seed), args.vocab_size)
-        model = build_model(tokenizer)
-        print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
-        train(model, data(args.seed + 1, Hesitation()), args.sure_steps, peak=3e-3)
-    train(model, data(args.seed + 2, UNSURE), args.unsure_steps, peak=1e-3)
+    torch.manual_seed(args.seed)
+    tokenizer = build_tokenizer(corpus(world, tools, taken, args.seed), args.vocab_size)
+    model = build_model(tokenizer)
+    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
+    maker = Maker(world, Random(args.seed + 1), taken)
+    demonstrator = Demonstrator(world, tools, Random(args.seed + 1))
+    train(model, batches(demonstrator, maker, tokenizer, UNSURE), args.steps)
     model.generation_config.update(do_sample=True, eos_token_id=tokenizer.eos_token_id)
     model.to(torch.bfloat16).save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
 
 
 if __name__ == "__main__":
+    if {"--model_name", "--data"} & {arg.partition("=")[0] for arg in sys.argv[1:]}:
+        from lab import sft
+
+        sys.exit(sft.main(sys.argv[1:]))
     main()

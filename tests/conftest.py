@@ -1,6 +1,7 @@
 """What several tests need: the tiny Qwen3 in float32 and NF4, the tools, questions."""
 
 import dataclasses
+import json
 import random
 
 import pytest
@@ -58,3 +59,15 @@ def groups(policy, config, tools, questions):
 def roll_out(policy, config, tools, questions, seed=0):
     torch.manual_seed(seed)
     return Rollout(policy, config, tools, random.Random(seed)).run(questions)
+
+
+def write_questions(path, domains=3):
+    """A test question of each of some domains as a file, so that an evaluation takes a moment."""
+    some = arpo_mini.part_of(load_questions(Config().eval_path), per_domain=1)[:domains]
+    lines = [{"question": q.text, "answer": q.answers, "domain": q.domain} for q in some]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def lines_of(folder, name):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]

@@ -10,7 +10,9 @@ import functools
 
 import pytest
 import torch
-from conftest import roll_out
+from conftest import roll_out, with_random_adapter
+from test_rollout import assert_sampler_matches_trainer
+from test_update import assert_close, gradient, rows_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
@@ -21,7 +23,8 @@ from transformers import (
 )
 
 from advantage import shared_by
-from arpo_mini import Config, Question, UserError, load_policy, score
+from arpo_mini import Config, Question, UserError, load_policy, main, score, train_step
+from terminal import log_line
 from tools import Tool
 
 TEMPLATE = (
@@ -92,13 +95,12 @@ def recite(policy, token_ids):
     policy.lm.forward = forward
 
 
-@pytest.fixture(params=[("qwen3", "other"), ("llama", "eos"), ("llama", "missing")], ids=str)
-def loaded(request, tmp_path):
-    architecture, pad = request.param
-    torch.manual_seed(0)
-    save_model(tmp_path, architecture, len(save_tokenizer(tmp_path, pad)))
-    config = Config(
-        model_name=str(tmp_path),
+ADDER = Tool("adder", lambda text: str(sum(map(int, text.split()))), "two numbers")
+
+
+def settings(folder):
+    return Config(
+        model_name=str(folder),
         load_in_4bit=False,
         branch_rule="random",
         branch_probability=1.0,
@@ -106,7 +108,14 @@ def loaded(request, tmp_path):
         max_total_tokens=2000,
         entropy_tokens=7,
     )
-    tools = {"adder": Tool("adder", lambda text: str(sum(map(int, text.split()))), "two numbers")}
+
+
+@pytest.fixture(params=[("qwen3", "other"), ("llama", "eos"), ("llama", "missing")], ids=str)
+def loaded(request, tmp_path):
+    architecture, pad = request.param
+    torch.manual_seed(0)
+    save_model(tmp_path, architecture, len(save_tokenizer(tmp_path, pad)))
+    config, tools = settings(tmp_path), {"adder": ADDER}
     return load_policy(config, tools, trainable=True), config, tools
 
 
@@ -129,11 +138,107 @@ def test_a_recited_transcript_comes_back_as_it_was_written(loaded):
         assert reward.well_formed and reward.total == 1.0
 
 
+@pytest.mark.parametrize("packed_at", [10_000, 430])
+def test_what_is_sampled_is_what_is_trained(loaded, packed_at):
+    """On every architecture: log-probs, and the gradient of packed, cut and plain rows."""
+    policy, config, tools = loaded
+    with_random_adapter(policy)
+    config = dataclasses.replace(config, max_segment_tokens=12, micro_batch_tokens=packed_at)
+    (leaves,) = roll_out(policy, config, tools, [Question("two and two?", ["4"])])
+    assert_sampler_matches_trainer(policy, [leaves], 1e-4, at_least=40)
+    packed = rows_of([leaves], config, packed=True)
+    plain = rows_of([leaves], config, packed=False)
+    assert sum(map(len, packed)) < sum(map(len, plain))
+    assert_close(gradient(policy, packed, config), gradient(policy, plain, config))
+
+
 def test_the_system_prompt_comes_from_the_tools(loaded):
     policy, _, _ = loaded
     text = policy.decode(policy.prompt("why?"))
     assert "<adder>two numbers</adder>" in text and "[user] why?" in text
     assert text.endswith("[assistant] ")
+    assert "\\boxed{the answer alone}" in text
+
+
+def test_a_file_replaces_the_system_prompt(loaded, tmp_path, capsys):
+    _, config, tools = loaded
+    path = tmp_path / "mine.txt"
+    path.write_text("Do as the oracle says. {tools}\nEnd with \\boxed{x}.\n")
+    policy = load_policy(dataclasses.replace(config, system_prompt=str(path)), tools, False)
+    expected = "Do as the oracle says. <adder>two numbers</adder>\nEnd with \\boxed{x}."
+    assert policy.system_prompt == expected
+    assert policy.decode(policy.prompt("why?")).startswith(f"[system] {expected}\n[user]")
+    assert main(["show", "--system_prompt", "no/such.txt"]) == 2
+    error = capsys.readouterr().err
+    assert "--system_prompt no/such.txt" in error and len(error.splitlines()) == 1
+
+
+# The parts of Qwen3's chat template that matter here: what it does with thoughts.
+QWEN3_TEMPLATE = """\
+{%- set ns = namespace(last=0) %}
+{%- for m in messages if m.role == 'user' %}{% set ns.last = messages.index(m) %}{% endfor %}
+{%- for m in messages %}
+    {%- set content = m.content %}
+    {%- if m.role == 'assistant' and loop.index0 < ns.last %}
+        {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+    {%- endif %}
+    {{- '<|im_start|>' + m.role + '\\n' + content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}"""
+# Qwen3-*-Thinking-2507 and others open the block themselves.
+OPENS_THINKING = QWEN3_TEMPLATE.split("    {%- if enable_thinking")[0] + (
+    "    {{- '<think>\\n' }}\n{%- endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "thinking", "end"),
+    [
+        (QWEN3_TEMPLATE, True, "<|im_start|>assistant\n"),
+        (QWEN3_TEMPLATE, False, "<|im_start|>assistant\n<think>\n\n</think>\n\n"),
+        (OPENS_THINKING, True, "<|im_start|>assistant\n"),
+    ],
+    ids=["a real think block", "an empty think block", "a block the template opens"],
+)
+def test_qwen3_thinking(tmp_path, template, thinking, end):
+    """Every thought is the policy's own and stays: ids are appended, nothing is rendered again."""
+    torch.manual_seed(0)
+    tokenizer = save_tokenizer(tmp_path, "other")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path)
+    save_model(tmp_path, "qwen3", len(tokenizer))
+    config = dataclasses.replace(settings(tmp_path), thinking=thinking)
+    tools = {"adder": ADDER}
+    policy = load_policy(config, tools, trainable=True)
+    question = Question("two and two?", ["4"])
+    prompt = policy.prompt(question.text)
+    assert policy.decode(prompt).endswith(end)
+    script = [SCRIPT[0].replace("add the two", "\n\n"), *SCRIPT[1:]]  # an empty thought counts too
+    parts = [policy.encode(text) for text in script]
+    recite(policy, prompt + [token for part in parts for token in part])
+    (leaves,) = roll_out(policy, config, tools, [question])
+    for leaf in leaves:
+        assert [s.token_ids for s in leaf.path()] == [prompt, *parts]
+        assert policy.decode([t for s in leaf.path() for t in s.token_ids]).endswith(
+            "".join(script)
+        )
+        assert score(policy, leaf, question, config, tools).total == 1.0
+
+
+def test_training_a_step_reports_packed_and_plain_tokens(loaded):
+    policy, config, tools = loaded
+    config = dataclasses.replace(config, max_segment_tokens=12)
+    optimizer = torch.optim.AdamW(p for p in policy.model.parameters() if p.requires_grad)
+    metrics, groups, _ = train_step(policy, optimizer, [Question("a?", ["4"])], config, tools, 1)
+    plain = sum(len(s.token_ids) for leaf in groups[0] for s in leaf.path())
+    packed = sum(len(segment.token_ids) for segment in shared_by(groups[0]))
+    assert (metrics["train_tokens"], metrics["train_tokens_unpacked"]) == (packed, plain)
+    assert packed < plain and f"{packed / 1000:.1f}k/{plain / 1000:.1f}k" in log_line(1, metrics)
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):

@@ -44,16 +44,9 @@ def default_run(tmp_path_factory):
 def test_the_default_run_learns_within_its_memory(default_run):
     accuracy, last, peak = default_run
     assert accuracy[0, "sampled"] <= 0.45
-    assert accuracy[last, "sampled"] >= accuracy[0, "sampled"] + 0.3
+    assert accuracy[last, "sampled"] >= 0.85
     assert accuracy[last, "greedy"] >= 0.90
     assert peak <= 3e9
-
-
-@pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="the goal; 0.77 is measured: numbers are miscopied")
-def test_the_default_run_reaches_the_goal_for_sampling(default_run):
-    accuracy, last, _ = default_run
-    assert accuracy[last, "sampled"] >= 0.85
 
 
 @pytest.mark.slow
@@ -75,6 +68,7 @@ def test_the_readme_names_what_there_is():
     import arpo_mini
     import entropy
     import tools
+    from lab.sft import Settings
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     table = text.split("## The algorithm, step by step")[1].split("Step 10 has")[0]
@@ -82,6 +76,9 @@ def test_the_readme_names_what_there_is():
     places = (arpo_mini, arpo_mini.Rollout, entropy, advantage, tools, arpo_mini.Config)
     for name in names - {"generate", "output_scores", "w"}:
         assert any(hasattr(place, name) for place in places), name
-    flags = set(re.findall(r"--(\w+)", text)) - {"help"}
-    known = set(arpo_mini.Config.__dataclass_fields__) | {"samples", "pass_k", "json", "question"}
-    assert flags <= known | {"answer"}
+    others = r"chromium|\$shot|pngquant|python -m lab\.(compare|report|bench)"  # have their own
+    text = "\n".join(line for line in text.splitlines() if not re.search(others, line))
+    flags = set(re.findall(r"--(\w+)", text)) - {"help", "preset"}
+    own = {flag[2:] for _, flags in arpo_mini.COMMANDS.values() for flag in flags}
+    own |= set(Settings.__dataclass_fields__)  # of the cold start
+    assert flags <= set(arpo_mini.Config.__dataclass_fields__) | own

@@ -115,3 +115,30 @@ def test_trajectories_stay_short(tokenizer):
     demonstrator = Demonstrator(world, make_tools(Config()), Random(0))
     lengths = [len(encode(tokenizer, p.text, demonstrator.solve(p, Hesitation()))[0]) for p in test]
     assert max(lengths) <= 350
+
+
+def test_the_cold_start_learns_chances_not_draws(tokenizer):
+    """Wherever the demonstrator may go two ways, the target is the chance of each."""
+    from random import Random
+
+    from lab.coldstart import RIGHT_WAY, UNSURE, Demonstrator, encode, soft_targets
+
+    world, _, test = make_world.make()
+    demonstrator = Demonstrator(world, make_tools(Config()), Random(0))
+    problem = next(p for p in test if p.domain == "math" and len(p.steps) == 2)
+    seen, found = set(), tokenizer.convert_tokens_to_ids("Found")
+    for _ in range(200):
+        turns = demonstrator.solve(problem, UNSURE)
+        ids, expected = encode(tokenizer, problem.text, turns)
+        assert len(ids) == len(expected)
+        assert all(token in here for token, here in zip(ids, expected, strict=True) if here)
+        assert all(abs(sum(here.values()) - 1) < 1e-9 for here in expected if here)
+        (first, *_) = (here for here in expected if len(here) > 1)
+        assert first[found] == pytest.approx(1 - UNSURE.again)
+        seen.add("".join(turn.text for turn in turns if turn.author == "policy").count("guess"))
+    assert seen == {0, 1}  # both ways were walked, the right one more often than its chance
+    assert (1 - UNSURE.stop) * (1 - UNSURE.guess) < RIGHT_WAY
+    rows, columns, targets = soft_targets([expected], len(tokenizer))
+    assert targets.shape == (sum(map(bool, expected)), len(tokenizer))
+    assert targets.sum(dim=1).allclose(targets.new_ones(len(targets)))
+    assert not rows.any() and all(targets[i, ids[c]] > 0 for i, c in enumerate(columns.tolist()))

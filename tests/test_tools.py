@@ -243,6 +243,15 @@ def test_a_tool_that_hangs_gives_an_error_result():
     assert results == [late, ToolResult("2", True)]
 
 
+def test_when_no_thread_is_left_the_call_gives_an_error_result(monkeypatch):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    [result] = run_calls([ToolCall("t", "1")], toolbox(t=str), time_limit=0.2)
+    assert result == ToolResult("t did not start: can't start new thread", False)
+
+
 def test_a_tool_that_hangs_does_not_keep_the_interpreter_from_ending():
     code = (
         "import time; from tools import *\n"

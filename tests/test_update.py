@@ -9,12 +9,14 @@ import torch
 from advantage import Reward, Segment, group_advantages, shared_by
 from arpo_mini import (
     credit,
+    drift,
     make_batch,
     make_row,
     micro_batches,
     policy_loss,
     reference_logprobs,
     score,
+    short_answers,
     token_logprobs,
     update,
 )
@@ -228,10 +230,36 @@ def test_a_loss_that_is_no_number_stops_the_run(policy, config, groups):
     kept = parameter.data.clone()
     parameter.data[0, 0] = float("nan")
     try:
-        with pytest.raises(FloatingPointError, match="loss is nan"):
+        with pytest.raises(FloatingPointError, match="a log-prob is nan"):
             update(policy, torch.optim.SGD([parameter], lr=1.0), rows, config)
     finally:
         parameter.data = kept
+
+
+def test_the_sampler_is_compared_with_the_trainer_token_by_token(policy, config, groups):
+    """Only where the sampler's log-probs were kept: the first k tokens of a segment."""
+    rows = rows_of(groups, config, packed=True)
+    measured = sum(len(segment.logp) for leaves in groups for segment in shared_by(leaves))
+    batch = make_batch(rows, policy.pad_id, "cpu")
+    with torch.no_grad():
+        logp, _ = token_logprobs(policy, batch, 1.0)
+    drifts = drift(logp, batch)
+    assert len(drifts) == measured > 100 and 0 < max(drifts) < 1e-4
+    assert min(drift(logp + 0.5, batch)) > 0.4
+    optimizer = torch.optim.SGD([p for p in policy.model.parameters() if p.requires_grad], lr=0.0)
+    stats = update(policy, optimizer, rows, dataclasses.replace(config, updates_per_rollout=2))
+    assert stats["drift_max"] == pytest.approx(max(drifts), rel=0.5)
+    assert stats["drift_mean"] < 1e-5
+
+
+def test_an_answer_is_short_when_it_has_fewer_tokens_than_its_tags(policy):
+    prompt = Segment("prompt", policy.prompt("q"))
+    full = policy.tokenizer.encode("<think>a</think><answer>\\boxed{2}</answer>")
+    cases = [(full, "answer", 0), (full[:4], "eos", 1), (full[:4], "length", 0), ([], "eos", 1)]
+    for token_ids, stop, short in cases:
+        leaf = Segment("policy", token_ids, parent=prompt, stop=stop)
+        assert short_answers(policy, [[leaf]]) == short
+    assert short_answers(policy, [[Segment("tool", [5], parent=leaf)], [leaf]]) == 0.5
 
 
 def test_reference_is_the_model_without_its_adapter(policy, config, groups):

@@ -1,0 +1,212 @@
+"""What fits: how much is computed at once, and what happens when that was too much.
+
+An estimate from the shapes of the model says how many paths can be decoded side by side and how
+many tokens one backward pass can hold (`fit`). Where the estimate is wrong, `Chunks.retry` halves
+what is computed at once and repeats the work. Nothing here changes what is computed.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from terminal import UserError, console
+
+GIB = 2**30
+HEAD_BYTES = 2**27  # float32 logits that exist at the same time in the update
+SCORES = 6  # (R, V) float32 tensors alive while one step is sampled and measured
+LOGITS = 4  # (chunk, V) float32 tensors alive in the backward pass of the head
+USABLE = 0.9  # of the memory: blocks of different sizes leave gaps
+
+
+class OutOfMemory(UserError):
+    """Not even the smallest chunk fits."""
+
+
+# ---- the estimate -------------------------------------------------------------------------
+
+
+def head_chunk(vocab_size: int) -> int:
+    """Tokens whose logits exist at the same time in the update."""
+    return max(1, HEAD_BYTES // (4 * vocab_size))
+
+
+def cache_bytes(shape, dtype_bytes: int) -> int:
+    """Keys and values of one token of one row, over all layers; `shape` is the model's config."""
+    heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
+    return 2 * shape.num_hidden_layers * heads * head_dim(shape) * dtype_bytes
+
+
+def head_dim(shape) -> int:
+    known = getattr(shape, "head_dim", None)
+    return known or shape.hidden_size // shape.num_attention_heads
+
+
+def path_bytes(shape, dtype_bytes: int, columns: int) -> int:
+    """One row of the rollout: its cache (a layer of it twice, where it grows) and its scores."""
+    cache = columns * cache_bytes(shape, dtype_bytes)
+    return cache + cache // shape.num_hidden_layers + SCORES * 4 * shape.vocab_size
+
+
+def token_bytes(shape, dtype_bytes: int, recompute: bool) -> int:
+    """What one token of the update keeps for the backward pass.
+
+    A layer keeps the float32 inputs of its norms, q, k, v and the output of the attention, three
+    products of the MLP, and the inputs of its seven LoRA adapters in float32: each a copy of its
+    own, unless the model computes in float32. With `recompute` (gradient checkpointing) each layer
+    keeps its input only, and one layer at a time has all of it. Half a layer more is for gradients.
+    """
+    D, F, L = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
+    heads = shape.num_attention_heads * head_dim(shape)
+    copies = 5 if dtype_bytes < 4 else 2
+    adapters = 4 * (copies * D + heads + F)
+    norms = 4 * (2 * D + 2 * heads)
+    layer = adapters + norms + dtype_bytes * (4 * heads + 3 * F)
+    return (L * dtype_bytes * D + layer if recompute else L * layer) + layer // 2
+
+
+def weight_bytes(lm: torch.nn.Module) -> int:
+    """All weights, and the scales of those in NF4 (a float32 for every 64)."""
+    states = [getattr(p, "quant_state", None) for p in lm.parameters()]
+    scales = sum(state.absmax.nbytes for state in states if state is not None)
+    return sum(p.nbytes for p in lm.parameters()) + scales
+
+
+def trained_bytes(parameters: int) -> int:
+    """Gradient and the two moments of AdamW, float32, of the adapter's parameters."""
+    return 12 * parameters
+
+
+# ---- what is computed at once -------------------------------------------------------------
+
+
+@dataclass
+class Chunks:
+    """The most that is computed at once: caps on two settings; are layers computed twice?"""
+
+    rollout_rows: float = math.inf
+    micro_batch_tokens: float = math.inf
+    recompute: bool = False
+
+    def fitted(self, config):
+        """The same settings, with what is computed at once no larger than fits."""
+        recompute = config.gradient_checkpointing
+        return dataclasses.replace(
+            config,
+            rollout_rows=min(config.rollout_rows, self.rollout_rows),
+            micro_batch_tokens=min(config.micro_batch_tokens, self.micro_batch_tokens),
+            gradient_checkpointing=self.recompute if recompute is None else recompute,
+        )
+
+    def retry(
+        self,
+        name: str,
+        config,
+        work: Callable[[Any], Any],
+        smallest: int = 1,
+        largest: float = math.inf,
+        undo: Callable[[], None] = lambda: None,
+    ) -> Any:
+        """work(fitted settings). When the memory runs out: `undo`, half of the setting, again.
+
+        No chunk is useful above `largest` or below `smallest`: there OutOfMemory is raised. The
+        smaller chunk is kept for what follows.
+        """
+        while True:
+            fitted = self.fitted(config)
+            try:
+                return work(fitted)
+            except torch.OutOfMemoryError as error:
+                words = str(error).splitlines()[0]
+            undo()
+            free_memory()  # here the frames of the failed attempt, and their tensors, are gone
+            size = int(min(getattr(fitted, name), largest))
+            if size <= smallest:
+                wanted = "a smaller --max_total_tokens, --max_segment_tokens or --lora_rank"
+                raise OutOfMemory(
+                    f"out of memory with --{name} {size}, the smallest there is ({words}); "
+                    f"it takes {wanted}, --gradient_checkpointing true or a smaller --model_name"
+                )
+            setattr(self, name, max(smallest, size // 2))
+            smaller = f"--{name} {size} -> {getattr(self, name)}"
+            console.print(f"out of memory: {smaller}, and the same again", markup=False)
+
+
+def free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def fit(config, lm: torch.nn.Module) -> Chunks:
+    """How much to compute at once, so that the run stays within `memory_gb`.
+
+    What is left beside the weights is shared out by the shapes: to the rollout in rows of
+    `max_total_tokens` columns, to the update in tokens, each with its line of the (T, T) mask.
+    """
+    total = memory_limit(config.memory_gb, lm.device)
+    if total is None:
+        return Chunks()
+    trained = trained_bytes(sum(p.numel() for p in lm.parameters() if p.requires_grad))
+    b = lm.dtype.itemsize
+    left = USABLE * total - weight_bytes(lm) - trained
+    rows = left // path_bytes(lm.config, b, config.max_total_tokens)
+    chunk = min(config.micro_batch_tokens, head_chunk(lm.config.vocab_size))
+    left -= LOGITS * 4 * lm.config.vocab_size * chunk
+
+    def tokens(recompute: bool) -> int:
+        """The largest T with T * each + b * T * T <= left."""
+        each = token_bytes(lm.config, b, recompute)
+        return int((math.sqrt(each * each + 4 * b * max(0, left)) - each) / (2 * b))
+
+    # Recomputing costs a third more time: only where a whole trajectory would not fit without.
+    recompute = tokens(recompute=False) < config.max_total_tokens
+    chosen = config.gradient_checkpointing
+    chosen = recompute if chosen is None else chosen
+    return Chunks(max(1, int(rows)), max(1, tokens(chosen)), recompute)
+
+
+def memory_limit(memory_gb: float | None, device: torch.device) -> float | None:
+    """Bytes this process may use; None: no limit. On a GPU the limit is also enforced."""
+    if device.type != "cuda":
+        return None if memory_gb is None else memory_gb * GIB
+    free, total = torch.cuda.mem_get_info(device)
+    there = free + torch.cuda.memory_reserved(device)  # other programs have the rest
+    if memory_gb is not None:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, memory_gb * GIB / total), device)
+        there = min(there, memory_gb * GIB)
+    return min(there, total * torch.cuda.get_per_process_memory_fraction(device))
+
+
+# ---- to try again -------------------------------------------------------------------------
+
+
+def snapshot(parameters: list[torch.nn.Parameter], optimizer) -> Callable[[], None]:
+    """Keeps the trained parameters and the optimizer's state on the CPU: call it to restore both.
+
+    An update that runs out of memory may have taken some of its optimizer steps already.
+    """
+
+    def kept(value):
+        return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
+
+    weights = [kept(parameter) for parameter in parameters]
+    saved = optimizer.state_dict()
+    state = {i: {k: kept(v) for k, v in of.items()} for i, of in saved["state"].items()}
+
+    def restore() -> None:
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for parameter, value in zip(parameters, weights, strict=True):
+                parameter.copy_(value)
+        # A copy: an optimizer takes the tensors that it is given as its own.
+        optimizer.load_state_dict({**saved, "state": copy.deepcopy(state)})
+
+    return restore
