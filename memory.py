@@ -22,7 +22,7 @@ from terminal import UserError, console
 GIB = 2**30
 HEAD_BYTES = 2**27  # float32 logits that exist at the same time in the update
 SCORES = 6  # (R, V) float32 tensors alive while one step is sampled and measured
-LOGITS = 4  # (chunk, V) float32 tensors alive in the backward pass of the head
+LOGITS = 3  # (chunk, V) float32 tensors alive while the head is applied to a chunk, either way
 USABLE = 0.9  # of the memory: blocks of different sizes leave gaps
 
 
@@ -55,21 +55,37 @@ def path_bytes(shape, dtype_bytes: int, columns: int) -> int:
     return cache + cache // shape.num_hidden_layers + SCORES * 4 * shape.vocab_size
 
 
-def token_bytes(shape, dtype_bytes: int, recompute: bool) -> int:
-    """What one token of the update keeps for the backward pass.
+def kept_bytes(shape, dtype_bytes: int, recompute: bool) -> int:
+    """What one token of the update keeps from the forward to the backward pass.
 
-    A layer keeps the float32 inputs of its norms, q, k, v and the output of the attention, three
-    products of the MLP, and the inputs of its seven LoRA adapters in float32: each a copy of its
-    own, unless the model computes in float32. With `recompute` (gradient checkpointing) each layer
-    keeps its input only, and one layer at a time has all of it. Half a layer more is for gradients.
+    All of every layer, or with `recompute` (gradient checkpointing) the input of every layer.
     """
-    D, F, L = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
+    each = dtype_bytes * shape.hidden_size if recompute else layer_bytes(shape, dtype_bytes)
+    return shape.num_hidden_layers * each
+
+
+def passing_bytes(shape, dtype_bytes: int, recompute: bool) -> int:
+    """What one token takes beside that while the backward pass is in one layer.
+
+    Half a layer for gradients, and with `recompute` the layer itself.
+    """
+    layer = layer_bytes(shape, dtype_bytes)
+    return layer // 2 + (layer if recompute else 0)
+
+
+def layer_bytes(shape, dtype_bytes: int) -> int:
+    """What one layer keeps of a token.
+
+    The float32 inputs of its norms, q, k, v and the output of the attention, three products of the
+    MLP, and the inputs of its seven LoRA adapters in float32: each a copy of its own, unless the
+    model computes in float32.
+    """
+    D, F = shape.hidden_size, shape.intermediate_size
     heads = shape.num_attention_heads * head_dim(shape)
     copies = 5 if dtype_bytes < 4 else 2
     adapters = 4 * (copies * D + heads + F)
     norms = 4 * (2 * D + 2 * heads)
-    layer = adapters + norms + dtype_bytes * (4 * heads + 3 * F)
-    return (L * dtype_bytes * D + layer if recompute else L * layer) + layer // 2
+    return adapters + norms + dtype_bytes * (4 * heads + 3 * F)
 
 
 def weight_bytes(lm: torch.nn.Module) -> int:
@@ -163,7 +179,7 @@ def fit(config, lm: torch.nn.Module) -> Chunks:
 
     def tokens(recompute: bool) -> int:
         """The largest T with T * each + b * T * T <= left."""
-        each = token_bytes(lm.config, b, recompute)
+        each = kept_bytes(lm.config, b, recompute) + passing_bytes(lm.config, b, recompute)
         return int((math.sqrt(each * each + 4 * b * max(0, left)) - each) / (2 * b))
 
     # Recomputing costs a third more time: only where a whole trajectory would not fit without.

@@ -90,6 +90,13 @@ def measure(case: Case, config: Config) -> dict:
     return measured(forced(config, size, shape), shape, size, repeats=2)
 
 
+def largest_batch(groups: list, limit: float) -> int:
+    """Tokens of the largest backward pass, padding included: a tree beyond the limit is cut."""
+    parts = [part for leaves in groups for part in arpo_mini.cut(leaves, limit)]
+    rows = [range(sum(len(s.token_ids) for s in shared_by(part))) for part in parts]
+    return max(len(some) * max(map(len, some)) for some in arpo_mini.micro_batches(rows, limit))
+
+
 def measured(job: Job, shape: PretrainedConfig, size: Size, repeats: int) -> dict:
     """A warm-up step that is watched for its peak, beside the predicted one; then timed ones."""
     config, policy = job.config, job.policy
@@ -109,13 +116,12 @@ def measured(job: Job, shape: PretrainedConfig, size: Size, repeats: int) -> dic
     peak = held + peak_bytes(lambda: step(1))
     timed = sorted((step(i + 2) for i in range(repeats)), key=lambda figures: figures["seconds"])
     figures = timed[len(timed) // 2]
-    tree = max(sum(len(s.token_ids) for s in shared_by(leaves)) for leaves in steps[0])
     fitted = policy.chunks.fitted(config)  # as it was, also after running out of memory
     sizes = plan.Sizes(
         rows=int(min(fitted.rollout_rows, config.questions_per_step * config.group_size)),
         columns=size.context,
         read=size.result,
-        tokens=int(min(fitted.micro_batch_tokens, tree)),
+        tokens=largest_batch(steps[0], fitted.micro_batch_tokens),
         scored=int(min(fitted.micro_batch_tokens, figures["generated_tokens"])),
         recompute=bool(fitted.gradient_checkpointing),
     )

@@ -12,11 +12,12 @@ reads at once (a result), T tokens of one backward pass. Bytes:
     rollout   KV cache          R C 2 L (key-value heads) (head size) b, and a layer of it twice
               scores            R V 4, as often as memory.SCORES says: one step is sampled
               reading           R W ((4 b + 4) F + 4 b D): the MLP of one layer; R W C for the mask
-    update    activations       T memory.token_bytes: all layers, or (gradient checkpointing) the
-                                inputs of all and the rest of one
-              logit chunk       memory.LOGITS 4 V (chunk): the head is applied chunk by chunk
-                                to the tokens that the policy wrote, at most all
+    update    activations       T memory.kept_bytes: all layers, or (gradient checkpointing) the
+                                inputs of all
               mask of the tree  T T (b + 1)
+              head or layer     the larger of memory.LOGITS 4 V (chunk), the head applied to one
+                                chunk of what the policy wrote, and T memory.passing_bytes, the
+                                backward pass in one layer
               one weight        b (in) (out) of the largest linear layer, dequantised
 
     peak = weights + adapter + max(rollout, update)
@@ -119,10 +120,11 @@ def update(
     V, T = shape.vocab_size, sizes.tokens
     chunk = min(sizes.scored, memory.head_chunk(V))
     how = "checkpointed" if sizes.recompute else "all kept"
+    head = memory.LOGITS * 4 * V * chunk
     return {
-        f"activations, {how}": T * memory.token_bytes(shape, b, sizes.recompute),
-        "logit chunk": memory.LOGITS * 4 * V * chunk,
+        f"activations, {how}": T * memory.kept_bytes(shape, b, sizes.recompute),
         "mask of the tree": T * T * (b + 1),
+        "head or layer": max(head, T * memory.passing_bytes(shape, b, sizes.recompute)),
         "one weight": b * max(a * c for a, c in counts.linear) if load_in_4bit else 0,
     }
 
@@ -209,7 +211,7 @@ def run(config: Config) -> dict:
     counts, limit = count(shape), config.memory_gb
     sizes = settled(shape, counts, config, limit, limit) if limit else sizes_asked(config)
     either = {
-        name: sizes.tokens * memory.token_bytes(shape, 2, recompute)
+        name: sizes.tokens * memory.kept_bytes(shape, 2, recompute)
         for name, recompute in (("all kept", False), ("checkpointed", True))
     }
     return {
