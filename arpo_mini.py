@@ -1380,7 +1380,7 @@ def train(
         refuse_long(policy, test, config.eval_path, config)
         parameters = [p for p in policy.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
-        run.start(policy.model, optimizer, policy.prompt("question"))
+        run.start(policy.model, optimizer, policy.chunks, policy.prompt("question"))
         with progress_bar() as bar:
             before = look(run, policy, test, tools, bar, step=0)
             task = bar.add_task("train", total=config.steps, completed=run.step)

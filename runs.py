@@ -40,7 +40,7 @@ from torch import Tensor
 
 from terminal import UserError, console
 
-VERSION = "0.1"  # of arpo_mini; a change after which a step gives other numbers raises it
+VERSION = "0.2"  # of arpo_mini; a change after which a step gives other numbers raises it
 LOGS = ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl")
 # What a resumed run may change: none of it changes a step.
 FREE = ("steps", "save_every", "keep", "eval_every", "eval_part", "record_every", "output_dir")
@@ -174,9 +174,10 @@ class State:
     moments: dict[str, Tensor]  # of the optimizer: "INDEX.NAME"
     param_groups: list[dict]  # of the optimizer
     randomness: dict
+    chunks: dict  # how much is computed at once: less, after the memory ran out
 
     @classmethod
-    def of(cls, step: int, seconds: float, model: PeftModel, optimizer) -> State:
+    def of(cls, step: int, seconds: float, model: PeftModel, optimizer, chunks) -> State:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         optimized = optimizer.state_dict()
         moments = {
@@ -188,7 +189,15 @@ class State:
             {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
             for tensors in (trained, moments)
         )
-        return cls(step, seconds, adapter, moments, optimized["param_groups"], random_states())
+        return cls(
+            step=step,
+            seconds=seconds,
+            adapter=adapter,
+            moments=moments,
+            param_groups=optimized["param_groups"],
+            randomness=random_states(),
+            chunks=dataclasses.asdict(chunks),
+        )
 
     def files(self, model: PeftModel, made_by: dict) -> dict[str, bytes]:
         """A checkpoint, as the files of its folder."""
@@ -204,6 +213,7 @@ class State:
             "step": self.step,
             "seconds": self.seconds,
             "param_groups": self.param_groups,
+            "chunks": self.chunks,
             "made_by": made_by,
             "sha256": {name: digest(data) for name, data in files.items()},
         }
@@ -416,9 +426,9 @@ class RunFolder:
         """Where the adapter that this run goes on with is; None for a fresh one."""
         return str(self.checkpoint["path"] / "adapter") if self.checkpoint else self.config.adapter
 
-    def start(self, model: PeftModel, optimizer, prompt: list[int]) -> None:
-        """Make the folder, or restore the optimizer and the random states of the checkpoint."""
-        self.model, self.optimizer = model, optimizer
+    def start(self, model: PeftModel, optimizer, chunks, prompt: list[int]) -> None:
+        """Make the folder, or restore what the checkpoint has of these and the random states."""
+        self.model, self.optimizer, self.chunks = model, optimizer, chunks
         self.made_by |= {
             "device": model.device.type,
             "weights of model_name": fingerprint_model(model),
@@ -429,6 +439,7 @@ class RunFolder:
             refuse_difference(self.checkpoint, self.made_by)
             done, self.seconds_before = self.checkpoint["step"], self.checkpoint["seconds"]
             restore(optimizer, self.checkpoint)
+            vars(chunks).update(self.checkpoint["chunks"])
         if self.folder is None:
             self.folder = new_folder(self.config.output_dir)
             self.hold()
@@ -476,7 +487,7 @@ class RunFolder:
             self.save()
 
     def remember(self, step: int) -> None:
-        self.state = State.of(step, self.seconds(), self.model, self.optimizer)
+        self.state = State.of(step, self.seconds(), self.model, self.optimizer, self.chunks)
 
     def save(self) -> None:
         """A checkpoint of the last completed step, its adapter in adapter/, old ones pruned."""

@@ -188,6 +188,28 @@ def test_so_does_one_in_4_bit_and_one_stopped_between_two_updates(
 
 
 @pytest.mark.slow
+def test_a_run_that_ran_out_of_memory_goes_on_with_the_chunks_it_came_to(
+    one_question, tmp_path, monkeypatch
+):
+    """Fewer rows at once draw other trees: the resumed run decodes as many as the whole one."""
+    sample, calls = arpo_mini.Rollout.sample, []
+
+    def crowded(rollout, paths, steps, measure):
+        calls.append(len(paths))
+        if len(paths) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return sample(rollout, paths, steps, measure)
+
+    with monkeypatch.context() as memory_is_short:
+        memory_is_short.setattr(arpo_mini.Rollout, "sample", crowded)
+        assert train(tmp_path / "whole", "--eval_path", one_question) == 0
+        assert train(tmp_path / "part", "--eval_path", one_question, "--steps", "2") == 0
+    assert max(calls) > 1
+    assert resume(tmp_path / "part", "--steps", "4") == 0
+    assert_equal_runs(tmp_path / "whole", tmp_path / "part")
+
+
+@pytest.mark.slow
 def test_an_error_saves_the_last_completed_step_too(whole, one_question, tmp_path, monkeypatch):
     def a_lost_device():
         raise torch.AcceleratorError("the device is lost")
