@@ -3,49 +3,31 @@
     python arpo_mini.py train | eval | show      (--help lists the flags of each)
 
 Read `train` first: it is the algorithm, a line a step. Then `Rollout.grow`, the recursion that
-branches; then `make_row` and `policy_loss`, what is trained on. The three lessons it stands on are
-entropy.py (where to branch), advantage.py (who gets the credit) and tools.py (what can be called);
-runs.py keeps what a run leaves on the disk, memory.py decides how much is computed at once,
-alarms.py says when the figures of a run go wrong, terminal.py makes the flags and the tables.
+branches, and `credit` and `policy_loss`, what is trained on. The lessons it stands on: entropy.py
+(where to branch), advantage.py (who gets the credit), packing.py (a tree as one row) and tools.py
+(what can be called). decoding.py has the paths over one cache, policy.py the model, settings.py
+every flag. runs.py keeps what a run leaves on the disk, memory.py decides how much is computed at
+once, alarms.py says when figures go wrong, metrics.py scores answers, terminal.py draws tables.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import math
 import random
-import re
 import sys
 import time
-import warnings
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-# It reports a missing optional kernel while it is imported (by peft).
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import torch
 import transformers
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    DynamicCache,
-    GenerationConfig,
-    LogitsProcessor,
-    StoppingCriteria,
-)
+from transformers import DynamicCache, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import tools as toolbox
@@ -62,23 +44,25 @@ from advantage import (
 )
 from alarms import remarks
 from data.formats import Question, load_questions
+from decoding import FiniteLogits, Meter, Paths, SegmentEnd
 from entropy import RULES, normalised_entropy, official_scalar, segment_entropy, token_entropy
-from memory import Chunks, fit, head_chunk, snapshot
+from memory import head_chunk, snapshot
 from metrics import judge, mean, official_judge, summary
+from packing import Batch, Row, cut, make_batch, make_row, micro_batches
+from policy import Policy, load_policy, refuse_long
 from runs import NonFinite, RunFolder, Terminated, resumed, watched
+from settings import PRESETS, Config
 from terminal import (
     LOG_HEAD,
     Parser,
     UserError,
     advance,
-    check,
     comparison,
     console,
     draw_tree,
     effort_table,
     log_line,
     one_line,
-    option,
     progress_bar,
     reason,
     report_table,
@@ -86,488 +70,7 @@ from terminal import (
 from view.page import Run, page
 from view.trees import tree
 
-DATA = Path(__file__).resolve().parent / "data"
-# What the libraries say about themselves is not for the reader of this screen: loading bars,
-# deprecations, a padding warning that takes a hole for right padding.
-transformers.utils.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
-warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-
-
-# ---- settings -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Config:
-    # the policy
-    model_name: str = option(str(DATA / "tiny-qwen3"), "folder or hub id of a causal LM")
-    adapter: str | None = option(None, "folder of a LoRA adapter to start from")
-    trust_remote_code: bool = option(False, "run Python code that comes with the model")
-    load_in_4bit: bool = option(True, "quantise the frozen weights to NF4 (bitsandbytes)")
-    lora_rank: int = option(16, "rank of the LoRA adapter, on all linear layers", low=1)
-    system_prompt: str | None = option(None, "file with another one; {tools} stands for the tools")
-    thinking: bool = option(True, "false: ask the chat template for an empty think block (Qwen3)")
-    # the task
-    dataset_path: str = option(
-        str(DATA / "train.jsonl"), "questions to train on (forms: data/formats.py)"
-    )
-    eval_path: str = option(
-        str(DATA / "test.jsonl"), "questions to evaluate on (forms: data/formats.py)"
-    )
-    documents_path: str = option(str(DATA / "documents.jsonl"), "what is searched (JSONL)")
-    search_results: int = option(1, "documents a search returns (3 is usual elsewhere)", low=1)
-    search_chars: int = option(200, "characters of each document returned", low=10)
-    tool_time_limit: float = option(5.0, "seconds a tool may take", above=0)
-    max_result_tokens: int = option(256, "tokens of a tool result; the rest is cut off", low=32)
-    max_tool_calls: int = option(6, "calls a trajectory may make", low=0, high=500)
-    max_segment_tokens: int = option(64, "tokens the policy may write at a time", low=1)
-    max_total_tokens: int = option(512, "tokens of a trajectory, prompt included", low=1)
-    # the rollout
-    group_size: int = option(8, "M: trajectories returned for each question", low=1)
-    initial_rollouts: int = option(2, "N: begun at the question; M - N may branch off", low=1)
-    branch_rule: str = option("paper", "when to fork after a tool result", choices=tuple(RULES))
-    branch_probability: float = option(0.5, "paper's alpha, official tau", low=0, high=1)
-    entropy_weight: float = option(0.2, "paper's beta, official w")
-    entropy_threshold: float = option(0.5, "paper's tau")
-    entropy_sigma: float = option(1.5, "k_sigma of the adaptive rule")
-    entropy_tokens: int = option(10, "k: tokens measured after a tool result", low=1)
-    max_branches: int = option(1, "Z: most forks at one tool result", low=0)
-    temperature: float = option(1.0, "of sampling, and of what is trained; 0: greedy", low=0)
-    rollout_rows: int = option(128, "paths decoded side by side; more wait their turn", low=1)
-    top_p: float = option(1.0, "share of the likeliest tokens; < 1: not to train", above=0, high=1)
-    # the update
-    steps: int = option(100, "training steps: a rollout and its update each", low=1)
-    questions_per_step: int = option(8, "questions rolled out side by side", low=1)
-    updates_per_rollout: int = option(1, "optimizer steps on a rollout; >1: off-policy", low=1)
-    learning_rate: float = option(1e-3, "of AdamW, constant", above=0)
-    shared_weight: float = option(
-        0.0, "of shared tokens' advantages: 0 soft, 1 hard, 0.3 the seed's mix", low=0, high=1
-    )
-    clip_low: float = option(0.2, "the ratio is clipped below 1 - clip_low", low=0, high=1)
-    clip_high: float = option(0.2, "and above 1 + clip_high (larger: clip-higher)", low=0)
-    dual_clip: float | None = option(None, "cap on the ratio where A < 0, e.g. 3", above=1)
-    kl_coefficient: float = option(0.0, "weight of KL(policy, adapter switched off)", low=0)
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
-    official_rewards: bool = option(False, "score like the official code, quirks included")
-    packed: bool = option(True, "train each token of a tree once; false: a row a trajectory")
-    micro_batch_tokens: int = option(8192, "tokens of one forward and backward pass", low=1)
-    gradient_checkpointing: bool | None = option(
-        None, "compute activations twice, keep few; none: where a trajectory would not fit"
-    )
-    # the run
-    memory_gb: float | None = option(
-        None, "GiB that the run may use; none: what the GPU has, no limit on a CPU", above=0
-    )
-    seed: int = option(0, "of everything that is drawn", low=0, high=2**32 - 1)
-    output_dir: str = option("runs/arpo", "folder of the run; an existing one is not touched")
-    save_every: int = option(10, "steps between checkpoints; --resume goes on from one", low=1)
-    keep: int = option(2, "checkpoints that are kept, the newest", low=1)
-    eval_every: int = option(50, "steps between looks at a part of eval_path; 0: none", low=0)
-    eval_part: int = option(20, "questions of each domain in such a look", low=1)
-    record_every: int = option(10, "steps between trees in rollouts.jsonl; 0: none", low=0)
-
-    def __post_init__(self):
-        check(self)
-        if self.initial_rollouts > self.group_size:
-            limit = f"at most group_size ({self.group_size})"
-            raise UserError(f"--initial_rollouts {self.initial_rollouts}: it must be {limit}")
-
-
-# Settings by name: `--preset NAME`; a flag beside it wins. The first two are the published values
-# (arXiv 2507.19849; RUC-NLPIR/ARPO), meant for a full fine-tune of 3B to 14B models. The others are
-# lengths and groups for a card, whatever the model: `memory_gb` cuts the rest to what fits.
-PUBLISHED = {
-    "group_size": 16, "initial_rollouts": 8, "branch_probability": 0.5, "entropy_weight": 0.2,
-    "entropy_threshold": 0.5, "temperature": 1.0, "learning_rate": 1e-6, "clip_low": 0.2,
-    "clip_high": 0.2, "kl_coefficient": 0.0, "questions_per_step": 128, "search_results": 3,
-    "max_segment_tokens": 4096, "max_total_tokens": 6144,
-}  # fmt: skip
-CARD = {
-    "group_size": 8, "initial_rollouts": 4, "entropy_tokens": 20, "learning_rate": 1e-5,
-    "questions_per_step": 4, "search_results": 3, "max_tool_calls": 3,
-}  # fmt: skip
-PRESETS = {
-    "paper": PUBLISHED | {"branch_rule": "paper", "max_tool_calls": 6},
-    "official": PUBLISHED | {"branch_rule": "official", "max_tool_calls": 3, "entropy_tokens": 20,
-                             "dual_clip": 3.0, "official_rewards": True},
-    "8gb": CARD | {"memory_gb": 7.5, "max_segment_tokens": 256, "max_total_tokens": 1024},
-    "12gb": CARD | {"memory_gb": 11.5, "max_segment_tokens": 512, "max_total_tokens": 2048},
-    "16gb": CARD | {"memory_gb": 15.5, "max_segment_tokens": 512, "max_total_tokens": 2048,
-                    "group_size": 16, "initial_rollouts": 8},
-    "24gb": CARD | {"memory_gb": 23.0, "max_segment_tokens": 1024, "max_total_tokens": 4096,
-                    "group_size": 16, "initial_rollouts": 8},
-}  # fmt: skip
-
-
-# ---- the policy ---------------------------------------------------------------------------
-
-
-SYSTEM_PROMPT = """\
-Answer the question. Think first; then either call one tool and wait for its result, or answer.
-To call a tool, write <think>why</think> and then one of
-{tools}
-Its result follows between <result> and </result>. You may call tools several times.
-To answer, write <think>why</think><answer>\\boxed{the answer alone}</answer> and stop."""
-
-
-CHARS_A_TOKEN = 32  # more than a text has on average: what is longer is cut before it is counted
-
-
-@dataclass
-class Policy:
-    """A causal language model with a LoRA adapter, its tokenizer, and what both need to speak."""
-
-    model: PeftModel
-    tokenizer: transformers.PreTrainedTokenizerBase
-    system_prompt: str
-    eos_ids: list[int]
-    pad_id: int
-    closers: set[int]  # tokens whose text holds a '>': only they can complete a tag
-    thinking: bool = True  # what the chat template is told; most ignore it
-    chunks: Chunks = field(default_factory=Chunks)  # how much of it is computed at once
-
-    @property
-    def lm(self) -> transformers.PreTrainedModel:
-        """The language model itself; the adapter's layers sit inside it and stay live."""
-        return self.model.get_base_model()
-
-    @property
-    def device(self) -> torch.device:
-        return self.lm.device
-
-    @property
-    def context(self) -> float:
-        """Tokens of the longest text that the model was made for."""
-        text_config = self.lm.config.get_text_config()
-        return getattr(text_config, "max_position_embeddings", None) or math.inf
-
-    def prompt(self, question: str) -> list[int]:
-        question = toolbox.readable(question)
-        for token in self.tokenizer.added_tokens_decoder.values():
-            if token.special or "<" in token.content:  # a question cannot end its own turn
-                question = question.replace(token.content, toolbox.broken(token.content))
-        messages = [
-            {"role": "system", "content": self.system_prompt},
-            {"role": "user", "content": question},
-        ]
-        text = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, enable_thinking=self.thinking
-        )
-        # Some templates open the think block for the model: here it is the policy's to write.
-        text = re.sub(r"<think>\s*\Z", "", text)
-        return self.tokenizer.encode(text, add_special_tokens=False)
-
-    def encode(self, text: str) -> list[int]:
-        """A tool's text: the spelling of a special token in it is no special token."""
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-
-    def encode_result(self, result: toolbox.ToolResult, most: int) -> list[int]:
-        """A result in its tags, at most `most` tokens; " [cut]" stands where the rest was cut."""
-        longest = CHARS_A_TOKEN * most
-        if len(result.text) <= longest:
-            token_ids = self.encode(toolbox.result_text(result))
-            if len(token_ids) <= most:
-                return token_ids
-
-        def beginning(n: int) -> list[int]:
-            cut = dataclasses.replace(result, text=result.text[:n] + " [cut]")
-            return self.encode(toolbox.result_text(cut))
-
-        lengths = range(min(longest, len(result.text)))
-        too_long = bisect_right(lengths, most, key=lambda n: len(beginning(n)))
-        return beginning(max(0, too_long - 1))
-
-    def decode(self, token_ids: list[int]) -> str:
-        return self.tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)
-
-
-def load_policy(config: Config, tools: dict[str, toolbox.Tool], trainable: bool) -> Policy:
-    """The frozen model in 4-bit NF4 (or plain), with a fresh or a saved LoRA adapter on top."""
-    system_prompt = read_system_prompt(config, tools)
-    try:
-        lm, tokenizer = load_model(config)
-        saved = load_adapter(lm, config.adapter, trainable) if config.adapter else None
-    except Exception as error:  # deliberately everything: a folder may hold anything
-        names = f"--model_name {config.model_name} --adapter {config.adapter}"
-        legal = "; --trust_remote_code true runs it" if "trust_remote_code" in str(error) else ""
-        raise UserError(f"cannot load {names}: {reason(error)}{legal}") from None
-    model = saved or fresh_adapter(lm, config.lora_rank)
-    model.eval()  # no dropout anywhere: what is sampled is what is scored
-    for layer in lm.modules():
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            # On such a CPU bitsandbytes would repack the weights for inference, and the packed
-            # product has no backward: every gradient below it would silently be missing.
-            layer.support_avx512bf16_for_cpu = False
-    eos = lm.generation_config.eos_token_id
-    eos_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    # A model's own generation settings (Qwen3: top_k 20) would sample from another policy.
-    lm.generation_config = GenerationConfig(eos_token_id=sorted(eos_ids), pad_token_id=pad_id)
-    refuse_unsupported(config.model_name, lm, tokenizer)
-    lm.gradient_checkpointing_enable({"use_reentrant": False})  # while `recomputed` says so
-    policy = Policy(
-        model=model,
-        tokenizer=tokenizer,
-        system_prompt=system_prompt,
-        eos_ids=sorted(eos_ids),
-        pad_id=pad_id,
-        closers={i for token, i in tokenizer.get_vocab().items() if ">" in token},
-        thinking=config.thinking,
-        chunks=fit(config, lm),
-    )
-    if config.max_total_tokens > policy.context:
-        words = f"the model's context ends at {policy.context} tokens, and so do trajectories"
-        console.print(f"--max_total_tokens {config.max_total_tokens}: {words}", soft_wrap=True)
-    return policy
-
-
-def load_model(config: Config) -> tuple[transformers.PreTrainedModel, Any]:
-    """The model and its tokenizer. What comes with them runs only with `trust_remote_code`."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-    )
-    name, trust = config.model_name, config.trust_remote_code
-    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=trust)
-    lm, found = AutoModelForCausalLM.from_pretrained(
-        name,
-        trust_remote_code=trust,
-        config=AutoConfig.from_pretrained(name, trust_remote_code=trust),
-        attn_implementation="sdpa",  # and not a kernel of the hub, which a config can name
-        use_safetensors=True,  # nothing is unpickled
-        output_loading_info=True,
-        dtype=dtype,
-        device_map=device,
-        quantization_config=nf4 if config.load_in_4bit else None,
-    )
-    if found["missing_keys"]:
-        raise ValueError(f"the model has no {', '.join(sorted(found['missing_keys'])[:3])}")
-    return lm, tokenizer
-
-
-def fresh_adapter(lm, rank: int) -> PeftModel:
-    lora = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    model = get_peft_model(lm, lora)
-    lora.target_modules = sorted(lora.target_modules)  # a set: its order would change each run
-    return model
-
-
-def load_adapter(lm, folder: str, trainable: bool) -> PeftModel:
-    """A LoRA adapter of all the weights that it names; its folder runs no code."""
-    config = PeftConfig.from_pretrained(folder)
-    if not isinstance(config, LoraConfig) or config.megatron_config:  # that names code to import
-        raise ValueError("the adapter is not a plain LoRA")
-    if Path(folder).is_dir() and not Path(folder, "adapter_model.safetensors").exists():
-        raise ValueError("the adapter has no adapter_model.safetensors")  # a .bin is a pickle
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="Found missing adapter keys")
-        return PeftModel.from_pretrained(lm, folder, config=config, is_trainable=trainable)
-
-
-def refuse_long(policy: Policy, questions: list[Question], path: str, config: Config) -> None:
-    """A prompt that leaves no room to answer is named before the work begins: UserError."""
-    room = min(config.max_total_tokens, policy.context)
-    for number, question in enumerate(questions, start=1):
-        tokens = len(policy.prompt(question.text))
-        if tokens >= room:
-            limit = "no room to answer within --max_total_tokens and the model's context"
-            raise UserError(
-                f"{path}, question {number}: a prompt of {tokens} tokens leaves {limit} ({room})"
-            )
-
-
-def read_system_prompt(config: Config, tools: dict[str, toolbox.Tool]) -> str:
-    """Ours, or that of the user's file, with the registered tools in the place of {tools}."""
-    text, path = SYSTEM_PROMPT, config.system_prompt
-    if path is not None:
-        try:
-            text = Path(path).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--system_prompt {path}: {reason(error)}") from None
-    described = "\n".join(f"<{t.name}>{t.description}</{t.name}>" for t in tools.values())
-    return text.replace("{tools}", described)
-
-
-def refuse_unsupported(name: str, lm, tokenizer) -> None:
-    """Models that would train silently wrong, or cannot be asked: UserError."""
-    if not tokenizer.chat_template:
-        wanted = "an instruct model, or a folder with a chat_template.jinja, has one"
-        raise UserError(f"--model_name {name} has no chat template; {wanted}")
-    try:
-        roles = [{"role": role, "content": role} for role in ("system", "user")]
-        tokenizer.apply_chat_template(roles, tokenize=False)
-    except Exception as error:  # deliberately everything: a template is a program
-        raise UserError(f"--model_name {name}: its chat template says: {reason(error)}") from None
-    scaled = ("final_logit_softcapping", "logits_scaling", "logit_scale")
-    odd = [key for key in scaled if getattr(lm.config, key, None) not in (None, 1)]
-    odd += sorted({*(getattr(lm.config, "layer_types", None) or [])} - {"full_attention"})
-    if odd:  # log-probs come from the bare head, and any column of the cache may be a hole
-        raise UserError(f"--model_name {name} has {', '.join(odd)}, which is not supported here")
-
-
 # ---- the rollout --------------------------------------------------------------------------
-
-
-@dataclass
-class Paths:
-    """The open paths of one level, a row each, over one KV cache of C columns.
-
-    A column that means nothing for a row (padding, what a finished row went on to generate, the
-    sibling's tokens in a fork) is a hole: mask 0. Positions come from the running sum of the mask,
-    so a row's tokens are contiguous for the model whatever holes lie between them.
-    """
-
-    drafts: list[Segment]  # (R) the segment that each path writes; its parent is where it stands
-    owners: list[int]  # (R) the question it belongs to
-    cache: DynamicCache  # keys and values (R, heads, C, d) of every layer
-    mask: Tensor | None  # (R, C); None: used up
-    pending: list[list[int]]  # (R) tokens that the cache has not seen yet
-
-    def __len__(self) -> int:
-        return len(self.drafts)
-
-    def select(self, rows: list[int], mask: Tensor | None = None, keep: bool = False) -> Paths:
-        """The named rows (again, to fork them) on a cache of their own, squeezed free of holes."""
-        (selected,) = self.split([rows], mask, keep)
-        return selected
-
-    def split(
-        self, parts: list[list[int]], mask: Tensor | None = None, keep: bool = False
-    ) -> list[Paths]:
-        """The rows of each part on a cache of its own, squeezed free of holes.
-
-        These paths are used up, a layer at a time, so that the cache never exists twice; unless
-        they are to `keep`. `mask` replaces that of the rows of all parts, one after the other.
-        """
-        rows = [row for part in parts for row in part]
-        masks = (self.mask[rows] if mask is None else mask).split([len(part) for part in parts])
-        caches = [DynamicCache() for _ in parts]
-        picks = [torch.tensor(part, device=self.mask.device)[:, None] for part in parts]
-        columns = []
-        for seen in masks:  # (R', C)
-            width = int(seen.sum(dim=1).max())
-            holes_first = seen.argsort(dim=1, stable=True)
-            columns.append(holes_first[:, seen.shape[1] - width :])  # (R', C')
-        for i, layer in enumerate(self.cache.layers):
-            for cache, pick, column in zip(caches, picks, columns, strict=True):
-                kept = (x[pick, :, column].transpose(1, 2) for x in (layer.keys, layer.values))
-                cache.update(*kept, i)
-            if not keep:
-                layer.keys = layer.values = None
-        if not keep:
-            self.mask = None  # `grow` holds the paths of every level until it returns
-        return [
-            Paths(
-                [self.drafts[row] for row in part],
-                [self.owners[row] for row in part],
-                cache,
-                seen.gather(1, column),
-                [list(self.pending[row]) for row in part],
-            )
-            for part, cache, seen, column in zip(parts, caches, masks, columns, strict=True)
-        ]
-
-    @staticmethod
-    def join(parts: list[Paths]) -> Paths | None:
-        """The rows of all parts on one cache, with holes on the left of the shorter ones."""
-        if len(parts) < 2:
-            return parts[0] if parts else None
-        width = max(part.mask.shape[1] for part in parts)
-
-        def widened(x: Tensor, dim: int) -> Tensor:
-            shape = list(x.shape)
-            shape[dim] = width - shape[dim]
-            return torch.cat([x.new_zeros(shape), x], dim=dim)
-
-        cache = DynamicCache()
-        for i in range(len(parts[0].cache.layers)):
-            layers = [part.cache.layers[i] for part in parts]
-            keys = torch.cat([widened(layer.keys, 2) for layer in layers])
-            values = torch.cat([widened(layer.values, 2) for layer in layers])
-            for layer in layers:
-                layer.keys = layer.values = None
-            cache.update(keys, values, i)
-        mask = torch.cat([widened(part.mask, 1) for part in parts])
-        for part in parts:
-            part.mask = None  # as in `split`
-        return Paths(
-            [draft for part in parts for draft in part.drafts],
-            [owner for part in parts for owner in part.owners],
-            cache,
-            mask,
-            [tokens for part in parts for tokens in part.pending],
-        )
-
-
-class SegmentEnd(StoppingCriteria):
-    """Gives every sampled token to its segment, and ends a row when its segment is complete.
-
-    By text and not by token id, because a tag may be split over several tokens. With `leave`, the
-    whole call ends when that share of its rows has ended, so that they can be dropped.
-    """
-
-    def __init__(
-        self, policy: Policy, drafts: list[Segment], limits: list[int], leave: float = 1.0
-    ):
-        self.policy, self.drafts, self.limits, self.leave = policy, drafts, limits, leave
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
-        newest = input_ids[:, -1].tolist()
-        for draft, limit, token in zip(self.drafts, self.limits, newest, strict=True):
-            if draft.stop is None:
-                draft.token_ids.append(token)
-                draft.stop = self.why(draft.token_ids, limit)
-        ended = [draft.stop is not None for draft in self.drafts]
-        enough = sum(ended) >= self.leave * len(ended)
-        return torch.tensor([enough or end for end in ended], device=input_ids.device)
-
-    def why(self, token_ids: list[int], limit: int) -> str | None:
-        if token_ids[-1] in self.policy.eos_ids:
-            return "eos"
-        closed = token_ids[-1] in self.policy.closers
-        stop = toolbox.policy_stop(self.policy.decode(token_ids)) if closed else None
-        return stop or ("length" if len(token_ids) >= limit else None)
-
-
-class FiniteLogits(LogitsProcessor):
-    """Nothing is sampled from logits that are no numbers."""
-
-    def __init__(self, drafts: list[Segment]):
-        self.drafts = drafts
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        wrong = (~scores.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
-        if wrong:
-            rows = [make_row([self.drafts[row]], {}) for row in wrong]
-            raise NonFinite("the sampler's log-probs are not finite", rows, {"logits": scores})
-        return scores
-
-
-class Meter(LogitsProcessor):
-    """The entropy of every step and the log-prob of every token, while the scores pass by.
-
-    So one step of (R, V) is held, never the k steps of a probe.
-    """
-
-    def __init__(self, entropy: Callable[[Tensor, Tensor], Tensor], temperature: float):
-        self.entropy, self.temperature = entropy, temperature
-        self.H: list[Tensor] = []  # (R) a step
-        self.logp: list[Tensor] = []  # (R) a step
-        self.latest: Tensor | None = None  # (R, V) log-probs of the step whose token is not known
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.latest is not None:
-            self.pick(input_ids[:, -1])
-        scaled = scores.float() / self.temperature  # (R, V)
-        self.H.append(self.entropy(scaled[:, None], scaled.new_ones(len(scaled), 1).bool()))
-        self.latest = scaled.log_softmax(dim=-1)
-        return scores
-
-    def pick(self, tokens: Tensor) -> None:
-        self.logp.append(self.latest.gather(1, tokens[:, None])[:, 0])
 
 
 LEAVE = 0.25  # share of rows that ends a call of `generate`, to go on without them
@@ -897,133 +400,6 @@ class Rollout:
 
 
 # ---- what is trained on -------------------------------------------------------------------
-
-
-@dataclass
-class Row:
-    """Some trajectories of one question, every token of their tree once. Lists of T values."""
-
-    input_ids: list[int] = field(default_factory=list)
-    position: list[int] = field(default_factory=list)  # depth in the tree
-    parent: list[int] = field(default_factory=list)  # index of the token before it
-    weight: list[int] = field(default_factory=list)  # trajectories it counts for; 0: not sampled
-    A_plus: list[float] = field(default_factory=list)  # sum of their positive advantages
-    A_minus: list[float] = field(default_factory=list)  # sum of their negative advantages
-    n_plus: list[int] = field(default_factory=list)  # how many of them are positive
-    n_minus: list[int] = field(default_factory=list)  # how many are negative
-    drawn: list[float] = field(default_factory=list)  # log-prob it was drawn with; nan: not kept
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    def sees(self) -> Tensor:
-        """(T, T): True where a token (row) attends to a token (column): itself, its ancestors."""
-        mask = torch.eye(len(self), dtype=torch.bool)
-        for t, parent in enumerate(self.parent):
-            if parent >= 0:
-                mask[t] |= mask[parent]
-        return mask
-
-
-def make_row(leaves: list[Segment], advantages: dict[Segment, dict[Segment, float]]) -> Row:
-    """The tree of these leaves, parents first; `advantages[segment][leaf]` for policy segments."""
-    row, last = Row(), {}  # last: segment -> index of its last token
-    for segment, below in shared_by(leaves).items():
-        credit = [advantages[segment][leaves[i]] for i in below] if segment in advantages else []
-        plus, minus = [a for a in credit if a > 0], [a for a in credit if a < 0]
-        parent = last.get(segment.parent, -1)
-        depth = row.position[parent] + 1 if parent >= 0 else 0
-        for i, token in enumerate(segment.token_ids):
-            row.input_ids.append(token)
-            row.position.append(depth + i)
-            row.parent.append(parent if i == 0 else len(row) - 2)
-            row.weight.append(len(credit))
-            row.A_plus.append(sum(plus, 0.0))
-            row.A_minus.append(sum(minus, 0.0))
-            row.n_plus.append(len(plus))
-            row.n_minus.append(len(minus))
-            row.drawn.append(segment.logp[i] if i < len(segment.logp) else math.nan)
-        last[segment] = len(row) - 1
-    return row
-
-
-def cut(leaves: list[Segment], limit: int) -> list[list[Segment]]:
-    """Groups of leaves whose trees hold at most `limit` tokens each, or one trajectory.
-
-    A tree is cut at its forks: depth first, a leaf joins the group of the one before it while there
-    is room. What both sides share is in both rows, each time for the leaves of its row alone, so
-    that loss and gradient, which are sums over leaves, stay the same.
-    """
-    order = {segment: i for i, segment in enumerate(shared_by(leaves))}
-    if sum(len(segment.token_ids) for segment in order) <= limit:
-        return [leaves]
-    groups, inside, size = [], set(), limit
-    for leaf in sorted(leaves, key=lambda leaf: [order[segment] for segment in leaf.path()]):
-        size += sum(len(segment.token_ids) for segment in leaf.path() if segment not in inside)
-        if size > limit:
-            groups.append([])
-            inside = set()
-            size = sum(len(segment.token_ids) for segment in leaf.path())
-        inside.update(leaf.path())
-        groups[-1].append(leaf)
-    return groups
-
-
-@dataclass
-class Batch:
-    """Rows padded to one length. Index t of every (B, T) tensor describes token t."""
-
-    input_ids: Tensor  # (B, T)
-    attention_mask: Tensor  # (B, T), or additive (B, 1, T, T) where a row holds a whole tree
-    position_ids: Tensor  # (B, T)
-    parent: Tensor  # (B, T) index of the token whose logits score token t
-    weight: Tensor  # (B, T) trajectories that token t counts for; 0: prompt, tool or padding
-    A_plus: Tensor  # (B, T)
-    A_minus: Tensor  # (B, T)
-    n_plus: Tensor  # (B, T)
-    n_minus: Tensor  # (B, T)
-    drawn: Tensor  # (B, T) log-prob the sampler drew token t with; nan where it was not kept
-
-
-def make_batch(rows: list[Row], pad_id: int, device, dtype=torch.float32) -> Batch:
-    T = max(map(len, rows))
-
-    def padded(name: str, fill: float) -> Tensor:
-        values = [getattr(row, name) + [fill] * (T - len(row)) for row in rows]
-        return torch.tensor(values, device=device)
-
-    chains = all(row.parent == list(range(-1, len(row) - 1)) for row in rows)
-    if chains:  # causal rows need no more than their padding
-        mask = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in rows], device=device)
-    else:
-        mask = torch.full((len(rows), 1, T, T), torch.finfo(dtype).min, dtype=dtype)
-        mask.diagonal(dim1=2, dim2=3).zero_()  # padding sees itself
-        for i, row in enumerate(rows):
-            mask[i, 0, : len(row), : len(row)].masked_fill_(row.sees(), 0.0)
-        mask = mask.to(device)
-    return Batch(
-        input_ids=padded("input_ids", pad_id),
-        attention_mask=mask,
-        position_ids=padded("position", 0),
-        parent=padded("parent", 0).clamp(min=0),
-        weight=padded("weight", 0),
-        A_plus=padded("A_plus", 0.0),
-        A_minus=padded("A_minus", 0.0),
-        n_plus=padded("n_plus", 0),
-        n_minus=padded("n_minus", 0),
-        drawn=padded("drawn", math.nan),
-    )
-
-
-def micro_batches(rows: list[Row], token_budget: int) -> Iterator[list[Row]]:
-    """Rows of similar length together, at most `token_budget` tokens (padding included) a batch."""
-    batch: list[Row] = []
-    for row in sorted(rows, key=len):
-        if batch and len(row) * (len(batch) + 1) > token_budget:
-            yield batch
-            batch = []
-        batch.append(row)
-    yield batch
 
 
 @contextmanager

@@ -28,9 +28,11 @@ from pathlib import Path
 
 import torch
 
-from arpo_mini import Config, load_questions, make_tools, reason
+from arpo_mini import make_tools
+from data.formats import load_questions
 from lab.verdict import drawing, tables, verdict
-from terminal import Parser, UserError, console, kind, progress_bar
+from settings import Config
+from terminal import Parser, UserError, console, kind, progress_bar, reason
 
 ROOT = Path(__file__).resolve().parent.parent
 

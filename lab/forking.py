@@ -26,22 +26,13 @@ from rich import box
 from rich.table import Table
 
 from advantage import Segment
-from arpo_mini import (
-    Config,
-    Policy,
-    Question,
-    Rollout,
-    load_policy,
-    load_questions,
-    make_tools,
-    part_of,
-    reason,
-    score,
-    token_entropies,
-)
+from arpo_mini import Rollout, make_tools, part_of, score, token_entropies
+from data.formats import Question, load_questions
 from lab.intervals import Estimate, bootstrap, bootstrap_ratio, spearman, t_interval
 from lab.verdict import drawing
-from terminal import Parser, UserError, advance, console, kind, progress_bar
+from policy import Policy, load_policy
+from settings import Config
+from terminal import Parser, UserError, advance, console, kind, progress_bar, reason
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = 128  # trajectories side by side

@@ -29,23 +29,15 @@ from random import Random
 import torch
 
 from advantage import Segment, as_number
-from arpo_mini import (
-    Config,
-    Policy,
-    Row,
-    load_policy,
-    make_batch,
-    make_row,
-    make_tools,
-    micro_batches,
-    recomputed,
-    token_logprobs,
-)
+from arpo_mini import make_tools, recomputed, token_logprobs
 from data.formats import Demonstration, load_demonstrations
 from data.make_world import DOMAINS, Maker, make
 from lab.coldstart import Demonstrator, Hesitation
 from memory import snapshot
+from packing import Row, make_batch, make_row, micro_batches
+from policy import Policy, load_policy
 from runs import new_folder
+from settings import Config
 from terminal import Parser, UserError, check, console, option, progress_bar
 from tools import ToolError, ToolResult, calculate, result_text
 

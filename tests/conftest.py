@@ -8,7 +8,10 @@ import pytest
 import torch
 
 import arpo_mini
-from arpo_mini import Config, Rollout, load_policy, load_questions, make_tools
+from arpo_mini import Rollout, make_tools
+from data.formats import load_questions
+from policy import load_policy
+from settings import Config
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,10 @@ from transformers import (
 )
 
 from advantage import shared_by
-from arpo_mini import Config, Question, UserError, load_policy, main, score, train_step
+from arpo_mini import UserError, main, score, train_step
+from data.formats import Question
+from policy import load_policy
+from settings import Config
 from terminal import log_line
 from tools import Tool
 

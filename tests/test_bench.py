@@ -10,12 +10,14 @@ from transformers import AutoTokenizer, DynamicCache
 
 import memory
 from advantage import shared_by
-from arpo_mini import DATA, Config, Policy, load_policy, train_step
+from arpo_mini import train_step
 from lab.bench import against_trl, compare, gpu, plan
 from lab.bench.__main__ import main
 from lab.bench.job import forced, random_weights, size_of
 from lab.bench.measure import compared, frozen_bytes, peak_bytes
 from lab.bench.shapes import NAMES, model_config
+from policy import Policy, load_policy
+from settings import DATA, Config
 from tools import ToolResult, result_text
 
 TINY = str(DATA / "tiny-qwen3")

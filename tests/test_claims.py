@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from arpo_mini import main
+from settings import Config
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,7 +78,7 @@ def test_the_readme_names_what_there_is():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     table = text.split("## The algorithm, step by step")[1].split("Step 10 has")[0]
     names = {name for row in table.splitlines()[3:] for name in re.findall(r"`(\w+)`", row)}
-    places = (arpo_mini, arpo_mini.Rollout, entropy, advantage, tools, arpo_mini.Config)
+    places = (arpo_mini, arpo_mini.Rollout, entropy, advantage, tools, Config)
     for name in names - {"generate", "output_scores", "w"}:
         assert any(hasattr(place, name) for place in places), name
     others = r"chromium|\$shot|pngquant|python -m lab\.(compare|report|bench)"  # have their own
@@ -85,4 +86,4 @@ def test_the_readme_names_what_there_is():
     flags = set(re.findall(r"--(\w+)", text)) - {"help", "preset"}
     own = {flag[2:] for _, flags in arpo_mini.COMMANDS.values() for flag in flags}
     own |= set(Settings.__dataclass_fields__)  # of the cold start
-    assert flags <= set(arpo_mini.Config.__dataclass_fields__) | own
+    assert flags <= set(Config.__dataclass_fields__) | own

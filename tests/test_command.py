@@ -14,7 +14,9 @@ from conftest import lines_of, write_questions
 from safetensors.torch import load_file
 
 import arpo_mini
-from arpo_mini import Config, Question, main, questions_of_step
+from arpo_mini import main, questions_of_step
+from data.formats import Question, load_questions
+from settings import Config
 
 FAST = "--steps 2 --questions_per_step 1 --group_size 4 --eval_every 1 --record_every 1".split()
 
@@ -109,7 +111,7 @@ def test_files_without_questions_or_of_bytes(capsys, tmp_path):
 def test_a_line_separator_inside_a_text_does_not_break_the_line(tmp_path):
     path = tmp_path / "odd.jsonl"
     path.write_text('{"question": "a\u2028b", "answer": ["x", 2], "domain": "[/x]"}\n', "utf-8")
-    (question,) = arpo_mini.load_questions(str(path))
+    (question,) = load_questions(str(path))
     assert question == Question("a\u2028b", ["x", "2"], "[/x]")
 
 
@@ -126,7 +128,7 @@ def test_help_names_every_field_with_its_default(capsys):
 def test_every_field_is_read_somewhere():
     source = "".join(
         (arpo_mini.Path(arpo_mini.__file__).parent / name).read_text()
-        for name in ("arpo_mini.py", "terminal.py", "runs.py", "memory.py")
+        for name in ("arpo_mini.py", "policy.py", "terminal.py", "runs.py", "memory.py")
     )
     for item in dataclasses.fields(Config):
         read = rf"\b(config|c|self)\.{item.name}\b"

@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 from conftest import write_questions
 
-from arpo_mini import Config, load_questions, part_of
+from arpo_mini import part_of
+from data.formats import load_questions
 from lab import compare, figures, forking, verdict
 from lab.intervals import T_975, at_budget, bootstrap, bootstrap_ratio, paired, spearman, t_interval
+from settings import Config
 
 ROOT = Path(__file__).parent.parent
 

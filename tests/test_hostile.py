@@ -32,7 +32,10 @@ from tokenizers import normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from advantage import official_reward, reward
-from arpo_mini import DATA, Config, Policy, load_policy, load_questions, main, parse_command
+from arpo_mini import main, parse_command
+from data.formats import load_questions
+from policy import Policy, load_policy
+from settings import DATA, Config
 from terminal import UserError, draw_tree, one_line, plain
 from tools import (
     TAG,

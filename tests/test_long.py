@@ -12,7 +12,10 @@ from conftest import roll_out
 from test_any_model import recite, save_model, save_tokenizer
 
 from advantage import shared_by
-from arpo_mini import Config, Question, UserError, load_policy, main, refuse_long, score
+from arpo_mini import UserError, main, score
+from data.formats import Question
+from policy import load_policy, refuse_long
+from settings import Config
 from tools import Tool, ToolResult, result_text
 
 RESULT = "<result>\n4\n</result>"

@@ -13,26 +13,23 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
 import arpo_mini
+import decoding
 import memory
 from advantage import Segment, shared_by
 from arpo_mini import (
-    PRESETS,
-    Config,
-    Policy,
     Rollout,
     credit,
-    cut,
     evaluate,
-    load_policy,
     main,
-    make_batch,
-    make_row,
     parse_command,
     recomputed,
     token_logprobs,
     train_step,
 )
 from memory import Chunks, OutOfMemory, fit
+from packing import cut, make_batch, make_row
+from policy import Policy, load_policy
+from settings import PRESETS, Config
 
 
 def peak_bytes(work):
@@ -160,7 +157,7 @@ def test_one_step_of_scores_is_held_however_many_are_measured(config, monkeypatc
     V, R = 20_000, 4
     policy = small_policy(V)
     node = Segment("prompt", [5, 6, 7])
-    monkeypatch.setattr(arpo_mini.SegmentEnd, "why", lambda self, ids, limit: None)
+    monkeypatch.setattr(decoding.SegmentEnd, "why", lambda self, ids, limit: None)
 
     def probe(k):
         def work():

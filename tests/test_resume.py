@@ -20,7 +20,9 @@ from safetensors.torch import load_file, save_file
 
 import arpo_mini
 import runs
-from arpo_mini import Config, main
+from arpo_mini import main
+from data.formats import load_questions
+from settings import Config
 
 # Steps of a fraction of a second, with everything a step can have: forks, evaluations, trees.
 TINY = (
@@ -550,7 +552,7 @@ def test_a_number_that_goes_wrong_ends_the_run_and_spoils_nothing(
         wrong(patch)
         assert train(folder, "--eval_path", one_question, "--steps", "5") == 1
     error = capsys.readouterr().err
-    questions = arpo_mini.load_questions(Config().dataset_path)
+    questions = load_questions(Config().dataset_path)
     (question,) = arpo_mini.questions_of_step(questions, 3, Config(questions_per_step=1))
     assert len(error.splitlines()) == 1 and f"step 3: {words}" in error
     assert re.search(re.escape(repr(question.text)) + r" \(\d+ tokens\)", error)

@@ -13,8 +13,11 @@ from transformers import DynamicCache
 
 import tools as toolbox
 from advantage import Segment, shared_by
-from arpo_mini import Paths, Question, Rollout, make_batch, make_row, token_logprobs
+from arpo_mini import Rollout, token_logprobs
+from data.formats import Question
+from decoding import Paths
 from entropy import RULES
+from packing import make_batch, make_row
 
 
 def replace(config, **changes):

@@ -10,13 +10,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from arpo_mini import Rollout, load_policy, make_batch, score
+from arpo_mini import Rollout, score
 from arpo_mini import main as arpo
 from data.formats import load_questions
 from lab import sft
 from lab.coldstart import build_model
 from lab.sft import Settings, from_file, from_mini_world, main, with_calculator
 from memory import Chunks
+from packing import make_batch
+from policy import load_policy
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "data" / "tiny-qwen3")

@@ -10,9 +10,6 @@ from advantage import Reward, Segment, group_advantages, shared_by
 from arpo_mini import (
     credit,
     drift,
-    make_batch,
-    make_row,
-    micro_batches,
     policy_loss,
     reference_logprobs,
     score,
@@ -20,6 +17,7 @@ from arpo_mini import (
     token_logprobs,
     update,
 )
+from packing import make_batch, make_row, micro_batches
 
 
 def some_rewards(leaves, seed=0):

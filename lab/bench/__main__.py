@@ -21,7 +21,8 @@ from pathlib import Path
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from arpo_mini import PRESETS, Config, write_text
+from arpo_mini import write_text
+from settings import PRESETS, Config
 from terminal import Parser, UserError, console, kind
 
 

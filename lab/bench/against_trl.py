@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 import arpo_mini
 import tools as toolbox
 from advantage import reward
-from arpo_mini import Config, Question
+from data.formats import Question
+from settings import Config
 from terminal import UserError, console
 
 from .job import Job, Size, force, mini_world, script_of, search_of

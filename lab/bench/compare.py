@@ -13,8 +13,10 @@ from transformers import GenerationConfig, LogitsProcessor
 import arpo_mini
 import tools as toolbox
 from advantage import Reward, Segment
-from arpo_mini import Config, Policy, Rollout, credit, update
+from arpo_mini import Rollout, credit, update
 from memory import OutOfMemory
+from policy import Policy
+from settings import Config
 from terminal import console
 
 from .job import Job, forced, mini_world, size_of

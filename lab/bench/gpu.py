@@ -23,8 +23,10 @@ from transformers import PretrainedConfig
 import arpo_mini
 import memory
 from advantage import shared_by
-from arpo_mini import PRESETS, Config, write_text
+from arpo_mini import write_text
 from memory import GIB
+from packing import cut, micro_batches
+from settings import PRESETS, Config
 from terminal import UserError, console
 
 from . import plan
@@ -92,9 +94,9 @@ def measure(case: Case, config: Config) -> dict:
 
 def largest_batch(groups: list, limit: float) -> int:
     """Tokens of the largest backward pass, padding included: a tree beyond the limit is cut."""
-    parts = [part for leaves in groups for part in arpo_mini.cut(leaves, limit)]
+    parts = [part for leaves in groups for part in cut(leaves, limit)]
     rows = [range(sum(len(s.token_ids) for s in shared_by(part))) for part in parts]
-    return max(len(some) * max(map(len, some)) for some in arpo_mini.micro_batches(rows, limit))
+    return max(len(some) * max(map(len, some)) for some in micro_batches(rows, limit))
 
 
 def measured(job: Job, shape: PretrainedConfig, size: Size, repeats: int) -> dict:

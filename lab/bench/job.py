@@ -20,7 +20,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 import arpo_mini
-from arpo_mini import DATA, Config, Policy, Question, load_policy
+from data.formats import Question, load_questions
+from policy import Policy, load_policy
+from settings import DATA, Config
 from terminal import UserError
 from tools import Tool, ToolResult, result_text
 
@@ -153,7 +155,7 @@ def random_weights(shape: PretrainedConfig) -> Iterator[None]:
     def from_pretrained(name, dtype, device_map, quantization_config=None, **kwargs):
         return random_model(shape, dtype, device_map, quantization_config), {"missing_keys": []}
 
-    with mock.patch.object(arpo_mini.AutoModelForCausalLM, "from_pretrained", from_pretrained):
+    with mock.patch.object(AutoModelForCausalLM, "from_pretrained", from_pretrained):
         yield
 
 
@@ -186,7 +188,7 @@ def mini_world(config: Config) -> Job:
     tools = arpo_mini.make_tools(config)
     torch.manual_seed(config.seed)
     policy = load_policy(config, tools, trainable=True)
-    return make_job(config, policy, tools, arpo_mini.load_questions(config.dataset_path))
+    return make_job(config, policy, tools, load_questions(config.dataset_path))
 
 
 def forced(config: Config, size: Size, shape: PretrainedConfig | None = None) -> Job:

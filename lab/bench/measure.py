@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 import memory
 import tools as toolbox
-from arpo_mini import Policy
+from policy import Policy
 
 
 def now() -> float:

@@ -38,7 +38,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 import memory
-from arpo_mini import PRESETS, Config
+from settings import PRESETS, Config
 from terminal import console
 
 from .shapes import model_config
