@@ -93,9 +93,13 @@ def problem(row: dict, keys: tuple[str, ...]) -> str | None:
 
 
 def names_of(folders: list[Path]) -> list[str]:
-    """The last part of each path, or all of it where that is not enough to tell them apart."""
-    last = [folder.resolve().name for folder in folders]
-    return [n if last.count(n) == 1 else str(f) for n, f in zip(last, folders, strict=True)]
+    """The last part of each path, or as many of its last parts as it takes to tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for n in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(some[-n:]) for some in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]  # one folder twice
 
 
 def main(args: list[str]) -> int:
