@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import signal
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from arpo_mini import Rollout, make_tools
 from data.formats import load_questions
 from policy import load_policy
 from settings import Config
+
+# A shell's & has it ignored, here and in all children: then no test could press Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
