@@ -45,8 +45,7 @@ class Config:
     entropy_threshold: float = option(0.5, "paper's tau")
     entropy_sigma: float = option(1.5, "k_sigma of the adaptive rule")
     entropy_tokens: int = option(10, "k: tokens measured after a tool result", low=1)
-    # 4: as right as 1 or GRPO, for less (lab/results/compare, arpo-z4).
-    max_branches: int = option(4, "Z: most forks at one tool result", low=0)
+    max_branches: int = option(1, "Z: most forks at one tool result", low=0)
     temperature: float = option(1.0, "of sampling, and of what is trained; 0: greedy", low=0)
     rollout_rows: int = option(128, "paths decoded side by side; more wait their turn", low=1)
     top_p: float = option(1.0, "share of the likeliest tokens; < 1: not to train", above=0, high=1)
@@ -95,7 +94,7 @@ PUBLISHED = {
     "group_size": 16, "initial_rollouts": 8, "branch_probability": 0.5, "entropy_weight": 0.2,
     "entropy_threshold": 0.5, "temperature": 1.0, "learning_rate": 1e-6, "clip_low": 0.2,
     "clip_high": 0.2, "kl_coefficient": 0.0, "questions_per_step": 128, "search_results": 3,
-    "max_segment_tokens": 4096, "max_total_tokens": 6144, "max_branches": 1,
+    "max_segment_tokens": 4096, "max_total_tokens": 6144,
 }  # fmt: skip
 CARD = {
     "group_size": 8, "initial_rollouts": 4, "entropy_tokens": 20, "learning_rate": 1e-5,

@@ -371,7 +371,7 @@ def test_slots_that_will_stay_open_are_filled_at_once(
     roll_out(policy, replace(config, **changes), tools, questions[2:])
     assert begun[0] == 8 * 4 and sum(begun) == begun[0]
     begun.clear()
-    groups = roll_out(policy, replace(config, max_branches=1), tools, questions[2:])
+    groups = roll_out(policy, config, tools, questions[2:])
     forks = sum(s.decision.granted for s in every_segment(groups) if s.decision)
     assert begun[0] == 2 * 4 and sum(begun) == 8 * 4 - forks
     assert sum(beside) > 0  # beside the paths of other questions, not after all is done
