@@ -39,6 +39,8 @@ class Config:
     # the rollout
     group_size: int = option(8, "M: trajectories returned for each question", low=1)
     initial_rollouts: int = option(2, "N: begun at the question; M - N may branch off", low=1)
+    # rule: 5 seeds show no difference in accuracy; the paper's takes 61 % of GRPO's calls and
+    # adaptive 85 %. Z: 4 takes 59 %, with no other difference (lab/results/compare).
     branch_rule: str = option("paper", "when to fork after a tool result", choices=tuple(RULES))
     branch_probability: float = option(0.5, "paper's alpha, official tau", low=0, high=1)
     entropy_weight: float = option(0.2, "paper's beta, official w")
