@@ -32,7 +32,8 @@ class Segment:
     parent: "Segment | None" = field(default=None, repr=False)
     stop: str | None = None  # policy: why it stopped, tool | answer | eos | length
     entropy: float | None = None  # policy: of its first k tokens, as the branch rule saw it
-    logp: list[float] = field(default_factory=list)  # policy: what its first tokens were drawn with
+    logp: list[float] = field(default_factory=list)  # policy: what each token was drawn with
+    token_entropy: list[float] = field(default_factory=list)  # policy: and how openly, in nats
     decision: Any = None  # tool: the entropy.Decision taken at it
 
     def __post_init__(self):

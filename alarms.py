@@ -54,7 +54,7 @@ def alarms(history: list[dict]) -> Iterator[str]:
             "Try fewer --updates_per_rollout or a lower --learning_rate"
         )
     drift = history[-1]["drift_mean"]
-    if drift > DRIFT:
+    if drift is not None and drift > DRIFT:
         yield (
             f"the sampler's log-probs are {drift:.2f} off the trainer's on average (at most "
             f"{history[-1]['drift_max']:.2f}): it does not sample from the policy it trains. "

@@ -45,7 +45,7 @@ from advantage import (
 from alarms import remarks
 from data.formats import Question, load_questions
 from decoding import FiniteLogits, Meter, Paths, SegmentEnd
-from entropy import RULES, normalised_entropy, official_scalar, segment_entropy, token_entropy
+from entropy import RULES, normalised_entropy
 from memory import head_chunk, snapshot
 from metrics import judge, mean, official_judge, summary
 from packing import Batch, Row, cut, make_batch, make_row, micro_batches
@@ -289,13 +289,14 @@ class Rollout:
         steps = min(steps, max(left))
         input_ids, fresh = self.left_pad(paths.pending)  # (R, W)
         paths.mask = torch.cat([paths.mask, fresh], dim=1)  # (R, C + W)
-        meter = Meter(self.step_entropy, self.config.temperature or 1.0) if measure else None
+        official = measure and self.config.branch_rule == "official"
+        meter = Meter(self.config.temperature or 1.0, official)
         out = self.policy.lm.generate(
             input_ids,
             attention_mask=paths.mask,
             past_key_values=paths.cache,
             generation_config=self.sampling(steps),
-            logits_processor=[FiniteLogits(drafts), *([meter] if measure else [])],
+            logits_processor=[FiniteLogits(drafts), meter],
             stopping_criteria=[
                 SegmentEnd(self.policy, drafts, limits, leave=1.0 if measure else LEAVE)
             ],
@@ -309,28 +310,18 @@ class Rollout:
         paths.pending = [
             d.token_ids[-1:] if n == S else [] for d, n in zip(drafts, added, strict=True)
         ]
+        meter.pick(out[:, -1])
+        H, logp = torch.stack(meter.H, dim=1), torch.stack(meter.logp, dim=1)  # (R, S)
+        for draft, n, h, drawn in zip(drafts, added, H.tolist(), logp.tolist(), strict=True):
+            draft.token_entropy += h[:n]
+            draft.logp += drawn[:n]
         if measure:
-            meter.pick(out[:, -1])
-            self.measure(meter, kept, drafts, written)
-
-    @property
-    def step_entropy(self) -> Callable[[Tensor, Tensor], Tensor]:
-        return official_scalar if self.config.branch_rule == "official" else normalised_entropy
-
-    def measure(
-        self, meter: Meter, kept: Tensor, drafts: list[Segment], written: list[int]
-    ) -> None:
-        """Entropy of the segments that began here, and the log-probs of their tokens."""
-        H = torch.stack(meter.H, dim=1)  # (R, S)
-        logp = torch.stack(meter.logp, dim=1).tolist()
-        if self.config.branch_rule == "official":  # a sum over the first 20, not a mean
-            H = (H * kept)[:, :20].sum(dim=1)
-        else:
-            H = segment_entropy(H, kept)
-        for row, (draft, before) in enumerate(zip(drafts, written, strict=True)):
-            if before == 0:
-                draft.entropy = H[row].item()
-                draft.logp = logp[row][: len(draft.token_ids)]
+            if official:  # a sum over the first 20, not a mean
+                scalar = (torch.stack(meter.scalar, dim=1) * kept)[:, :20].sum(dim=1)  # (R)
+            else:
+                scalar = normalised_entropy(H, kept, self.policy.lm.config.vocab_size)
+            for draft, before, value in zip(drafts, written, scalar.tolist(), strict=True):
+                draft.entropy = value if before == 0 else draft.entropy
 
     def room(self, draft: Segment) -> int:
         """Tokens that this segment may have."""
@@ -418,8 +409,8 @@ def recomputed(policy: Policy, on: bool | None) -> Iterator[None]:
             layer.training = False
 
 
-def token_logprobs(policy: Policy, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-prob (with gradient) and entropy in nats of every counted token, (B, T) each, else 0.
+def token_logprobs(policy: Policy, batch: Batch, temperature: float) -> Tensor:
+    """Log-prob of every counted token with its gradient, (B, T); 0 elsewhere.
 
     Logits are made chunk by chunk from the hidden states of those tokens and made again in the
     backward pass: (B, T, V) never exists.
@@ -434,17 +425,15 @@ def token_logprobs(policy: Policy, batch: Batch, temperature: float) -> tuple[Te
     hidden = hidden[b, batch.parent[b, t]]  # (n, D) what predicts token t: the only shift there is
     target = batch.input_ids[b, t]  # (n,)
 
-    def score(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def score(hidden: Tensor, target: Tensor) -> Tensor:
         logits = policy.lm.get_output_embeddings()(hidden).float() / temperature  # (n, V)
-        logp = logits.log_softmax(dim=-1).gather(1, target[:, None])[:, 0]
-        return logp, token_entropy(logits.detach())
+        return logits.log_softmax(dim=-1).gather(1, target[:, None])[:, 0]
 
     size = head_chunk(policy.lm.config.vocab_size)
     chunks = zip(hidden.split(size), target.split(size), strict=True)
     scored = [checkpoint(score, h, y, use_reentrant=False) for h, y in chunks]
-    logp, H = (torch.cat(column) for column in zip(*scored, strict=True))  # (n,) each
-    zeros = logp.new_zeros(batch.weight.shape)
-    return zeros.index_put((b, t), logp), zeros.index_put((b, t), H)
+    logp = torch.cat(scored)  # (n,)
+    return logp.new_zeros(batch.weight.shape).index_put((b, t), logp)
 
 
 def policy_loss(
@@ -472,30 +461,35 @@ def reference_logprobs(policy: Policy, batches: list[Batch], config: Config) -> 
     if not config.kl_coefficient:
         return [None for _ in batches]
     with policy.model.disable_adapter():
-        return [token_logprobs(policy, batch, config.temperature)[0] for batch in batches]
+        return [token_logprobs(policy, batch, config.temperature) for batch in batches]
 
 
-def update(policy: Policy, optimizer, rows: list[Row], config: Config) -> dict[str, float]:
-    """`updates_per_rollout` optimizer steps on one rollout; one normaliser however it is split."""
+def update(policy: Policy, optimizer, rows: list[Row], config: Config) -> dict[str, float | None]:
+    """`updates_per_rollout` optimizer steps on one rollout; one normaliser however it is split.
+
+    A row that nothing pulls at (its group has equal rewards) counts in the mean and costs nothing.
+    """
+    total = sum(sum(row.weight) for row in rows)
+    rows = [row for row in rows if row.pulls() or config.kl_coefficient]
     groups = list(micro_batches(rows, config.micro_batch_tokens))
     batches = [make_batch(some, policy.pad_id, policy.device, policy.lm.dtype) for some in groups]
-    total = sum(sum(row.weight) for row in rows)
     with torch.no_grad():
         ref_logps = reference_logprobs(policy, batches, config)
         several = config.updates_per_rollout > 1  # with one update the ratio is 1, no extra pass
         old_logps = [
-            token_logprobs(policy, batch, config.temperature)[0] if several else None
+            token_logprobs(policy, batch, config.temperature) if several else None
             for batch in batches
         ]
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     sums, drifts = Counter(), []
     for i in range(config.updates_per_rollout):
-        optimizer.zero_grad()
+        for p in parameters:
+            p.grad = torch.zeros_like(p)  # not None: Adam's momentum acts also where no row pulls
         for some, batch, old_logp, ref_logp in zip(
             groups, batches, old_logps, ref_logps, strict=True
         ):
             with recomputed(policy, config.gradient_checkpointing):
-                logp, H = token_logprobs(policy, batch, config.temperature)
+                logp = token_logprobs(policy, batch, config.temperature)
             require_finite("a log-prob", logp, some, batch, logp)
             drifts += drift(logp.detach(), batch) if i == 0 else []
             old_logp = logp.detach() if old_logp is None else old_logp
@@ -506,17 +500,16 @@ def update(policy: Policy, optimizer, rows: list[Row], config: Config) -> dict[s
             require_finite("the gradient norm", norm, some, batch, logp)
             sums["loss"] += loss.item()
             sums["clipped"] += clipped.item()
-            sums["H"] += (batch.weight * H).sum().item()
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimizer.step()
     tokens = total * config.updates_per_rollout
     return {
+        "train_tokens": sum(map(len, rows)),
         "loss": sums["loss"] / config.updates_per_rollout,
         "clip_fraction": sums["clipped"] / tokens,
         "grad_norm": grad_norm.item(),
-        "entropy": sums["H"] / tokens,
         "drift_mean": mean(drifts),
-        "drift_max": max(drifts),
+        "drift_max": max(drifts, default=None),
     }
 
 
@@ -689,13 +682,13 @@ def train_step(
     ]
     rolled_out = time.perf_counter()
 
-    def learn(config: Config) -> tuple[list[Row], dict[str, float]]:
+    def learn(config: Config) -> dict[str, float | None]:
         rows = [row for pair in zip(groups, rewards, strict=True) for row in credit(*pair, config)]
-        return rows, update(policy, optimizer, rows, config)
+        return update(policy, optimizer, rows, config)
 
     lengths = [sum(len(s.token_ids) for s in leaf.path()) for group in groups for leaf in group]
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
-    rows, stats = policy.chunks.retry(
+    stats = policy.chunks.retry(
         "micro_batch_tokens",
         config,
         learn,
@@ -707,7 +700,6 @@ def train_step(
         **step_metrics(groups, rewards),
         "short_answers": short_answers(policy, groups),
         "prefill_tokens": rollout.prefill_tokens,
-        "train_tokens": sum(map(len, rows)),
         **stats,
         "seconds_rollout": rolled_out - started,
         "seconds_update": time.perf_counter() - rolled_out,
@@ -727,6 +719,7 @@ def step_metrics(groups: list[list[Segment]], rewards: list[list[Reward]]) -> di
         "equal_groups": sum(len({r.total for r in some}) == 1 for some in rewards),
         "rollouts": len(leaves),
         **tree_counts(leaves),
+        "entropy": mean([h for leaf in leaves for s in leaf.path() for h in s.token_entropy]),
         "train_tokens_unpacked": sum(len(s.token_ids) for leaf in leaves for s in leaf.path()),
     }
 
@@ -827,7 +820,7 @@ def tree_record(
     """A question's tree as plain data: nodes name their parent by index, leaves name their node."""
     A = group_advantages([r.total for r in rewards]).tolist()
     credits = segment_advantages(leaves, torch.tensor(A), config.shared_weight)
-    entropies = token_entropies(policy, leaves, config)
+    most = math.log(policy.lm.config.vocab_size)  # nats
     index = {segment: i for i, segment in enumerate(shared_by(leaves))}
     nodes = [
         {
@@ -836,7 +829,7 @@ def tree_record(
             "tokens": [policy.decode([token]) for token in segment.token_ids],
             "stop": segment.stop,
             "entropy": segment.entropy,
-            "token_entropy": entropies.get(segment),
+            "token_entropy": [round(h / most, 4) for h in segment.token_entropy] or None,
             "advantage": credits[segment].mean().item() if segment in credits else None,
             "decision": dataclasses.asdict(segment.decision) if segment.decision else None,
         }
@@ -852,22 +845,6 @@ def tree_record(
             for leaf, r, a in zip(leaves, rewards, A, strict=True)
         ],
     }
-
-
-@torch.no_grad()
-def token_entropies(policy: Policy, leaves: list[Segment], config: Config) -> dict:
-    """Entropy of every policy token in the tree, divided by ln V: segment -> list."""
-    counted = {s: dict.fromkeys(leaves, 0.0) for s in shared_by(leaves) if s.author == "policy"}
-    row = make_row(leaves, counted)
-    batch = make_batch([row], policy.pad_id, policy.device, policy.lm.dtype)
-    H = token_logprobs(policy, batch, config.temperature or 1.0)[1][0]  # (T,)
-    H = (H / math.log(policy.lm.config.vocab_size)).tolist()
-    found, at = {}, 0
-    for segment in shared_by(leaves):
-        if segment in counted:
-            found[segment] = [round(h, 4) for h in H[at : at + len(segment.token_ids)]]
-        at += len(segment.token_ids)
-    return found
 
 
 # ---- command line -------------------------------------------------------------------------

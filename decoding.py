@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,7 @@ from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
 
 import tools as toolbox
 from advantage import Segment
+from entropy import official_scalar, token_entropy
 from packing import make_row
 from policy import Policy
 from runs import NonFinite
@@ -154,20 +154,25 @@ class FiniteLogits(LogitsProcessor):
 class Meter(LogitsProcessor):
     """The entropy of every step and the log-prob of every token, while the scores pass by.
 
-    So one step of (R, V) is held, never the k steps of a probe.
+    So one step of (R, V) is held, never all of a segment. With `official`, also what the released
+    code's rule reads off each step.
     """
 
-    def __init__(self, entropy: Callable[[Tensor, Tensor], Tensor], temperature: float):
-        self.entropy, self.temperature = entropy, temperature
-        self.H: list[Tensor] = []  # (R) a step
+    def __init__(self, temperature: float, official: bool):
+        self.temperature, self.official = temperature, official
+        self.H: list[Tensor] = []  # (R) a step, in nats
         self.logp: list[Tensor] = []  # (R) a step
+        self.scalar: list[Tensor] = []  # (R) a step; empty unless `official`
         self.latest: Tensor | None = None  # (R, V) log-probs of the step whose token is not known
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.latest is not None:
             self.pick(input_ids[:, -1])
         scaled = scores.float() / self.temperature  # (R, V)
-        self.H.append(self.entropy(scaled[:, None], scaled.new_ones(len(scaled), 1).bool()))
+        self.H.append(token_entropy(scaled))
+        if self.official:
+            one_step = scaled.new_ones(len(scaled), 1).bool()
+            self.scalar.append(official_scalar(scaled[:, None], one_step))
         self.latest = scaled.log_softmax(dim=-1)
         return scores
 

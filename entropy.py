@@ -24,18 +24,14 @@ def token_entropy(logits: Tensor) -> Tensor:
     return torch.special.entr(p).sum(dim=-1)  # (...)      entr(p) = -p ln p, entr(0) = 0
 
 
-def segment_entropy(H: Tensor, sampled: Tensor) -> Tensor:
-    """Mean of H over the steps a row sampled. A row that sampled none chose nothing: 0."""
-    total = H.masked_fill(~sampled, 0.0).sum(dim=1)  # (B, k) -> (B,)
-    return total / sampled.sum(dim=1).clamp(min=1)
+def normalised_entropy(H: Tensor, sampled: Tensor, vocab_size: int) -> Tensor:
+    """Mean of H / ln V over the sampled of k steps, in [0, 1]: (B, k), (B, k) -> (B,).
 
-
-def normalised_entropy(scores: Tensor, sampled: Tensor) -> Tensor:
-    """Mean of H / ln V over the sampled of k steps, in [0, 1]: (B, k, V), (B, k) -> (B,).
-
-    The paper (Eq. 4) divides by V itself: with V = 152k a change of H then decides nothing.
+    A row that sampled none chose nothing: 0. The paper (Eq. 4) divides by V itself: with V = 152k a
+    change of H then decides nothing.
     """
-    return segment_entropy(token_entropy(scores), sampled) / math.log(scores.shape[-1])
+    total = H.masked_fill(~sampled, 0.0).sum(dim=1)  # (B,)
+    return total / sampled.sum(dim=1).clamp(min=1) / math.log(vocab_size)
 
 
 def official_entropy(topk_logp: Iterable[Iterable[float]], vocab_size: int) -> float:

@@ -33,12 +33,18 @@ class Row:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def pulls(self) -> bool:
+        """Whether any gradient comes from it (but for KL): equal rewards leave advantages of 0."""
+        return any(self.A_plus) or any(self.A_minus)
+
     def sees(self) -> Tensor:
         """(T, T): True where a token (row) attends to a token (column): itself, its ancestors."""
-        mask = torch.eye(len(self), dtype=torch.bool)
-        for t, parent in enumerate(self.parent):
-            if parent >= 0:
-                mask[t] |= mask[parent]
+        T = len(self)
+        mask = torch.ones(T, T, dtype=torch.bool).tril()  # right where each follows the one before
+        starts = [t for t in range(T) if self.parent[t] != t - 1]
+        for start, end in zip(starts, [*starts[1:], T], strict=True):  # a segment: a run of tokens
+            parent = self.parent[start]
+            mask[start:end, :start] = mask[parent, :start] if parent >= 0 else False
         return mask
 
 
@@ -140,4 +146,5 @@ def micro_batches(rows: list[Row], token_budget: int) -> Iterator[list[Row]]:
             yield batch
             batch = []
         batch.append(row)
-    yield batch
+    if batch:
+        yield batch

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import random
 from collections import defaultdict
 from pathlib import Path
@@ -25,8 +26,8 @@ import torch
 from rich import box
 from rich.table import Table
 
-from advantage import Segment
-from arpo_mini import Rollout, make_tools, part_of, score, token_entropies
+from advantage import Segment, shared_by
+from arpo_mini import Rollout, make_tools, part_of, score
 from data.formats import Question, load_questions
 from lab.intervals import Estimate, bootstrap, bootstrap_ratio, spearman, t_interval
 from lab.verdict import drawing
@@ -95,15 +96,15 @@ def measure(policy: Policy, questions: list[Question], k: int, config: Config, t
     nodes, roots = [], []
     figure_1 = {place: np.zeros((len(questions), FAR, 2)) for place in ("start", "result")}
     done = advance(bar, "questions", questions)
-    at_once = max(1, ROWS // k)
+    at_once, V = max(1, ROWS // k), policy.lm.config.vocab_size
     for at in range(0, len(questions), at_once):
         some = questions[at : at + at_once]
         for i, root, leaves, rows in look(policy, some, k, config, tools, config.seed + 1000 * at):
             roots.append([at + i, *root])
             nodes += [[at + i, *row] for row in rows]
-            for segment, entropies in token_entropies(policy, leaves, config).items():
+            for segment in (s for s in shared_by(leaves) if s.author == "policy"):
                 place = "start" if segment.parent.author == "prompt" else "result"
-                values = np.array(entropies[:FAR])
+                values = np.array(segment.token_entropy[:FAR]) / math.log(V)
                 figure_1[place][at + i, : len(values)] += np.stack([values, values * 0 + 1], axis=1)
         done(len(some))
     return {"nodes": nodes, "roots": roots, "figure_1": figure_1}

@@ -181,7 +181,7 @@ def update(policy: Policy, optimizer, rows: list[Row], config: Config) -> float:
     for group in micro_batches(rows, config.micro_batch_tokens):
         batch = make_batch(group, policy.pad_id, policy.device, policy.lm.dtype)
         with recomputed(policy, config.gradient_checkpointing):
-            logp, _ = token_logprobs(policy, batch, temperature=1.0)  # (B, T), 0 if not counted
+            logp = token_logprobs(policy, batch, temperature=1.0)  # (B, T), 0 if not counted
         loss = -logp.sum() / total
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} on {batch.input_ids.shape}")

@@ -11,7 +11,6 @@ from entropy import (
     normalised_entropy,
     official_entropy,
     official_scalar,
-    segment_entropy,
     token_entropy,
 )
 
@@ -63,17 +62,18 @@ def test_half_precision_is_computed_in_float32(dtype):
     torch.testing.assert_close(H, Categorical(logits=scores.double()).entropy().float())
 
 
-def test_segment_entropy_is_the_mean_over_the_sampled_steps():
+def test_normalised_entropy_is_the_mean_over_the_sampled_steps():
     H = torch.tensor([[1.0, 2.0, 9.0], [4.0, math.nan, math.inf], [7.0, 7.0, 7.0]])
     sampled = torch.tensor([[True, True, False], [True, False, False], [False, False, False]])
-    assert segment_entropy(H, sampled).tolist() == [1.5, 4.0, 0.0]
+    found = normalised_entropy(H, sampled, vocab_size=100)
+    torch.testing.assert_close(found * math.log(100), torch.tensor([1.5, 4.0, 0.0]))
 
 
 def test_normalised_entropy_is_a_share_of_ln_V():
     scores = torch.stack([torch.zeros(3, 11), logits(3, 11)])
     scores[0, 2] = torch.tensor([50.0] + [0.0] * 10)  # certain, but not part of the segment
     sampled = torch.tensor([[True, True, False], [True, True, True]])
-    uniform, other = normalised_entropy(scores, sampled).tolist()
+    uniform, other = normalised_entropy(token_entropy(scores), sampled, 11).tolist()
     assert uniform == pytest.approx(1.0)
     expected = Categorical(logits=scores[1]).entropy().mean() / math.log(11)
     assert other == pytest.approx(expected.item(), rel=1e-5)

@@ -496,7 +496,7 @@ def test_a_read_only_folder(whole, capsys):
 
 
 def nan_log_prob(patch):
-    change(patch, "token_logprobs", lambda logp, H: (logp.index_fill(1, first(logp), torch.nan), H))
+    change(patch, "token_logprobs", lambda logp: logp.index_fill(1, first(logp), torch.nan))
 
 
 def first(logp):
@@ -504,12 +504,12 @@ def first(logp):
 
 
 def infinite_loss(patch):
-    change(patch, "policy_loss", lambda loss, clipped: (loss * torch.inf, clipped))
+    change(patch, "policy_loss", lambda out: (out[0] * torch.inf, out[1]))
 
 
 def nan_gradient(patch):
     """Of a finite loss: 0 times the infinite slope of the root."""
-    change(patch, "policy_loss", lambda loss, clipped: (loss + (0 * loss).abs().sqrt(), clipped))
+    change(patch, "policy_loss", lambda out: (out[0] + (0 * out[0]).abs().sqrt(), out[1]))
 
 
 def change(patch, name, other):
@@ -518,7 +518,7 @@ def change(patch, name, other):
     patch.setattr(
         arpo_mini, "questions_of_step", lambda q, step, c: [begun.append(step), ask(q, step, c)][1]
     )
-    patch.setattr(arpo_mini, name, lambda *args: other(*real(*args)) if 3 in begun else real(*args))
+    patch.setattr(arpo_mini, name, lambda *args: other(real(*args)) if 3 in begun else real(*args))
 
 
 def nan_weights(patch):

@@ -33,13 +33,15 @@ def policy_segments(groups):
 
 
 def trained_logprobs(policy, leaves, temperature=1.0):
-    """Segment -> the training log-prob and entropy of each of its tokens, a row a trajectory."""
+    """Segment -> log-prob and entropy of each of its tokens, from a row for each trajectory."""
     found = {}
     for leaf in leaves:
         counted = {s: {leaf: 0.0} for s in leaf.path() if s.author == "policy"}
         batch = make_batch([make_row([leaf], counted)], policy.pad_id, "cpu")
         with torch.no_grad():
-            logp, H = token_logprobs(policy, batch, temperature)
+            logp = token_logprobs(policy, batch, temperature)
+            logits = policy.lm(input_ids=batch.input_ids).logits / temperature  # (1, T, V)
+        H = torch.distributions.Categorical(logits=logits).entropy().roll(1, dims=1)
         at = 0
         for segment in leaf.path():
             n = len(segment.token_ids)
@@ -79,10 +81,9 @@ def assert_sampler_matches_trainer(policy, groups, tolerance, temperature=1.0, a
         trained = trained_logprobs(policy, leaves, temperature)
         for segment in shared_by(leaves):
             if segment.author == "policy":
-                sampled = torch.tensor(segment.logp)
-                logp, _ = trained[segment]
-                worst = max(worst, (sampled - logp[: len(sampled)]).abs().max().item())
-                checked += len(sampled)
+                sampled = torch.tensor([segment.logp, segment.token_entropy])  # (2, T)
+                worst = max(worst, (sampled - torch.stack(trained[segment])).abs().max().item())
+                checked += len(segment.token_ids)
     assert checked > at_least
     assert worst < tolerance
 

@@ -201,7 +201,7 @@ def test_no_logits_are_made_for_prompts_and_results(policy, demonstrations):
     head = policy.lm.get_output_embeddings()
     hook = head.register_forward_hook(lambda module, args, out: scored.append(out.shape[0]))
     with torch.no_grad():
-        logp, _ = sft.token_logprobs(policy, batch, 1.0)
+        logp = sft.token_logprobs(policy, batch, 1.0)
     hook.remove()
     assert sum(scored) == sum(sum(row.weight) for row in rows)
     assert (logp[batch.weight == 0] == 0).all() and logp.sum() < 0

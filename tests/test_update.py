@@ -17,7 +17,7 @@ from arpo_mini import (
     token_logprobs,
     update,
 )
-from packing import make_batch, make_row, micro_batches
+from packing import Row, make_batch, make_row, micro_batches
 
 
 def some_rewards(leaves, seed=0):
@@ -38,7 +38,7 @@ def gradient(policy, rows, config, budget=10**9):
     for some in micro_batches(rows, budget):
         batch = make_batch(some, policy.pad_id, "cpu")
         (ref_logp,) = reference_logprobs(policy, [batch], config)
-        logp, _ = token_logprobs(policy, batch, 1.0)
+        logp = token_logprobs(policy, batch, 1.0)
         shift = 0.5 * torch.sin(batch.input_ids + 3.0 * batch.position_ids)  # off-policy
         loss, clipped = policy_loss(logp, logp.detach() + shift, batch, config, total, ref_logp)
         assert clipped > 0
@@ -136,7 +136,7 @@ def test_only_what_the_policy_sampled_is_trained_and_the_stop_token_is(policy, c
     batch = make_batch([make_row([leaf], counted), make_row([short], counted)], eos, "cpu")
     assert batch.weight.tolist() == [[0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 0, 0]]
     assert batch.attention_mask.tolist() == [[1] * 6, [1, 1, 1, 1, 0, 0]]
-    logp, _ = token_logprobs(policy, batch, 1.0)
+    logp = token_logprobs(policy, batch, 1.0)
     assert logp[0, 5] < 0 and logp[1, 4:].tolist() == [0, 0]
 
 
@@ -145,13 +145,12 @@ def test_index_t_describes_token_t(policy, config, groups):
     leaf = max(groups[-1], key=lambda leaf: len(leaf.path()))
     counted = {s: {leaf: 1.0} for s in leaf.path() if s.author == "policy"}
     batch = make_batch([make_row([leaf], counted)], policy.pad_id, "cpu")
-    logp, H = token_logprobs(policy, batch, 1.0)
+    logp = token_logprobs(policy, batch, 1.0)
     logits = policy.lm(input_ids=batch.input_ids).logits  # (1, T, V)
     plain = torch.distributions.Categorical(logits=logits[:, :-1])
     expected = plain.log_prob(batch.input_ids[:, 1:])
     counts = batch.weight[:, 1:] > 0
     assert torch.allclose(logp[:, 1:][counts], expected[counts], atol=1e-5)
-    assert torch.allclose(H[:, 1:][counts], plain.entropy()[counts], atol=1e-4)
 
 
 def test_gradient_through_nf4_is_that_of_the_same_weights_unquantised(policy_4bit, config, groups):
@@ -208,18 +207,58 @@ def test_one_update_is_on_policy_and_several_are_not(policy, config, groups):
 def gain(policy, rows):
     """Sum of log-prob times advantage: what a policy gradient step increases."""
     batch = make_batch(rows, policy.pad_id, "cpu")
-    logp, _ = token_logprobs(policy, batch, 1.0)
+    logp = token_logprobs(policy, batch, 1.0)
     return (logp * (batch.A_plus + batch.A_minus)).sum().item()
 
 
-def test_equal_rewards_train_nothing(policy, config, groups):
+def test_equal_rewards_train_nothing_and_cost_nothing(policy, config, groups):
     equal = [Reward(1.0, 1.0, True, 1)] * config.group_size
     rows = [row for leaves in groups for row in credit(leaves, equal, config)]
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in parameters]
     stats = update(policy, torch.optim.AdamW(parameters, lr=1.0, weight_decay=0.0), rows, config)
     assert stats["loss"] == 0 and stats["grad_norm"] == 0
+    assert stats["train_tokens"] == 0 and stats["drift_mean"] is stats["drift_max"] is None
     assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
+
+
+@pytest.mark.parametrize("kl_coefficient", [0.0, 0.1])
+def test_a_group_of_equal_rewards_changes_nothing_but_the_mean(
+    policy, config, groups, monkeypatch, kl_coefficient
+):
+    """Left out or trained: the same loss and gradient. The KL term pulls at it all the same."""
+    config = dataclasses.replace(config, kl_coefficient=kl_coefficient)
+    equal = [Reward(1.0, 1.0, True, 1)] * config.group_size
+    dead = [row for leaves in groups[1:3] for row in credit(leaves, equal, config)]
+    rows = rows_of(groups[-1:], config, packed=True) + dead
+    parameters = [p for p in policy.model.parameters() if p.requires_grad]
+
+    def step():
+        stats = update(policy, torch.optim.SGD(parameters, lr=0.0), rows, config)
+        return stats, torch.cat([p.grad.flatten() for p in parameters])
+
+    (stats, gradient), whole = step(), sum(map(len, rows))
+    monkeypatch.setattr(Row, "pulls", lambda row: True)
+    plain, expected = step()
+    assert plain["train_tokens"] == whole
+    assert stats["train_tokens"] == (whole if kl_coefficient else len(rows[0]))
+    assert stats["loss"] == pytest.approx(plain["loss"], rel=1e-6)
+    assert expected.norm() > 1e-4 and (gradient - expected).norm() < 1e-6 * expected.norm()
+
+
+def test_momentum_acts_also_in_a_step_without_a_gradient(policy, config, groups):
+    """As if the rows had been trained: not skipped, as parameters whose gradient is None are."""
+    equal = [Reward(1.0, 1.0, True, 1)] * config.group_size
+    parameters = [p for p in policy.model.parameters() if p.requires_grad]
+    kept = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
+    update(policy, optimizer, rows_of(groups[:1], config, packed=True), config)
+    before = [p.detach().clone() for p in parameters]
+    update(policy, optimizer, credit(groups[0], equal, config), config)
+    moved = [not torch.equal(a, b) for a, b in zip(before, parameters, strict=True)]
+    for parameter, value in zip(parameters, kept, strict=True):
+        parameter.data = value
+    assert any(moved)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(policy, config, groups):
@@ -235,12 +274,12 @@ def test_a_loss_that_is_no_number_stops_the_run(policy, config, groups):
 
 
 def test_the_sampler_is_compared_with_the_trainer_token_by_token(policy, config, groups):
-    """Only where the sampler's log-probs were kept: the first k tokens of a segment."""
+    """At every token that it drew."""
     rows = rows_of(groups, config, packed=True)
     measured = sum(len(segment.logp) for leaves in groups for segment in shared_by(leaves))
     batch = make_batch(rows, policy.pad_id, "cpu")
     with torch.no_grad():
-        logp, _ = token_logprobs(policy, batch, 1.0)
+        logp = token_logprobs(policy, batch, 1.0)
     drifts = drift(logp, batch)
     assert len(drifts) == measured > 100 and 0 < max(drifts) < 1e-4
     assert min(drift(logp + 0.5, batch)) > 0.4
@@ -268,14 +307,14 @@ def test_reference_is_the_model_without_its_adapter(policy, config, groups):
         (ref,) = reference_logprobs(
             policy, [batch], dataclasses.replace(config, kl_coefficient=1.0)
         )
-        adapted, _ = token_logprobs(policy, batch, 1.0)
+        adapted = token_logprobs(policy, batch, 1.0)
         assert not torch.allclose(ref, adapted, atol=1e-3)
         saved = {}
         for name, parameter in policy.model.named_parameters():
             if "lora_B" in name:
                 saved[name] = parameter.data
                 parameter.data = torch.zeros_like(parameter)
-        plain, _ = token_logprobs(policy, batch, 1.0)
+        plain = token_logprobs(policy, batch, 1.0)
         for name, parameter in policy.model.named_parameters():
             if name in saved:
                 parameter.data = saved[name]
