@@ -73,7 +73,7 @@ from view.trees import tree
 # ---- the rollout --------------------------------------------------------------------------
 
 
-LEAVE = 0.25  # share of rows that ends a call of `generate`, to go on without them
+LEAVE = 0.4  # share of rows that ends a call of `generate`, to go on without them
 
 
 class Rollout:
@@ -89,7 +89,7 @@ class Rollout:
         self.history: list[float] = []  # entropies measured so far, for the adaptive rule
         self.prefill_tokens = 0
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def run(self, questions: list[Question]) -> list[list[Segment]]:
         """Exactly `group_size` distinct leaves for each question; together as many as fit."""
         n = max(1, self.config.rollout_rows // self.config.group_size)
