@@ -3,8 +3,9 @@
     python -m lab.compare [--methods main] [--seeds 5] [--steps 100] [--jobs N] [--output_dir DIR]
     python -m lab.compare entropy [--adapter DIR]    does it pay to fork where the policy hesitates?
 
-Every run is an `arpo_mini.py train` in a process of its own. A run that is finished is not trained
-again: results.json holds what it takes to draw everything, runs/ the folders of the runs.
+Every run is an `arpo_mini.py train`, and an `eval` of what it trained with more samples, in a
+process of its own. A run that is finished is not trained again: results.json holds what it takes to
+draw everything, runs/ the folders of the runs.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pathlib import Path
 
 import torch
 
+import arpo_mini
 from arpo_mini import make_tools
 from data.formats import load_questions
 from lab.verdict import drawing, tables, verdict
@@ -126,7 +128,7 @@ def settings_of(run: Run, results: dict) -> dict | None:
     return settings
 
 
-def shared_settings(values: dict) -> dict:
+def shared_settings(values: dict, final_samples: int) -> dict:
     """What all runs have in common: a Config, paths relative to the project where possible."""
     config = Config(**values)
     settings = dataclasses.asdict(config)
@@ -138,7 +140,7 @@ def shared_settings(values: dict) -> dict:
     for name in OF_THE_METHODS - {"group_size"}:
         del settings[name]
     load_questions(config.dataset_path), load_questions(config.eval_path), make_tools(config)
-    return {**settings, "files": fingerprints(settings)}
+    return {**settings, "final_samples": final_samples, "files": fingerprints(settings)}
 
 
 def fingerprints(settings: dict) -> dict[str, str]:
@@ -203,16 +205,32 @@ def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def read_run(folder: Path, steps: int) -> dict | None:
-    """The accuracy curve of a run and what it spent up to each point; None if it is not whole."""
+def is_trained(folder: Path, steps: int) -> bool:
+    """Whether a run is at its end, the evaluation after training included."""
     try:
+        metrics, evaluations = (rows_of(folder / f"{n}.jsonl") for n in ("metrics", "evaluations"))
+    except (OSError, ValueError):
+        return False
+    looks = {(row["step"], row["decoding"]) for row in evaluations}
+    return len(metrics) == steps and (steps, "greedy") in looks
+
+
+def read_run(slot: Path, steps: int) -> dict | None:
+    """The accuracy curve of a run and what it spent up to each point; None if it is not whole.
+
+    The last point of the samples is that of final.json, which has more of them.
+    """
+    folder = slot / "run"
+    if not is_trained(folder, steps):
+        return None
+    try:
+        final = json.loads((slot / "final.json").read_text(encoding="utf-8"))
         metrics, trees = rows_of(folder / "metrics.jsonl"), rows_of(folder / "rollouts.jsonl")
-        evaluations = rows_of(folder / "evaluations.jsonl")
     except (OSError, ValueError):
         return None
+    evaluations = rows_of(folder / "evaluations.jsonl")
     accuracy = {(row["step"], row["decoding"]): row["accuracy"] for row in evaluations}
-    if len(metrics) != steps or (steps, "greedy") not in accuracy:
-        return None
+    accuracy[steps, "sampled"] = final["sampled"]["accuracy"]
     points: dict[str, list] = {"step": [], "sampled": [], "greedy": []}
     for step in sorted({step for step, _ in accuracy}):
         points["step"].append(step)
@@ -242,7 +260,7 @@ def settings_in(slot: Path) -> dict | None:
 
 def finished(slot: Path, settings: dict) -> dict | None:
     """The run in this folder if it is whole; UserError if it is whole and has other settings."""
-    run, before = read_run(slot / "run", settings["steps"]), settings_in(slot)
+    run, before = read_run(slot, settings["steps"]), settings_in(slot)
     if run is None or before is None:
         return None
     refuse_changed(slot, before, settings)
@@ -255,14 +273,28 @@ POLL = 0.5  # seconds between two looks at the processes
 PATIENCE = 15  # seconds that a process has to stop by itself
 
 
-def train_command(settings: dict, folder: Path) -> list[str]:
-    """A new run, or the one in this folder to its end."""
-    train = [sys.executable, "arpo_mini.py", "train"]
-    if folder.exists():
-        return [*train, "--resume", str(folder)]
-    values = {**settings, "output_dir": str(folder)}
-    del values["files"]
-    return [*train, *(word for k, v in values.items() for word in (f"--{k}", str(v)))]
+def run_command(slot: Path) -> list[str]:
+    return [sys.executable, "-m", "lab.compare", "run", str(slot)]
+
+
+def play(slot: Path) -> int:
+    """Train, a new run or the one that is there to its end; then evaluate what was trained."""
+    settings, folder = settings_in(slot), slot / "run"
+    values = {k: v for k, v in settings.items() if k not in ("files", "final_samples")}
+    if not is_trained(folder, settings["steps"]):
+        resume = ["--resume", str(folder)]
+        code = arpo_mini.main(
+            ["train", *(resume if folder.exists() else flags(values | {"output_dir": folder}))]
+        )
+        if code:
+            return code
+    del values["dataset_path"]  # there, what is evaluated on
+    final = ["--samples", str(settings["final_samples"]), "--json", str(slot / "final.json")]
+    return arpo_mini.main(["eval", *flags(values | {"adapter": folder / "adapter"}), *final])
+
+
+def flags(values: dict) -> list[str]:
+    return [word for k, v in values.items() for word in (f"--{k}", str(v))]
 
 
 def start(settings: dict, slot: Path, threads: int, lock: int) -> subprocess.Popen:
@@ -282,7 +314,7 @@ def start(settings: dict, slot: Path, threads: int, lock: int) -> subprocess.Pop
     env = {**os.environ, **limits, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
     with (slot / "log.txt").open("w", encoding="utf-8") as log:
         return subprocess.Popen(
-            train_command(settings, slot / "run"),
+            run_command(slot),
             cwd=ROOT,
             env=env,
             stdin=subprocess.DEVNULL,
@@ -370,7 +402,7 @@ class Comparison:
     def outcome(self, run: Run, code: int) -> str:
         """Record a process that has ended; a line about it."""
         settings = settings_of(run, self.results)
-        found = read_run(self.slot(run) / "run", settings["steps"]) if code == 0 else None
+        found = read_run(self.slot(run), settings["steps"]) if code == 0 else None
         if found:
             self.record(run, found)
             points = found["points"]
@@ -438,6 +470,7 @@ def parse(args: list[str]) -> dict:
     own = {
         "--methods": ("str", "main", f"of {', '.join([*METHODS, *FAMILIES])}, all"),
         "--seeds": ("int", 5, "runs of each method, with the seeds 0, 1, .."),
+        "--final_samples": ("int", 8, "of each test question, when a run is trained"),
         "--jobs": ("int", None, "runs side by side (default: one a core, at most 8; one on a GPU)"),
         "--output_dir": ("str", str(ROOT / "lab/results/compare"), "folder of the results"),
     }
@@ -449,7 +482,7 @@ def parse(args: list[str]) -> dict:
             here.default = DEFAULTS.get(item.name, item.default)
             parser.add_field(here)
     values = {**DEFAULTS, **parser.parse(args)}
-    for name in ("seeds", "jobs"):
+    for name in ("seeds", "jobs", "final_samples"):
         if values[name] is not None and values[name] < 1:
             raise UserError(f"--{name} {values[name]}: it must be at least 1")
     if not values["record_every"]:
@@ -463,7 +496,8 @@ def compare(args: list[str]) -> int:
     folder, jobs = Path(values.pop("output_dir")).resolve(), values.pop("jobs")
     if jobs is None:
         jobs = 1 if torch.cuda.is_available() else min(8, cores())
-    settings = shared_settings(values)
+    final_samples = values.pop("final_samples")
+    settings = shared_settings(values, final_samples)
     with locked(folder) as lock, progress_bar() as bar:
         comparison = Comparison(folder, settings, methods, seeds)
         try:
@@ -480,6 +514,8 @@ def compare(args: list[str]) -> int:
 
 def main(args: list[str]) -> int:
     try:
+        if args[:1] == ["run"]:  # what a comparison starts for each run
+            return play(Path(args[1]))
         if args[:1] == ["entropy"]:
             from lab.forking import study
 

@@ -232,8 +232,9 @@ def how(settings: dict) -> str:
         f"{settings['steps']} steps of {settings['questions_per_step']} questions, "
         f"{settings['group_size']} trajectories each, from one cold start: "
         f"{settings['model_name']}, adapter {settings['adapter'] or 'none'}. Accuracy is that of "
-        "one sample at temperature 1 for each test question; mean and 95 % interval over seeds "
-        "(Student's t), differences paired by seed. Written by `python -m lab.compare`."
+        f"{settings['final_samples']} samples at temperature 1 for each test question, and of one "
+        "along the way; mean and 95 % interval over seeds (Student's t), differences paired by "
+        "seed. Written by `python -m lab.compare`."
     )
 
 

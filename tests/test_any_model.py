@@ -235,7 +235,8 @@ def test_qwen3_thinking(tmp_path, template, thinking, end):
 
 def test_training_a_step_reports_packed_and_plain_tokens(loaded):
     policy, config, tools = loaded
-    config = dataclasses.replace(config, max_segment_tokens=12)
+    # it recites, so all rewards are equal: only the KL term has them trained
+    config = dataclasses.replace(config, max_segment_tokens=12, kl_coefficient=0.1)
     optimizer = torch.optim.AdamW(p for p in policy.model.parameters() if p.requires_grad)
     metrics, groups, _ = train_step(policy, optimizer, [Question("a?", ["4"])], config, tools, 1)
     plain = sum(len(s.token_ids) for leaf in groups[0] for s in leaf.path())

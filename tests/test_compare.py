@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import write_questions
 
+import arpo_mini
 from arpo_mini import part_of
 from data.formats import load_questions
 from lab import compare, figures, forking, verdict
@@ -103,6 +104,7 @@ def a_run(accuracy, calls, generated=(0, 100, 200), prefill=(0, 100, 200)):
 def results_of(**runs):
     """{"grpo": [run of seed 0, ..], ..} with the settings that the text names."""
     settings = {"steps": 20, "questions_per_step": 8, "group_size": 8, "adapter": None}
+    settings["final_samples"] = 8
     methods = {
         name.replace("_", "-"): {"overrides": {}, "runs": {str(i): r for i, r in enumerate(some)}}
         for name, some in runs.items()
@@ -196,11 +198,13 @@ def test_without_grpo_there_are_no_differences(two_methods):
 
 # ---- running ------------------------------------------------------------------------------
 
-# Plays a training: argv is folder, steps, seed, rule, log of trainings, how it fails.
+# Plays a run: argv is its slot, log of trainings, how it fails.
 FAKE = """
 import json, pathlib, sys, time
-folder, steps, seed, rule, log, failing = sys.argv[1:]
-folder, steps, seed = pathlib.Path(folder), int(steps), int(seed)
+slot, log, failing = pathlib.Path(sys.argv[1]), *sys.argv[2:]
+settings = json.loads((slot / "settings.json").read_text())
+steps, seed, rule = (settings[k] for k in ("steps", "seed", "branch_rule"))
+folder = slot / "run"
 open(log, "a").write(f"{rule} {seed}\\n")
 folder.mkdir(exist_ok=True)
 def write(name, rows):
@@ -219,6 +223,8 @@ write("rollouts.jsonl", [{"step": 1, "nodes": nodes}])
 rows = [{"step": step, "decoding": d, "accuracy": 0.4 + 0.01 * step + 0.001 * seed}
         for step in range(0, steps + 1, 2) for d in ("sampled", "greedy")]
 write("evaluations.jsonl", rows)
+final = {"sampled": {"accuracy": 0.9 + 0.001 * seed}}
+(slot / "final.json").write_text(json.dumps(final))
 """
 
 
@@ -234,10 +240,8 @@ def fake(tmp_path, monkeypatch):
             flags = ["--steps", "4", "--output_dir", str(self.folder), "--jobs", "2", *args]
             return compare.main(flags)
 
-        def command(self, settings, folder):
-            rule = settings["branch_rule"]
-            values = [folder, settings["steps"], settings["seed"], rule, self.log, self.failing]
-            return [sys.executable, "-S", "-c", FAKE, *map(str, values)]
+        def command(self, slot):
+            return [sys.executable, "-S", "-c", FAKE, str(slot), str(self.log), self.failing]
 
         log = tmp_path / "trainings"
 
@@ -250,7 +254,7 @@ def fake(tmp_path, monkeypatch):
             return json.loads((self.folder / "results.json").read_text())
 
     it = Fake()
-    monkeypatch.setattr(compare, "train_command", it.command)
+    monkeypatch.setattr(compare, "run_command", it.command)
     monkeypatch.setattr(compare, "POLL", 0.01)
     monkeypatch.setattr(compare, "report", lambda *_: None)
     return it
@@ -266,7 +270,7 @@ def test_a_finished_run_is_not_repeated(fake):
     run = fake.results()["methods"]["grpo"]["runs"]["1"]
     assert run["points"] == {
         "step": [0, 2, 4],
-        "sampled": [0.401, 0.421, 0.441],
+        "sampled": [0.401, 0.421, 0.901],  # the last one of more samples
         "greedy": [0.401, 0.421, 0.441],
         "tool_calls": [0, 20, 40],
         "generated_tokens": [0, 600, 1200],
@@ -285,6 +289,38 @@ def test_a_run_that_outlived_its_comparison_is_taken_as_it_is(fake):
     torn.write_text(torn.read_text()[:-20])
     assert fake("--methods", "grpo", "--seeds", "2") == 0
     assert fake.trained() == ["none 1"]
+    (fake.folder / "results.json").unlink()
+    (fake.folder / "runs" / "grpo" / "0" / "final.json").unlink()  # killed while it evaluated
+    assert fake("--methods", "grpo", "--seeds", "2") == 0
+    assert fake.trained() == ["none 0"]
+
+
+def test_what_is_trained_already_is_only_evaluated(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(arpo_mini, "main", lambda args: commands.append(args) or 0)
+    settings = dataclasses.asdict(Config(steps=2)) | {"final_samples": 5, "files": {}}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    folder = tmp_path / "run"
+    assert compare.play(tmp_path) == 0
+    (train, *rest), (evaluate, *flags) = commands
+    assert (train, evaluate) == ("train", "eval") and "--resume" not in rest
+    at = {word: flags[i + 1] for i, word in enumerate(flags) if word.startswith("--")}
+    assert at["--adapter"] == str(folder / "adapter") and at["--samples"] == "5"
+    assert at["--json"] == str(tmp_path / "final.json") and "--dataset_path" not in at
+    commands.clear()
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("{}\n{}\n")
+    (folder / "evaluations.jsonl").write_text('{"step": 1, "decoding": "greedy"}\n')
+    assert compare.play(tmp_path) == 0
+    assert [command[0] for command in commands] == ["train", "eval"]
+    assert commands[0][1:] == ["--resume", str(folder)]
+    commands.clear()
+    (folder / "evaluations.jsonl").write_text('{"step": 2, "decoding": "greedy"}\n')
+    assert compare.play(tmp_path) == 0
+    assert [command[0] for command in commands] == ["eval"]
+    monkeypatch.setattr(arpo_mini, "main", lambda args: 130)
+    (folder / "metrics.jsonl").write_text("{}\n")
+    assert compare.play(tmp_path) == 130  # stopped: no evaluation
 
 
 def test_the_control_forks_as_often_as_the_paper_with_the_same_seed(fake):
@@ -418,6 +454,7 @@ def test_inputs_that_change_meanwhile_stop_the_comparison(fake, capsys, monkeypa
         (["--methods", "grpo,arpo-random"], ["arpo-random", "arpo-paper"]),
         (["--seeds", "0"], ["--seeds 0", "at least 1"]),
         (["--jobs", "0"], ["--jobs 0", "at least 1"]),
+        (["--final_samples", "0"], ["--final_samples 0", "at least 1"]),
         (["--record_every", "0"], ["--record_every 0"]),
         (["--group_size", "4"], ["--group_size", "--methods", "--learning_rate"]),
         (["--learning_rate", "-1"], ["--learning_rate -1", "above 0"]),
@@ -449,25 +486,27 @@ def test_every_method_is_a_legal_training():
     assert set(compare.METHODS) == {m for names in compare.FAMILIES.values() for m in names}
 
 
-def test_the_flags_of_a_run_are_its_settings(tmp_path):
+def test_the_flags_of_a_run_are_its_settings(tmp_path, monkeypatch):
     """What the child parses is what the parent records: None, booleans and paths included."""
-    import arpo_mini
-
-    settings = compare.shared_settings({**dataclasses.asdict(Config()), **compare.DEFAULTS})
-    results = {"settings": settings, "methods": {}}
+    values = {**dataclasses.asdict(Config()), **compare.DEFAULTS}
+    results = {"settings": compare.shared_settings(values, 8), "methods": {}}
     settings = compare.settings_of(compare.Run("arpo-mixed", 7), results)
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    commands = []
+    monkeypatch.setattr(arpo_mini, "main", lambda args: commands.append(args) or 0)
+    assert compare.play(tmp_path) == 0
     parser = arpo_mini.Parser(prog="train")
     for item in dataclasses.fields(Config):
         parser.add_field(item)
-    command = compare.train_command(settings, tmp_path / "run")
-    config = Config(**parser.parse(command[command.index("train") + 1 :]))
-    assert {**dataclasses.asdict(config), "files": settings["files"]} == {
-        **settings, "output_dir": str(tmp_path / "run")
-    }  # fmt: skip
+    config = Config(**parser.parse(commands[0][1:]))
+    assert settings == {
+        **{k: v for k, v in dataclasses.asdict(config).items() if k != "output_dir"},
+        "final_samples": 8,
+        "files": settings["files"],
+    }
+    assert config.output_dir == str(tmp_path / "run")
     assert (config.seed, config.shared_weight, config.adapter) == (7, 0.3, None)
     assert not any(str(ROOT) in str(value) for value in settings.values())  # can be published
-    (tmp_path / "checkpoints").mkdir()
-    assert compare.train_command(settings, tmp_path)[-2:] == ["--resume", str(tmp_path)]
 
 
 # ---- what is written ----------------------------------------------------------------------
@@ -567,6 +606,8 @@ def test_two_methods_two_seeds_two_steps(tmp_path):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout.count("of the samples right") == trained
+    final = json.loads((tmp_path / "runs" / "grpo" / "0" / "final.json").read_text())
+    assert len(final["sampled"]["records"][0]["accuracy"]) == 8
     results = json.loads((tmp_path / "results.json").read_text())
     for name, method in results["methods"].items():
         for run in method["runs"].values():
