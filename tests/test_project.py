@@ -24,7 +24,9 @@ ALLOWED = {
     "settings": {"entropy", "terminal"},
     "policy": {"torch", "transformers", "peft", "tools", "data", "memory", "settings", "terminal"},
     "packing": {"torch", "advantage"},
-    "decoding": {"torch", "transformers", "tools", "advantage", "packing", "policy", "runs"},
+    "decoding": {
+        *("torch", "transformers", "tools", "advantage", "entropy", "packing", "policy", "runs")
+    },
     "arpo_mini": {
         *("torch", "transformers", "settings", "policy", "decoding", "packing"),
         *("entropy", "advantage", "tools", "data"),

@@ -184,7 +184,7 @@ def test_a_step_that_runs_out_of_memory_is_made_in_smaller_parts(
 
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch, capsys):
     def broken(policy, batch, temperature):
-        return torch.full(batch.weight.shape, float("nan")), None
+        return torch.full(batch.weight.shape, float("nan"))
 
     monkeypatch.setattr(sft, "token_logprobs", broken)
     few = ["--demonstrations", "3", "--output_dir", str(tmp_path / "run")]

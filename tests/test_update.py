@@ -61,6 +61,7 @@ def test_packed_tree_equals_one_row_a_trajectory(
     policy, config, groups, shared_weight, kl_coefficient
 ):
     config = dataclasses.replace(config, kl_coefficient=kl_coefficient, dual_clip=1.3)
+    groups = groups[1::2]  # one of each domain
     packed, plain = (rows_of(groups, config, p, shared_weight) for p in (True, False))
     assert sum(map(len, packed)) < 0.8 * sum(map(len, plain))
     assert sum(sum(r.weight) for r in packed) == sum(sum(r.weight) for r in plain)
