@@ -214,7 +214,7 @@ def verdict(results: dict, methods: list[str]) -> str:
     parts = ["# What the comparison says", how(results["settings"])]
     parts += [outcome_table(all_figures)]
     if others:
-        base, settings = all_figures[BASELINE], results["settings"]
+        base, settings = figures(results, BASELINE), results["settings"]
         parts += [f"- {sentence(m, f, base, settings)}" for m, f in others.items()]
         parts += ["## Less for the same?", goal_text(others), "## At equal budgets"]
         parts += [budget_text(), budget_table(others)]

@@ -189,6 +189,10 @@ def test_the_frontier_leaves_out_what_is_beaten():
     assert verdict.frontier(all_figures, "tool_calls") == ["grpo", "cheap"]
 
 
+def test_grpo_is_compared_with_also_where_it_is_not_asked_for(two_methods):
+    assert "GRPO 75.0% [" in verdict.verdict(two_methods, ["arpo-paper"])
+
+
 def test_without_grpo_there_are_no_differences(two_methods):
     del two_methods["methods"]["grpo"]
     assert verdict.figures(two_methods, "arpo-paper").difference["rollouts"] is None
