@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from lab.bench.job import forced, random_weights, size_of
 from lab.bench.measure import compared, frozen_bytes, peak_bytes
 from lab.bench.shapes import NAMES, model_config
 from policy import Policy, load_policy
-from settings import DATA, Config
+from settings import DATA, PRESETS, Config
 from tools import ToolResult, result_text
 
 TINY = str(DATA / "tiny-qwen3")
@@ -107,6 +108,26 @@ def test_plan_needs_no_weights_and_says_what_fits(capsys, tmp_path):
     assert report["parts"]["peak"]["both"] <= 11.5 * memory.GIB
     assert report["cards"]["8gb"]["rows"] < report["cards"]["24gb"]["rows"]
     assert set(report["activations"]) == {"all kept", "checkpointed"}
+
+
+@pytest.mark.parametrize("size", ["0.6B", "1.7B", "4B", "8B"])
+def test_the_readme_repeats_the_plan(size):
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (line,) = (line for line in readme.splitlines() if line.strip().startswith(f"| {size} |"))
+    shape = model_config(f"Qwen/Qwen3-{size}")
+    counts = plan.count(shape)
+    constant, rows = [], []
+    for four in (True, False):
+        adapter = 16 * plan.adapter_parameters(counts, Config().lora_rank)
+        constant.append(sum(plan.weights(counts, four, b=2).values()) + adapter)
+        configs = (Config(**PRESETS[card], load_in_4bit=four) for card in plan.CARDS)
+        on_cards = [
+            plan.on_card(shape, counts, config, card)
+            for config, card in zip(configs, plan.CARDS, strict=True)
+        ]
+        rows.append(", ".join(str(c["rows"]) if c["fits"] else "none" for c in on_cards))
+    sizes = [f"{x / memory.GIB:.2f}" for x in constant]
+    assert [cell.strip() for cell in line.strip(" |").split("|")][1:] == sizes + rows
 
 
 def test_plan_says_what_does_not_fit(capsys):

@@ -287,7 +287,14 @@ PUBLISHED_SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, ti
 
 @pytest.mark.parametrize(
     ("preset", "name"),
-    [("8gb", "Qwen3-0.6B"), ("8gb", "Qwen3-4B"), ("12gb", "Qwen3-8B"), ("24gb", "Qwen3-8B")],
+    [
+        ("8gb", "Qwen3-0.6B"),
+        ("8gb", "Qwen3-4B"),
+        ("12gb", "Qwen3-8B"),
+        ("16gb", "Qwen3-1.7B"),
+        ("16gb", "Qwen3-8B"),
+        ("24gb", "Qwen3-8B"),
+    ],
 )
 def test_a_preset_leaves_room_for_a_group_by_the_estimate(preset, name):
     """Weights in NF4, embeddings in bfloat16; on a meta device, so that no weight exists."""
