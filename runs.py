@@ -553,8 +553,9 @@ class RunFolder:
         return (
             f"{self.seconds():.0f} seconds. Read {prefill:,} tokens of prompts and results; "
             f"reading the prefix again every turn: {reread / max(1, prefill):.1f} times as many.\n"
-            f"Trained on {train:,} tokens; one row a trajectory: {unpacked / max(1, train):.1f} "
-            f"times.\nAdapter, metrics and rollouts: {self.folder}"
+            f"Trained on {train:,} tokens; every trajectory as a row of its own: "
+            f"{unpacked / max(1, train):.1f} times as many.\n"
+            f"Adapter, metrics and rollouts: {self.folder}"
         )
 
 

@@ -143,7 +143,7 @@ def advance(bar: Progress, name: str, items: list) -> Callable[[int], None]:
     return move
 
 
-# trained: tokens of the update, and with one row a trajectory
+# trained: tokens of the update, and those of every trajectory as a row of its own
 LOG_HEAD = "[dim]step  reward  right  calls  forks  H start  H tool  clipped    trained  seconds[/]"
 
 
