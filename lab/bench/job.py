@@ -1,8 +1,8 @@
 """What is timed: real forward passes of a real model, on trajectories of a given size.
 
 A forced policy says what a script holds, whatever its weights, so that runs are comparable: every
-trajectory has the same turns and tokens. Only the last digit of its answer is left to chance, so
-that the rewards of a group differ.
+trajectory has the same turns and tokens. Only the last digit of its answer differs from row to row,
+and so do the rewards of a group: else there would be nothing to train.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def search_of(policy: Policy, tokens: int) -> Tool:
 
 
 def script_of(policy: Policy, size: Size) -> list[tuple[int, int]]:
-    """The tokens that may follow the prompt, at each place two: they differ in the answer only."""
+    """What follows the prompt, for even rows and for odd ones: they differ in the answer only."""
     call, answer = filled(policy, CALL, size.segment), filled(policy, ANSWER, size.segment)
     tokens = (call + [0] * size.result) * size.turns + answer  # nobody samples a result
     script = [(token, token) for token in tokens]
@@ -99,7 +99,8 @@ def force(lm: PreTrainedModel, prompt: int, script: list[tuple[int, int]]) -> No
         out = original(*args, position_ids=position_ids, **kwargs)
         if not torch.is_grad_enabled():
             at = (position_ids[:, -1] + 1 - prompt).clamp(0, len(said) - 1)  # (R)
-            out.logits[:, -1].scatter_(1, said[at].expand(len(out.logits), 2), 1e4)
+            odd = torch.arange(len(out.logits), device=at.device) % 2  # (R)
+            out.logits[:, -1].scatter_(1, said[at, odd][:, None], 1e4)
         return out
 
     lm.forward = forward
