@@ -289,8 +289,8 @@ class Rollout:
         steps = min(steps, max(left))
         input_ids, fresh = self.left_pad(paths.pending)  # (R, W)
         paths.mask = torch.cat([paths.mask, fresh], dim=1)  # (R, C + W)
-        official = measure and self.config.branch_rule == "official"
-        meter = Meter(self.config.temperature or 1.0, official)
+        official = self.config.branch_rule == "official"
+        meter = Meter(self.config.temperature or 1.0, official and measure)
         out = self.policy.lm.generate(
             input_ids,
             attention_mask=paths.mask,
@@ -310,18 +310,17 @@ class Rollout:
         paths.pending = [
             d.token_ids[-1:] if n == S else [] for d, n in zip(drafts, added, strict=True)
         ]
-        meter.pick(out[:, -1])
-        H, logp = torch.stack(meter.H, dim=1), torch.stack(meter.logp, dim=1)  # (R, S)
-        for draft, n, h, drawn in zip(drafts, added, H.tolist(), logp.tolist(), strict=True):
-            draft.token_entropy += h[:n]
-            draft.logp += drawn[:n]
+        meter.record(out[:, -1], drafts, added)
         if measure:
-            if official:  # a sum over the first 20, not a mean
-                scalar = (torch.stack(meter.scalar, dim=1) * kept)[:, :20].sum(dim=1)  # (R)
-            else:
-                scalar = normalised_entropy(H, kept, self.policy.lm.config.vocab_size)
-            for draft, before, value in zip(drafts, written, scalar.tolist(), strict=True):
-                draft.entropy = value if before == 0 else draft.entropy
+            for draft, before, H in zip(drafts, written, self.measure(meter, kept), strict=True):
+                draft.entropy = H if before == 0 else draft.entropy
+
+    def measure(self, meter: Meter, kept: Tensor) -> list[float]:
+        """What the rule reads off the steps that each row has `kept`, (R, S) -> (R)."""
+        if meter.official:  # a sum over the first 20, not a mean
+            return (torch.stack(meter.scalar, dim=1) * kept)[:, :20].sum(dim=1).tolist()
+        H = torch.stack(meter.H, dim=1)  # (R, S)
+        return normalised_entropy(H, kept, self.policy.lm.config.vocab_size).tolist()
 
     def room(self, draft: Segment) -> int:
         """Tokens that this segment may have."""

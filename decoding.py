@@ -178,3 +178,11 @@ class Meter(LogitsProcessor):
 
     def pick(self, tokens: Tensor) -> None:
         self.logp.append(self.latest.gather(1, tokens[:, None])[:, 0])
+
+    def record(self, newest: Tensor, drafts: list[Segment], added: list[int]) -> None:
+        """Tell each draft what the tokens `added` to it were drawn with; the `newest` are last."""
+        self.pick(newest)
+        H, logp = (torch.stack(steps, dim=1).tolist() for steps in (self.H, self.logp))  # (R, S)
+        for row, (draft, n) in enumerate(zip(drafts, added, strict=True)):
+            draft.token_entropy += H[row][:n]
+            draft.logp += logp[row][:n]
