@@ -216,22 +216,7 @@ class Rollout:
         asked = [row for row in asked if nodes[row].decision is None]
         for row in asked:
             nodes[row].decision = self.decide(paths.drafts[row], history)
-        order = sorted(asked, key=lambda row: -nodes[row].decision.gain)
-        if self.config.branch_rule == "halves":
-            for owner in {paths.owners[row] for row in order}:
-                budget = math.ceil(slots[owner] / 2)
-                rows = [row for row in order if paths.owners[row] == owner]
-                granted = Counter()
-                while budget and (some := [r for r in rows if granted[r] < nodes[r].decision.forks]):
-                    for row in some[:budget]:
-                        granted[row] += 1
-                    budget -= len(some[:budget])
-                for row in rows:
-                    nodes[row].decision = dataclasses.replace(nodes[row].decision, granted=granted[row])
-                    slots[owner] -= granted[row]
-                    forked += [row] * granted[row]
-            return forked, slots
-        for row in order:
+        for row in sorted(asked, key=lambda row: -nodes[row].decision.gain):
             node, owner = nodes[row], paths.owners[row]
             granted = min(node.decision.forks, slots[owner])
             node.decision = dataclasses.replace(node.decision, granted=granted)

@@ -129,11 +129,6 @@ def random_control(H, H_initial, *, u, branch_probability, max_branches, **_):
     return Decision(H, H_initial, H - H_initial, branch_probability, forks)
 
 
-def halves(H, H_initial, *, max_branches, **_):
-    gain = H - H_initial
-    return Decision(H, H_initial, gain, float(gain > 0), max_branches if gain > 0 else 0)
-
-
 def never(H, H_initial, **_):
     """No forks: every rollout starts at the question, which is GRPO."""
     return Decision(H, H_initial, H - H_initial, probability=0.0, forks=0)
@@ -145,5 +140,4 @@ RULES: dict[str, Callable[..., Decision]] = {
     "adaptive": adaptive,
     "random": random_control,
     "none": never,
-    "halves": halves,
 }

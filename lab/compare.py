@@ -62,8 +62,6 @@ METHODS: dict[str, dict] = {
     "arpo-z2": {**PAPER, "max_branches": 2},
     "arpo-z4": {**PAPER, "max_branches": 4},
     "arpo-1-of-8-z4": {**PAPER, "initial_rollouts": 1, "max_branches": 4},
-    "arpo-halves": {**PAPER, "branch_rule": "halves", "max_branches": 8},
-    "arpo-1-of-8-halves": {**PAPER, "branch_rule": "halves", "initial_rollouts": 1, "max_branches": 8},
     "arpo-k5": {**PAPER, "entropy_tokens": 5},
     "arpo-k20": {**PAPER, "entropy_tokens": 20},
     "arpo-lr-5e-4": {**PAPER, "learning_rate": 5e-4},
