@@ -68,7 +68,7 @@ METHODS: dict[str, dict] = {
     "arpo-lr-2e-3": {**PAPER, "learning_rate": 2e-3},
 }
 FAMILIES: dict[str, tuple[str, ...]] = {  # a question each, and a figure each
-    "main": ("grpo", "arpo-paper", "arpo-adaptive", "arpo-random"),
+    "main": ("grpo", "arpo-paper", "arpo-adaptive", "arpo-random", "arpo-1-of-8-z4"),
     "rules": (
         *("grpo", "arpo-paper", "arpo-official", "arpo-adaptive"),
         *("arpo-random", "arpo-random-adaptive"),
@@ -87,7 +87,9 @@ CONTROLS = {"arpo-random": "arpo-paper", "arpo-random-adaptive": "arpo-adaptive"
 # the points of a curve are comparable, and enough trees to measure the rate of forking.
 DEFAULTS = {"eval_every": 20, "eval_part": 100_000, "record_every": 2}
 PATHS = "model_name adapter system_prompt dataset_path eval_path documents_path".split()
-OF_THE_METHODS = {"seed", "output_dir", "group_size", "initial_rollouts", "branch_rule"}
+OF_THE_METHODS = {
+    *("seed", "output_dir", "group_size", "initial_rollouts", "branch_rule", "max_branches")
+}
 
 
 def choose(text: str) -> list[str]:

@@ -20,8 +20,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(scope="session")
 def config():
-    """Eight trajectories a question, no quantisation; a whole segment is measured (k = 64)."""
-    return Config(load_in_4bit=False, entropy_tokens=64)
+    """Two paths of eight begun, no quantisation; a whole segment is measured (k = 64)."""
+    return Config(load_in_4bit=False, entropy_tokens=64, initial_rollouts=2, max_branches=1)
 
 
 @pytest.fixture(scope="session")

@@ -132,7 +132,8 @@ def test_a_recited_transcript_comes_back_as_it_was_written(loaded):
     recite(policy, prompt + [token for part in parts for token in part])
     (leaves,) = roll_out(policy, config, tools, [question])
     forks = sum(s.decision.granted for s in shared_by(leaves) if s.decision)
-    assert len(leaves) == config.group_size and forks == 6
+    assert len(leaves) == config.group_size
+    assert forks == config.group_size - config.initial_rollouts > 0
     for leaf in leaves:
         path = leaf.path()
         assert [s.token_ids for s in path[1:]] == parts

@@ -485,7 +485,8 @@ def test_every_method_is_a_legal_training():
         assert compare.METHODS[control] == {
             **compare.METHODS[controlled], "branch_rule": "random"
         }  # fmt: skip
-    assert compare.choose("main") == ["grpo", "arpo-paper", "arpo-adaptive", "arpo-random"]
+    main = ["grpo", "arpo-paper", "arpo-adaptive", "arpo-random", "arpo-1-of-8-z4"]
+    assert compare.choose("main") == main
     assert compare.choose("arpo-hard,grpo") == ["grpo", "arpo-hard"]
     assert set(compare.METHODS) == {m for names in compare.FAMILIES.values() for m in names}
 
