@@ -282,6 +282,8 @@ def run_command(slot: Path) -> list[str]:
 def play(slot: Path) -> int:
     """Train, a new run or the one that is there to its end; then evaluate what was trained."""
     settings, folder = settings_in(slot), slot / "run"
+    if settings is None:
+        raise UserError(f"{slot}: no settings.json of a comparison there")
     values = {k: v for k, v in settings.items() if k not in ("files", "final_samples")}
     if not is_trained(folder, settings["steps"]):
         resume = ["--resume", str(folder)]
@@ -516,7 +518,7 @@ def compare(args: list[str]) -> int:
 
 def main(args: list[str]) -> int:
     try:
-        if args[:1] == ["run"]:  # what a comparison starts for each run
+        if args[:1] == ["run"] and len(args) == 2:  # what a comparison starts for each run
             return play(Path(args[1]))
         if args[:1] == ["entropy"]:
             from lab.forking import study

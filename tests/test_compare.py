@@ -458,6 +458,7 @@ def test_inputs_that_change_meanwhile_stop_the_comparison(fake, capsys, monkeypa
         (["--methods", "grpo,arpo-random"], ["arpo-random", "arpo-paper"]),
         (["--seeds", "0"], ["--seeds 0", "at least 1"]),
         (["--jobs", "0"], ["--jobs 0", "at least 1"]),
+        (["run"], ["run"]),
         (["--final_samples", "0"], ["--final_samples 0", "at least 1"]),
         (["--record_every", "0"], ["--record_every 0"]),
         (["--group_size", "4"], ["--group_size", "--methods", "--learning_rate"]),
@@ -474,6 +475,12 @@ def test_bad_input_is_one_line(args, words, capsys, tmp_path):
     for word in words:
         assert word in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_slot_without_settings_is_no_run(tmp_path, capsys):
+    assert compare.main(["run", str(tmp_path / "nowhere")]) == 2
+    error = capsys.readouterr().err
+    assert "nowhere: no settings.json" in error and len(error.splitlines()) == 1
 
 
 def test_every_method_is_a_legal_training():
