@@ -40,7 +40,7 @@ from torch import Tensor
 
 from terminal import UserError, console
 
-VERSION = "0.2"  # of arpo_mini; a change after which a step gives other numbers raises it
+VERSION = "0.3"  # of arpo_mini; a change after which a step gives other numbers raises it
 LOGS = ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl")
 # What a resumed run may change: none of it changes a step.
 FREE = ("steps", "save_every", "keep", "eval_every", "eval_part", "record_every", "output_dir")
