@@ -36,7 +36,7 @@ class Config:
     max_tool_calls: int = option(6, "calls a trajectory may make", low=0, high=500)
     max_segment_tokens: int = option(64, "tokens the policy may write at a time", low=1)
     max_total_tokens: int = option(512, "tokens of a trajectory, prompt included", low=1)
-    # the rollout; figures beside a field: lab/results/compare, over 5 seeds or (k, N = 4, rate) 2
+    # the rollout; what is said of accuracy: lab/results/compare, 5 seeds; k, N = 4, rate, weight: 2
     group_size: int = option(8, "M: trajectories returned for each question", low=1)
     # With Z = 4: GRPO's accuracy (-0.2 points [-1.3, +0.8]) for 53 % of its tool calls. N = 2 and
     # Z = 1: -0.4 [-4.0, +3.3] for 61 %; N = 4: 73 %.
@@ -57,9 +57,9 @@ class Config:
     steps: int = option(100, "training steps: a rollout and its update each", low=1)
     questions_per_step: int = option(8, "questions rolled out side by side", low=1)
     updates_per_rollout: int = option(1, "optimizer steps on a rollout; >1: off-policy", low=1)
-    # 5e-4 and 2e-3 end 2 to 4 points lower
+    # 5e-4 and 2e-3 end 2 to 3 points lower
     learning_rate: float = option(1e-3, "of AdamW, constant", above=0)
-    # with one update a rollout every weight gives the same gradient; with four XXX
+    # with one update a rollout all weights have one gradient; with four all end 2 to 5 points lower
     shared_weight: float = option(
         0.0, "of shared tokens' advantages: 0 soft, 1 hard, 0.3 the seed's mix", low=0, high=1
     )
