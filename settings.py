@@ -59,7 +59,7 @@ class Config:
     updates_per_rollout: int = option(1, "optimizer steps on a rollout; >1: off-policy", low=1)
     # 5e-4 and 2e-3 end 2 to 3 points lower
     learning_rate: float = option(1e-3, "of AdamW, constant", above=0)
-    # with one update a rollout all weights have one gradient; with four all end 2 to 5 points lower
+    # with one update a rollout all weights have one gradient; with four all end 1 to 5 points lower
     shared_weight: float = option(
         0.0, "of shared tokens' advantages: 0 soft, 1 hard, 0.3 the seed's mix", low=0, high=1
     )

@@ -74,7 +74,7 @@ def short(value: float, _) -> str:
 
 def frontier(results: dict, methods: list[str], stem: Path) -> None:
     """Difference to GRPO against the shares of its tool calls and tokens; the goal is shaded."""
-    found = {m: verdict.figures(results, m) for m in methods}
+    found = verdict.best_known({m: verdict.figures(results, m) for m in methods})
     found = {m: f for m, f in found.items() if f.share["tokens"]}
     if not found:
         return

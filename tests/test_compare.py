@@ -189,6 +189,15 @@ def test_the_frontier_leaves_out_what_is_beaten():
     assert verdict.frontier(all_figures, "tool_calls") == ["grpo", "cheap"]
 
 
+def test_a_method_of_fewer_seeds_is_not_on_the_frontier(two_methods):
+    lucky = a_run([0.4, 0.8, 0.99], [0, 10, 20])
+    two_methods["methods"]["lucky"] = {"overrides": {}, "runs": {"0": lucky}}
+    text = verdict.verdict(two_methods, ["grpo", "arpo-paper", "lucky"])
+    told = text.split("## The frontier")[1].split("## Limits")[0]
+    assert "with 2 seeds" in told and "arpo-paper" in told and "lucky" not in told
+    assert "lucky answers 99.0%" in text
+
+
 def test_grpo_is_compared_with_also_where_it_is_not_asked_for(two_methods):
     assert "GRPO 75.0% [" in verdict.verdict(two_methods, ["arpo-paper"])
 
