@@ -311,6 +311,7 @@ def start(settings: dict, slot: Path, threads: int, lock: int) -> subprocess.Pop
         raise UserError(f"changed since the comparison began: {', '.join(changed)}")
     if not (settings_in(slot) == settings and (slot / "run" / "checkpoints").is_dir()):
         shutil.rmtree(slot / "run", ignore_errors=True)  # nothing in it that can be gone on with
+        (slot / "final.json").unlink(missing_ok=True)  # of what was trained there before
     slot.mkdir(parents=True, exist_ok=True)
     (slot / "settings.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     # Threads that wait by spinning slow down every other process on their cores, 5 to 50 times.

@@ -253,9 +253,9 @@ def test_momentum_acts_also_in_a_step_without_a_gradient(policy, config, groups)
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     kept = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
-    update(policy, optimizer, rows_of(groups[:1], config, packed=True), config)
+    update(policy, optimizer, rows_of(groups[-1:], config, packed=True), config)
     before = [p.detach().clone() for p in parameters]
-    update(policy, optimizer, credit(groups[0], equal, config), config)
+    update(policy, optimizer, credit(groups[-1], equal, config), config)
     moved = [not torch.equal(a, b) for a, b in zip(before, parameters, strict=True)]
     for parameter, value in zip(parameters, kept, strict=True):
         parameter.data = value
