@@ -277,6 +277,22 @@ def test_less_memory_is_less_at_once_and_none_is_no_limit(policy, config):
         assert max(rows, T * each + 4 * T * T) < gb * memory.GIB
 
 
+def test_a_gpu_has_what_is_free_and_no_more_is_taken(monkeypatch):
+    """8 GiB, of which other programs hold one and this one has reserved another."""
+    enforced = [1.0]
+    figures = {"mem_get_info": (6 * memory.GIB, 8 * memory.GIB), "memory_reserved": memory.GIB}
+    for name, figure in figures.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, figure=figure: figure)
+    fraction = "per_process_memory_fraction"
+    monkeypatch.setattr(torch.cuda, f"set_{fraction}", lambda share, device: enforced.append(share))
+    monkeypatch.setattr(torch.cuda, f"get_{fraction}", lambda device: enforced[-1])
+    gpu = torch.device("cuda", 0)
+    assert memory.memory_limit(None, gpu) == 7 * memory.GIB and enforced == [1.0]
+    assert memory.memory_limit(20.0, gpu) == 7 * memory.GIB and enforced[-1] == 1.0
+    assert memory.memory_limit(4.0, gpu) == 4 * memory.GIB and enforced[-1] == 0.5
+    assert memory.memory_limit(None, torch.device("cpu")) is None
+
+
 PUBLISHED_SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, tied embeddings
     "Qwen3-0.6B": (1024, 3072, 28, 16, 8, True),
     "Qwen3-1.7B": (2048, 6144, 28, 16, 8, True),
