@@ -22,6 +22,7 @@ from settings import DATA, PRESETS, Config
 from tools import ToolResult, result_text
 
 TINY = str(DATA / "tiny-qwen3")
+README = Path(__file__).parent.parent / "README.md"
 SMALL = Config(questions_per_step=1, group_size=4, max_segment_tokens=16, entropy_tokens=8)
 
 # ---- plan ---------------------------------------------------------------------------------
@@ -112,8 +113,7 @@ def test_plan_needs_no_weights_and_says_what_fits(capsys, tmp_path):
 
 @pytest.mark.parametrize("size", ["0.6B", "1.7B", "4B", "8B"])
 def test_the_readme_repeats_the_plan(size):
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    (line,) = (line for line in readme.splitlines() if line.strip().startswith(f"| {size} |"))
+    line = readme_line(size)
     shape = model_config(f"Qwen/Qwen3-{size}")
     counts = plan.count(shape)
     constant, rows = [], []
@@ -127,7 +127,30 @@ def test_the_readme_repeats_the_plan(size):
         ]
         rows.append(", ".join(str(c["rows"]) if c["fits"] else "none" for c in on_cards))
     sizes = [f"{x / memory.GIB:.2f}" for x in constant]
-    assert [cell.strip() for cell in line.strip(" |").split("|")][1:] == sizes + rows
+    assert line[1:-1] == sizes + rows
+
+
+def readme_line(size: str) -> list[str]:
+    """The cells of the README's table that say what a size takes."""
+    lines = (line.strip(" |") for line in README.read_text(encoding="utf-8").splitlines())
+    (line,) = (line for line in lines if line.startswith(f"{size} |"))
+    return [cell.strip() for cell in line.split("|")]
+
+
+@pytest.mark.parametrize("case", gpu.GOALS, ids=lambda case: case.shape)
+def test_the_plan_keeps_the_goals_and_the_readme_repeats_it(case):
+    """With the flags that the README names."""
+    config = dataclasses.replace(
+        Config(questions_per_step=1, micro_batch_tokens=4096, gradient_checkpointing=True),
+        model_name=case.shape,
+        group_size=case.group_size,
+        max_total_tokens=case.context,
+    )
+    peak = plan.run(config)["parts"]["peak"]["both"] / memory.GIB
+    assert peak < gpu.GOALS[case]
+    size = case.shape.removeprefix("qwen3-").upper()
+    words = f"{size} with {case.group_size} paths of {case.context:,} tokens: {peak:.1f} GiB"
+    assert words in " ".join(README.read_text(encoding="utf-8").split())
 
 
 def test_plan_says_what_does_not_fit(capsys):
@@ -145,18 +168,50 @@ def test_an_unknown_model_is_refused_with_the_legal_names(capsys):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["trian"], "unknown command trian; the commands are plan, trl, gpu"),
+        (["trian"], "unknown command trian; the commands are plan, weights, trl, gpu"),
         (["--shape", "qwen3-5b"], "choose one of"),
         (["--shape", "qwen3-0.6b", "--context", "100"], "--context 100"),
         (["--repeats", "0"], "--repeats 0"),
         (["gpu", "--shapes", "tiny"], "--shapes tiny: choose from qwen3-0.6b"),
         (["plan", "--group_size", "0"], "--group_size 0"),
+        (["weights", "--shapes", "qwen3-0.6b,qwen3-5b"], "--shapes qwen3-5b: choose one of"),
+        (["weights", "--rows", "0"], "--rows 0: it must be at least 1"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(capsys, args, words):
     assert main(args) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and words in error
+
+
+# ---- 4-bit and bfloat16 -------------------------------------------------------------------
+
+
+def test_both_kinds_of_weights_are_measured(capsys, tmp_path):
+    path = tmp_path / "weights.json"
+    args = ["--rows", "2", "--context", "16", "--repeats", "1"]
+    assert main(["weights", "--shapes", TINY, *args, "--json", str(path)]) == 0
+    figures = json.loads(path.read_text())["shapes"][TINY]
+    counts = plan.count(model_config(TINY))
+    for way, four in (("4-bit", True), ("bf16", False)):
+        assert figures[way]["weight_bytes"] == sum(plan.weights(counts, four, b=2).values())
+        assert figures[way]["seconds"] > 0
+    ratio = figures["4-bit / bf16"]
+    assert ratio["seconds"] == figures["4-bit"]["seconds"] / figures["bf16"]["seconds"]
+    assert f"{ratio['weight_bytes']:.2f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", ["0.6B", "1.7B", "4B", "8B"])
+def test_the_readme_repeats_what_was_measured(size):
+    """And the weights took, byte for byte, what the plan says of them."""
+    results = json.loads((README.parent / "lab/results/weights-cpu.json").read_text())
+    figures = results["shapes"][f"qwen3-{size.lower()}"]
+    counts = plan.count(model_config(f"qwen3-{size.lower()}"))
+    for way, four in (("4-bit", True), ("bf16", False)):
+        assert figures[way]["weight_bytes"] == sum(plan.weights(counts, four, b=2).values())
+    seconds = [f"{figures[way]['seconds']:.2f}" for way in ("4-bit", "bf16")]
+    ratio = figures["4-bit / bf16"]["seconds"]
+    assert readme_line(size)[-1] == f"{seconds[0]} / {seconds[1]} = {ratio:.2f}"
 
 
 # ---- forced jobs --------------------------------------------------------------------------
@@ -324,10 +379,9 @@ def test_trl_finds_the_call_of_this_turn_and_no_earlier_one():
 
 
 def test_every_case_and_goal_of_a_shape_is_measured():
-    cases = [
-        case for shape in ("qwen3-1.7b", "qwen3-4b", "qwen3-8b") for case in gpu.cases_of(shape)
-    ]
-    assert len(cases) == len(set(cases)) and set(gpu.GOALS) <= set(cases)
+    cases = gpu.in_order(["qwen3-1.7b", "qwen3-4b", "qwen3-8b"])
+    assert len(cases) == len(set(cases)) and set(gpu.GOALS) == set(cases[:3])
+    assert [case.preset for case in cases[3:7]] == [*plan.CARDS]  # then what a user would choose
     assert sum(case.preset is None for case in gpu.cases_of("qwen3-4b")) == 2 * 2 * 2
     assert {case.preset for case in cases} == {None, *plan.CARDS}
 

@@ -2,6 +2,7 @@
 
     python -m lab.bench            every shortcut against the plain way; --shape for a real size
     python -m lab.bench plan       the predicted peak memory of a model, without its weights
+    python -m lab.bench weights    what 4-bit weights save and cost, size by size
     python -m lab.bench trl        the same job with TRL's GRPOTrainer (to be installed by you)
     python -m lab.bench gpu        peak memory and speed of every shape on this GPU, resumable
 
@@ -25,6 +26,8 @@ from arpo_mini import write_text
 from settings import PRESETS, Config
 from terminal import Parser, UserError, console, kind
 
+SHAPES = "qwen3-0.6b,qwen3-1.7b,qwen3-4b,qwen3-8b"
+
 
 def at_least_one(flag: str, value: int) -> None:
     if value < 1:
@@ -47,6 +50,17 @@ def plan_command(config: Config) -> dict:
 
     report = plan.run(config)
     plan.show(report)
+    return report
+
+
+def weights_command(config: Config, shapes: str, rows: int, context: int, repeats: int) -> dict:
+    """4-bit against bfloat16, size by size: bytes of the weights, seconds of a decode step."""
+    from . import weights
+
+    for flag, value in (("--rows", rows), ("--context", context), ("--repeats", repeats)):
+        at_least_one(flag, value)
+    report = weights.run(config, shapes.split(","), rows, context, repeats)
+    weights.show(report)
     return report
 
 
@@ -78,11 +92,20 @@ COMMANDS = {  # name: (function, its own flags)
         },
     ),
     "plan": (plan_command, {}),
+    "weights": (
+        weights_command,
+        {
+            "--shapes": ("str", SHAPES, "shapes to measure, one after the other"),
+            "--rows": ("int", 8, "paths that a decode step continues"),
+            "--context": ("int", 256, "tokens before it in the cache"),
+            "--repeats": ("int", 5, "timed steps, after one that is not"),
+        },
+    ),
     "trl": (trl_command, {"--repeats": ("int", 8, "steps of each, in turn")}),
     "gpu": (
         gpu_command,
         {
-            "--shapes": ("str", "qwen3-0.6b,qwen3-1.7b,qwen3-4b,qwen3-8b", "shapes to measure"),
+            "--shapes": ("str", SHAPES, "shapes to measure"),
             "--minutes": ("float", 7.0, "begin nothing new after this time; call again to go on"),
             "--results": ("str", "lab/results", "folder of the figures"),
         },

@@ -150,11 +150,17 @@ def quantised(linear: nn.Linear, dtype: torch.dtype, device: str, how) -> nn.Mod
 
 
 @contextmanager
-def random_weights(shape: PretrainedConfig) -> Iterator[None]:
-    """Within it `load_policy` gets a random model of this shape, and keeps its own tokenizer."""
+def random_weights(
+    shape: PretrainedConfig, computed_in: torch.dtype | None = None
+) -> Iterator[None]:
+    """Within it `load_policy` gets a random model of this shape, and keeps its own tokenizer.
+
+    It computes in the dtype of the device (policy.load_model), unless another is asked for.
+    """
 
     def from_pretrained(name, dtype, device_map, quantization_config=None, **kwargs):
-        return random_model(shape, dtype, device_map, quantization_config), {"missing_keys": []}
+        lm = random_model(shape, computed_in or dtype, device_map, quantization_config)
+        return lm, {"missing_keys": []}
 
     with mock.patch.object(AutoModelForCausalLM, "from_pretrained", from_pretrained):
         yield
