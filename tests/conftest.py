@@ -20,8 +20,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(scope="session")
 def config():
-    """Two paths of eight begun, no quantisation; a whole segment is measured (k = 64)."""
-    return Config(load_in_4bit=False, entropy_tokens=64, initial_rollouts=2, max_branches=1)
+    """Two paths of eight begun, no quantisation; a whole segment is measured (k = 64).
+
+    Two calls at most: a rollout takes as long as its paths are deep. `groups` has deep ones.
+    """
+    few = {"initial_rollouts": 2, "max_branches": 1, "max_tool_calls": 2}
+    return Config(load_in_4bit=False, entropy_tokens=64, **few)
 
 
 @pytest.fixture(scope="session")
@@ -59,8 +63,8 @@ def questions():
 
 @pytest.fixture(scope="session")
 def groups(policy, config, tools, questions):
-    """The leaves of one rollout with forks."""
-    return roll_out(policy, config, tools, questions)
+    """The leaves of one rollout with forks and several turns."""
+    return roll_out(policy, dataclasses.replace(config, max_tool_calls=6), tools, questions)
 
 
 def roll_out(policy, config, tools, questions, seed=0):

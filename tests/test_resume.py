@@ -155,11 +155,8 @@ PLACES = {  # and the last step that was completed before
 }
 
 
-def slow(*values):
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
-
-
-@pytest.mark.parametrize("place", [in_an_optimizer_step, *slow(*list(PLACES)[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("place", PLACES)
 def test_ctrl_c_anywhere_and_resumed_equals_the_uninterrupted_run(
     place, whole, one_question, tmp_path, monkeypatch, capsys
 ):

@@ -24,6 +24,10 @@ def replace(config, **changes):
     return dataclasses.replace(config, **changes)
 
 
+def slow(value):
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def every_segment(groups):
     return [segment for leaves in groups for segment in shared_by(leaves)]
 
@@ -50,7 +54,7 @@ def trained_logprobs(policy, leaves, temperature=1.0):
     return found
 
 
-@pytest.mark.parametrize("initial_rollouts", [1, 2, 8])
+@pytest.mark.parametrize("initial_rollouts", [2, slow(1), slow(8)])
 @pytest.mark.parametrize("rule", RULES)
 def test_exactly_group_size_distinct_leaves(
     policy, config, tools, questions, rule, initial_rollouts
@@ -134,8 +138,9 @@ def test_same_seed_same_tree_other_seed_other_tree(policy, config, tools, questi
             for leaves in groups
         ]
 
-    assert trees(3) == trees(3)
-    assert trees(3) != trees(4)
+    first = trees(3)
+    assert trees(3) == first
+    assert trees(4) != first
 
 
 def test_every_column_is_computed_once(policy, config, tools, questions):
@@ -270,32 +275,31 @@ def test_a_question_cannot_end_its_own_turn(policy):
         assert honest.count(marker) == forged.count(marker)
 
 
-def test_a_decision_compares_the_right_entropies(policy, config, tools, questions):
+@pytest.mark.parametrize("rule", ["paper", "official"])
+def test_a_decision_compares_the_right_entropies(policy, config, tools, questions, rule):
     """Here: after the result, in the path that sampled it. Official code: the segment before it."""
-    for rule in ("paper", "official"):
-        leaves_of = roll_out(policy, replace(config, branch_rule=rule), tools, questions)
-        checked = 0
-        for leaves in leaves_of:
-            children = {}  # node -> its children, the path that was measured first
-            for leaf in leaves:
-                for segment in leaf.path():
-                    siblings = children.setdefault(segment.parent, [])
-                    if segment not in siblings:
-                        siblings.append(segment)
-            for node, below in children.items():
-                if node is None or node.decision is None:
-                    continue
-                path, decision = node.path(), node.decision
-                assert decision.H_initial == path[1].entropy  # of this trajectory, forks inherit it
-                assert decision.gain == pytest.approx(decision.H - decision.H_initial)
-                if rule == "official":
-                    assert path[-2].entropy == decision.H
-                else:
-                    assert decision.H in [child.entropy for child in below]
-                assert len(below) - 1 == decision.granted
-                assert decision.granted <= decision.forks
-                checked += 1
-        assert checked > 20
+    checked = 0
+    for leaves in roll_out(policy, replace(config, branch_rule=rule), tools, questions[:4]):
+        children = {}  # node -> its children, the path that was measured first
+        for leaf in leaves:
+            for segment in leaf.path():
+                siblings = children.setdefault(segment.parent, [])
+                if segment not in siblings:
+                    siblings.append(segment)
+        for node, below in children.items():
+            if node is None or node.decision is None:
+                continue
+            path, decision = node.path(), node.decision
+            assert decision.H_initial == path[1].entropy  # of this trajectory, forks inherit it
+            assert decision.gain == pytest.approx(decision.H - decision.H_initial)
+            if rule == "official":
+                assert path[-2].entropy == decision.H
+            else:
+                assert decision.H in [child.entropy for child in below]
+            assert len(below) - 1 == decision.granted
+            assert decision.granted <= decision.forks
+            checked += 1
+    assert checked > 10
 
 
 @pytest.mark.parametrize("initial_rollouts", [2, 8])
@@ -356,50 +360,58 @@ def test_rows_that_have_ended_leave_and_holes_stay_few(
     assert len(needless) > 50 and max(needless) < 0.5
 
 
-@pytest.mark.parametrize("changes", [{"branch_rule": "none"}, {"max_branches": 0}])
-def test_slots_that_will_stay_open_are_filled_at_once(
-    policy, config, tools, questions, monkeypatch, changes
-):
-    """Where nothing can fork all paths begin together; else as soon as a question has no path."""
-    begun, beside, begin = [], [], Rollout.begin
+@pytest.fixture
+def begun(monkeypatch):
+    """For each level of a rollout: how many paths begin, and beside how many others."""
+    counts, begin = [], Rollout.begin
 
     def counted(self, start, paths, waiting):
-        begun.append(len(waiting))
-        beside.append(len(paths) if paths and waiting else 0)
+        counts.append((len(waiting), len(paths) if paths and waiting else 0))
         return begin(self, start, paths, waiting)
 
     monkeypatch.setattr(Rollout, "begin", counted)
-    roll_out(policy, replace(config, **changes), tools, questions[2:])
-    assert begun[0] == 8 * 4 and sum(begun) == begun[0]
-    begun.clear()
-    groups = roll_out(policy, config, tools, questions[2:])
+    return counts
+
+
+@pytest.mark.parametrize("changes", [{"branch_rule": "none"}, {"max_branches": 0}])
+def test_where_nothing_can_fork_all_paths_begin_together(
+    policy, config, tools, questions, begun, changes
+):
+    roll_out(policy, replace(config, **changes), tools, questions[2:4])
+    assert begun[0][0] == 8 * 2 and sum(n for n, _ in begun) == begun[0][0]
+
+
+def test_slots_that_will_stay_open_are_filled_at_once(policy, config, tools, questions, begun):
+    """As soon as a question has too few paths left to fork."""
+    groups = roll_out(policy, replace(config, max_tool_calls=6), tools, questions[2:])
     forks = sum(s.decision.granted for s in every_segment(groups) if s.decision)
-    assert begun[0] == 2 * 4 and sum(begun) == 8 * 4 - forks
-    assert sum(beside) > 0  # beside the paths of other questions, not after all is done
+    assert begun[0][0] == 2 * 4 and sum(n for n, _ in begun) == 8 * 4 - forks
+    assert sum(beside for _, beside in begun) > 0  # not after all paths are done
 
 
-def test_a_narrow_frontier_gives_the_same_number_of_leaves(policy, config, tools, questions):
+@pytest.mark.parametrize("rows", [3, slow(1), slow(11)])
+def test_a_narrow_frontier_gives_the_same_number_of_leaves(policy, config, tools, questions, rows):
     """Never more rows than allowed; forks that must wait are read again, and none is lost."""
     config = replace(config, branch_rule="random", branch_probability=1.0, group_size=5)
-    for rows in (1, 3, 11):
-        torch.manual_seed(0)
-        rollout = Rollout(policy, replace(config, rollout_rows=rows), tools, random.Random(0))
-        widths, sample = [], rollout.sample
-        rollout.sample = lambda paths, *a, s=sample, w=widths, **k: (
-            w.append(len(paths)),
-            s(paths, *a, **k),
-        )
-        groups = rollout.run(questions[2:5:2])
-        assert max(widths) <= rows
-        assert [len(set(leaves)) for leaves in groups] == [5, 5]
-        for leaves in groups:
-            forks = sum(s.decision.granted for s in shared_by(leaves) if s.decision)
-            assert len({leaf.path()[1] for leaf in leaves}) == 5 - forks
-        if rows == 3:
-            assert_sampler_matches_trainer(policy, groups, 1e-4, at_least=100)
-            assert groups_as_text(groups) == groups_as_text(
-                roll_out(policy, replace(config, rollout_rows=rows), tools, questions[2:5:2])
-            )
+    config = replace(config, rollout_rows=rows)
+    torch.manual_seed(0)
+    rollout = Rollout(policy, config, tools, random.Random(0))
+    widths, sample = [], rollout.sample
+
+    def watched(paths, *args, **kwargs):
+        widths.append(len(paths))
+        sample(paths, *args, **kwargs)
+
+    rollout.sample = watched
+    groups = rollout.run(questions[2:5:2])
+    assert max(widths) <= rows
+    assert [len(set(leaves)) for leaves in groups] == [5, 5]
+    for leaves in groups:
+        forks = sum(s.decision.granted for s in shared_by(leaves) if s.decision)
+        assert len({leaf.path()[1] for leaf in leaves}) == 5 - forks
+    assert_sampler_matches_trainer(policy, groups, 1e-4, at_least=100)
+    again = roll_out(policy, config, tools, questions[2:5:2])
+    assert groups_as_text(groups) == groups_as_text(again)
 
 
 def groups_as_text(groups):

@@ -55,7 +55,7 @@ def assert_close(a, b, tolerance=1e-4):
     assert (grad_a - grad_b).norm() < tolerance * grad_a.norm()
 
 
-@pytest.mark.parametrize("kl_coefficient", [0.0, 0.1])
+@pytest.mark.parametrize("kl_coefficient", [pytest.param(0.0, marks=pytest.mark.slow), 0.1])
 @pytest.mark.parametrize("shared_weight", [0.0, 0.3, 1.0])
 def test_packed_tree_equals_one_row_a_trajectory(
     policy, config, groups, shared_weight, kl_coefficient
@@ -103,9 +103,10 @@ def test_loss_is_the_textbook_one(policy, config, groups):
 
 
 def test_padding_and_micro_batches_do_not_change_the_gradient(policy, config, groups):
+    groups = groups[1::2]
     rows = rows_of(groups, config, packed=False)
     whole = gradient(policy, rows, config)
-    assert len(list(micro_batches(rows, 600))) > 5
+    assert len(list(micro_batches(rows, 600))) > 3
     assert_close(whole, gradient(policy, rows, config, budget=600))
     trees = rows_of(groups, config, packed=True)
     assert_close(gradient(policy, trees, config), gradient(policy, trees, config, budget=600))
@@ -183,7 +184,7 @@ def test_gradient_through_nf4_is_that_of_the_same_weights_unquantised(policy_4bi
 
 def test_one_update_is_on_policy_and_several_are_not(policy, config, groups):
     """A good trajectory becomes likelier; only later updates on the same rollout can be clipped."""
-    rows = rows_of(groups, config, packed=True)
+    rows = rows_of(groups[1::2], config, packed=True)
     before = {n: p.detach().clone() for n, p in policy.model.named_parameters() if p.requires_grad}
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
 
