@@ -32,7 +32,7 @@ from transformers import (
 
 import tools as toolbox
 from data.formats import Question
-from memory import Chunks, fit
+from memory import Chunks, OutOfMemory, fit
 from settings import Config
 from terminal import UserError, console, reason
 
@@ -128,6 +128,10 @@ def load_policy(config: Config, tools: dict[str, toolbox.Tool], trainable: bool)
     try:
         lm, tokenizer = load_model(config)
         saved = load_adapter(lm, config.adapter, trainable) if config.adapter else None
+    except torch.OutOfMemoryError as error:
+        words = f"does not fit into memory ({reason(error)})"
+        lighter = "--load_in_4bit true or a smaller model takes less"
+        raise OutOfMemory(f"--model_name {config.model_name} {words}; {lighter}") from None
     except Exception as error:  # deliberately everything: a folder may hold anything
         names = f"--model_name {config.model_name} --adapter {config.adapter}"
         legal = "; --trust_remote_code true runs it" if "trust_remote_code" in str(error) else ""

@@ -10,9 +10,10 @@ from conftest import roll_out
 from transformers import AutoTokenizer, DynamicCache
 
 import memory
+import policy as policy_module
 from advantage import shared_by
 from arpo_mini import train_step
-from lab.bench import against_trl, compare, gpu, plan
+from lab.bench import against_trl, compare, gpu, plan, weights
 from lab.bench.__main__ import main
 from lab.bench.job import forced, random_weights, size_of
 from lab.bench.measure import compared, frozen_bytes, peak_bytes
@@ -423,9 +424,15 @@ def test_a_case_is_measured_on_a_cpu_too(preset):
     assert figures["recompute"] is (preset is None)
 
 
-def test_running_out_of_memory_is_a_figure_too(monkeypatch):
-    def fails(*args):
-        raise memory.OutOfMemory("out of memory with --rollout_rows 1")
+def test_running_out_of_memory_is_a_figure_too(monkeypatch, capsys):
+    """Also while a model is loaded: what was measured before, and what comes after it, is kept."""
 
-    monkeypatch.setattr(gpu, "measure", fails)
-    assert "out of memory" in gpu.under_cap(gpu.Case(TINY, True, 4, 512), Config())["error"]
+    def fails(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(policy_module, "load_model", fails)
+    error = gpu.under_cap(gpu.Case(TINY, True, 4, 512), Config())["error"]
+    assert "does not fit into memory (CUDA out of memory)" in error
+    assert main(["weights", "--shapes", f"{TINY},{TINY}/"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("does not fit into memory") == 2 * len(weights.WAYS)

@@ -15,6 +15,7 @@ from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 import arpo_mini
 import decoding
 import memory
+import policy as policy_module
 from advantage import Segment, shared_by
 from arpo_mini import (
     Rollout,
@@ -480,6 +481,17 @@ def test_when_not_even_the_least_fits_the_run_ends_with_one_line(tmp_path, monke
         assert words in error
     assert 2 < len(steps) < 8  # it stops where no smaller chunk exists
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_a_model_that_does_not_fit_is_one_line(monkeypatch, capsys):
+    out_of_memory = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2 GiB\n more words"
+    )
+    monkeypatch.setattr(policy_module, "load_model", fails_with(out_of_memory))
+    assert main(["show", "--load_in_4bit", "false"]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "Tried to allocate 2 GiB" in error
+    assert "--load_in_4bit true or a smaller model" in error
 
 
 def test_nothing_else_is_caught():
