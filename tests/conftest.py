@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import signal
 
@@ -13,6 +14,10 @@ from arpo_mini import Rollout, make_tools
 from data.formats import load_questions
 from policy import load_policy
 from settings import Config
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, whose threads would only wait
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # and in the processes that a test starts
 
 # A shell's & has it ignored, here and in all children: then no test could press Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
