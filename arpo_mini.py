@@ -42,17 +42,17 @@ from advantage import (
     segment_advantages,
     shared_by,
 )
-from alarms import remarks
+from app.health import remarks
 from data.formats import Question, load_questions
-from decoding import FiniteLogits, Meter, Paths, SegmentEnd
+from engine.writer import FiniteLogits, Meter, Paths, SegmentEnd
 from entropy import RULES, normalised_entropy
-from memory import head_chunk, snapshot
-from metrics import judge, mean, official_judge, summary
-from packing import Batch, Row, cut, make_batch, make_row, micro_batches
-from policy import Policy, load_policy, refuse_long
-from runs import NonFinite, RunFolder, Terminated, resumed, watched
-from settings import PRESETS, Config
-from terminal import (
+from engine.memory import head_chunk, snapshot
+from app.evaluation import judge, mean, official_judge, summary
+from engine.packing import Batch, Row, cut, make_batch, make_row, micro_batches
+from engine.model import Policy, load_policy, refuse_long
+from app.run_folder import NonFinite, RunFolder, Terminated, resumed, watched
+from app.config import PRESETS, Config
+from app.screen import (
     LOG_HEAD,
     Parser,
     UserError,
@@ -67,8 +67,8 @@ from terminal import (
     reason,
     report_table,
 )
-from view.page import Run, page
-from view.trees import tree
+from app.page.page import Run, page
+from app.page.trees import tree
 
 # ---- the rollout --------------------------------------------------------------------------
 

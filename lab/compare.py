@@ -33,8 +33,8 @@ import arpo_mini
 from arpo_mini import make_tools
 from data.formats import load_questions
 from lab.verdict import drawing, tables, verdict
-from settings import Config
-from terminal import Parser, UserError, console, kind, progress_bar, reason
+from app.config import Config
+from app.screen import Parser, UserError, console, kind, progress_bar, reason
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -31,9 +31,9 @@ from arpo_mini import Rollout, make_tools, part_of, score
 from data.formats import Question, load_questions
 from lab.intervals import Estimate, bootstrap, bootstrap_ratio, spearman, t_interval
 from lab.verdict import drawing
-from policy import Policy, load_policy
-from settings import Config
-from terminal import Parser, UserError, advance, console, kind, progress_bar, reason
+from engine.model import Policy, load_policy
+from app.config import Config
+from app.screen import Parser, UserError, advance, console, kind, progress_bar, reason
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = 128  # trajectories side by side

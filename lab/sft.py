@@ -33,12 +33,12 @@ from arpo_mini import make_tools, recomputed, token_logprobs
 from data.formats import Demonstration, load_demonstrations
 from data.make_world import DOMAINS, Maker, make
 from lab.coldstart import Demonstrator, Hesitation
-from memory import snapshot
-from packing import Row, make_batch, make_row, micro_batches
-from policy import Policy, load_policy
-from runs import new_folder
-from settings import Config
-from terminal import Parser, UserError, check, console, option, progress_bar
+from engine.memory import snapshot
+from engine.packing import Row, make_batch, make_row, micro_batches
+from engine.model import Policy, load_policy
+from app.run_folder import new_folder
+from app.config import Config
+from app.screen import Parser, UserError, check, console, option, progress_bar
 from tools import ToolError, ToolResult, calculate, result_text
 
 

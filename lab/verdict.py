@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 
 from lab.intervals import Estimate, at_budget, paired, t_interval
-from terminal import console
+from app.screen import console
 
 BASELINE = "grpo"
 # The goal at equal rollouts: how far below GRPO the interval may reach, and the shares of what GRPO

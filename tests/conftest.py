@@ -12,8 +12,8 @@ import torch
 import arpo_mini
 from arpo_mini import Rollout, make_tools
 from data.formats import load_questions
-from policy import load_policy
-from settings import Config
+from engine.model import load_policy
+from app.config import Config
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, whose threads would only wait
     torch.set_num_threads(1)

@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import arpo_mini
-import runs
+import app.run_folder as runs
 
 PHASES = {  # where a life can be killed: (owner, function), and how long to wait there at most
     "rollout": (arpo_mini.Rollout, "run", 0.15),

@@ -2,9 +2,9 @@
 
 import pytest
 
-import alarms
-from alarms import CLIPPED, COLLAPSE, DEAD_STEPS, DRIFT, SHORT, SOLVED, WINDOW, remarks
-from terminal import log_line
+import app.health as alarms
+from app.health import CLIPPED, COLLAPSE, DEAD_STEPS, DRIFT, SHORT, SOLVED, WINDOW, remarks
+from app.screen import log_line
 
 HEALTHY = {
     "equal_groups": 3,

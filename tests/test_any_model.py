@@ -25,9 +25,9 @@ from transformers import (
 from advantage import shared_by
 from arpo_mini import UserError, main, score, train_step
 from data.formats import Question
-from policy import load_policy
-from settings import Config
-from terminal import log_line
+from engine.model import load_policy
+from app.config import Config
+from app.screen import log_line
 from tools import Tool
 
 TEMPLATE = (

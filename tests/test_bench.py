@@ -9,7 +9,7 @@ import torch
 from conftest import roll_out
 from transformers import AutoTokenizer, DynamicCache
 
-import memory
+import engine.memory as memory
 import policy as policy_module
 from advantage import shared_by
 from arpo_mini import train_step
@@ -18,8 +18,8 @@ from lab.bench.__main__ import main
 from lab.bench.job import forced, random_weights, size_of
 from lab.bench.measure import compared, frozen_bytes, peak_bytes
 from lab.bench.shapes import NAMES, model_config
-from policy import Policy, load_policy
-from settings import DATA, PRESETS, Config
+from engine.model import Policy, load_policy
+from app.config import DATA, PRESETS, Config
 from tools import ToolResult, result_text
 
 TINY = str(DATA / "tiny-qwen3")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from arpo_mini import main
-from settings import Config
+from app.config import Config
 
 ROOT = Path(__file__).parent.parent
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import arpo_mini
 from arpo_mini import main, questions_of_step
 from data.formats import Question, load_questions
-from settings import Config
+from app.config import Config
 
 FAST = "--steps 2 --questions_per_step 1 --group_size 4 --eval_every 1 --record_every 1".split()
 

@@ -21,7 +21,7 @@ from arpo_mini import part_of
 from data.formats import load_questions
 from lab import compare, figures, forking, verdict
 from lab.intervals import T_975, at_budget, bootstrap, bootstrap_ratio, paired, spearman, t_interval
-from settings import Config
+from app.config import Config
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from advantage import answer_accuracy
 from arpo_mini import make_tools
 from data import make_world
-from settings import Config
+from app.config import Config
 from tools import ToolCall, run_calls
 
 DATA = Path(__file__).parent.parent / "data"

@@ -8,7 +8,7 @@ from conftest import with_random_adapter
 from pretend_gpu import GPU, OnGPU, PretendGPU, move
 
 from arpo_mini import evaluate, train_step
-from policy import load_policy
+from engine.model import load_policy
 
 WAYS = {
     "the defaults": {},

@@ -13,7 +13,7 @@ from conftest import roll_out
 from arpo_mini import EXAMPLES, main, question_to_show
 from data import make_world
 from data.formats import Question, load_demonstrations, load_questions
-from terminal import UserError
+from app.screen import UserError
 
 FIXTURES = Path(__file__).parent / "fixtures"
 REINFORCEMENT = [

@@ -34,9 +34,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from advantage import official_reward, reward
 from arpo_mini import main, parse_command
 from data.formats import load_questions
-from policy import Policy, load_policy
-from settings import DATA, Config
-from terminal import UserError, draw_tree, one_line, plain
+from engine.model import Policy, load_policy
+from app.config import DATA, Config
+from app.screen import UserError, draw_tree, one_line, plain
 from tools import (
     TAG,
     Document,

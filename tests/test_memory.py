@@ -13,8 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
 import arpo_mini
-import decoding
-import memory
+import engine.writer as decoding
+import engine.memory as memory
 import policy as policy_module
 from advantage import Segment, shared_by
 from arpo_mini import (
@@ -27,10 +27,10 @@ from arpo_mini import (
     token_logprobs,
     train_step,
 )
-from memory import Chunks, OutOfMemory, fit
-from packing import cut, make_batch, make_row
-from policy import Policy, load_policy
-from settings import PRESETS, Config
+from engine.memory import Chunks, OutOfMemory, fit
+from engine.packing import cut, make_batch, make_row
+from engine.model import Policy, load_policy
+from app.config import PRESETS, Config
 
 
 def peak_bytes(work):

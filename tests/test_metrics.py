@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import metrics
+import app.evaluation as metrics
 from data.formats import gsm8k_answer
-from metrics import exact_match, judge, math_equal, pass_at_k, summary, wilson
+from app.evaluation import exact_match, judge, math_equal, pass_at_k, summary, wilson
 
 SCORES = ("em", "acc", "f1", "math_equal")
 

@@ -18,10 +18,10 @@ import pytest
 from browser import Browser
 
 import arpo_mini
-from lab.report import main
-from view.curves import nice_ticks, thinned
-from view.page import Run, page
-from view.trees import action_start, answer, fork_data, tree, visible
+from app.page.__main__ import main
+from app.page.curves import nice_ticks, thinned
+from app.page.page import Run, page
+from app.page.trees import action_start, answer, fork_data, tree, visible
 
 RUN = Path(__file__).parent / "run"
 HOSTILE = '<script>window.pwned = 1</script><!-- "><img src=x onerror="window.pwned = 1"> </script>'

@@ -19,10 +19,10 @@ from conftest import lines_of, write_questions
 from safetensors.torch import load_file, save_file
 
 import arpo_mini
-import runs
+import app.run_folder as runs
 from arpo_mini import main
 from data.formats import load_questions
-from settings import Config
+from app.config import Config
 
 # Steps of a fraction of a second, with everything a step can have: forks, evaluations, trees.
 TINY = (

@@ -15,9 +15,9 @@ import tools as toolbox
 from advantage import Segment, shared_by
 from arpo_mini import Rollout, token_logprobs
 from data.formats import Question
-from decoding import Paths
+from engine.writer import Paths
 from entropy import RULES
-from packing import make_batch, make_row
+from engine.packing import make_batch, make_row
 
 
 def replace(config, **changes):

@@ -16,9 +16,9 @@ from data.formats import load_questions
 from lab import sft
 from lab.coldstart import build_model
 from lab.sft import Settings, from_file, from_mini_world, main, with_calculator
-from memory import Chunks
-from packing import make_batch
-from policy import load_policy
+from engine.memory import Chunks
+from engine.packing import make_batch
+from engine.model import load_policy
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "data" / "tiny-qwen3")

@@ -17,7 +17,7 @@ from arpo_mini import (
     token_logprobs,
     update,
 )
-from packing import Row, make_batch, make_row, micro_batches
+from engine.packing import Row, make_batch, make_row, micro_batches
 
 
 def some_rewards(leaves, seed=0):

@@ -23,8 +23,8 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from arpo_mini import write_text
-from settings import PRESETS, Config
-from terminal import Parser, UserError, console, kind
+from app.config import PRESETS, Config
+from app.screen import Parser, UserError, console, kind
 
 SHAPES = "qwen3-0.6b,qwen3-1.7b,qwen3-4b,qwen3-8b"
 

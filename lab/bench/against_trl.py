@@ -25,8 +25,8 @@ import arpo_mini
 import tools as toolbox
 from advantage import reward
 from data.formats import Question
-from settings import Config
-from terminal import UserError, console
+from app.config import Config
+from app.screen import UserError, console
 
 from .job import Job, Size, force, mini_world, script_of, search_of
 from .measure import machine

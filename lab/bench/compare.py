@@ -14,10 +14,10 @@ import arpo_mini
 import tools as toolbox
 from advantage import Reward, Segment
 from arpo_mini import Rollout, credit, update
-from memory import OutOfMemory
-from policy import Policy
-from settings import Config
-from terminal import console
+from engine.memory import OutOfMemory
+from engine.model import Policy
+from app.config import Config
+from app.screen import console
 
 from .job import Job, forced, mini_world, size_of
 from .measure import (

@@ -21,13 +21,13 @@ from rich.table import Table
 from transformers import PretrainedConfig
 
 import arpo_mini
-import memory
+import engine.memory as memory
 from advantage import shared_by
 from arpo_mini import write_text
-from memory import GIB
-from packing import cut, micro_batches
-from settings import PRESETS, Config
-from terminal import UserError, console
+from engine.memory import GIB
+from engine.packing import cut, micro_batches
+from app.config import PRESETS, Config
+from app.screen import UserError, console
 
 from . import plan
 from .job import Job, Size, forced, size_of

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 
 import arpo_mini
 from data.formats import Question, load_questions
-from policy import Policy, load_policy
-from settings import DATA, Config
-from terminal import UserError
+from engine.model import Policy, load_policy
+from app.config import DATA, Config
+from app.screen import UserError
 from tools import Tool, ToolResult, result_text
 
 CALL = ("<think>", "</think><search>town</search>")  # before and after what is filled in

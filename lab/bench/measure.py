@@ -18,9 +18,9 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-import memory
+import engine.memory as memory
 import tools as toolbox
-from policy import Policy
+from engine.model import Policy
 
 
 def now() -> float:

@@ -37,9 +37,9 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-import memory
-from settings import PRESETS, Config
-from terminal import console
+import engine.memory as memory
+from app.config import PRESETS, Config
+from app.screen import console
 
 from .shapes import model_config
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig, Qwen3Config
 
-from terminal import UserError
+from app.screen import UserError
 
 PUBLISHED = json.loads(Path(__file__).with_name("shapes.json").read_text(encoding="utf-8"))
 NAMES = [name for name in PUBLISHED if "/" in name]

@@ -14,11 +14,11 @@ from rich import box
 from rich.table import Table
 from transformers import DynamicCache, PretrainedConfig
 
-import memory
-from memory import OutOfMemory, free_memory
-from policy import Policy, load_policy
-from settings import Config
-from terminal import console
+import engine.memory as memory
+from engine.memory import OutOfMemory, free_memory
+from engine.model import Policy, load_policy
+from app.config import Config
+from app.screen import console
 
 from .job import random_weights
 from .measure import frozen_bytes, machine, now

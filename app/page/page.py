@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
 
-from view.curves import charts_html, curve_data
-from view.trees import html_text, number, visible, words
+from app.page.curves import charts_html, curve_data
+from app.page.trees import html_text, number, visible, words
 
 MOST_RUNS = 8  # colours that can be told apart
 

@@ -12,9 +12,9 @@ import json
 import sys
 from pathlib import Path
 
-from terminal import Parser, UserError
-from view.page import MOST_RUNS, Run, page
-from view.trees import tree
+from app.screen import Parser, UserError
+from app.page.page import MOST_RUNS, Run, page
+from app.page.trees import tree
 
 # What a line of each file must hold to be one.
 FILES = {

@@ -11,9 +11,9 @@ from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
 import tools as toolbox
 from advantage import Segment
 from entropy import official_scalar, token_entropy
-from packing import make_row
-from policy import Policy
-from runs import NonFinite
+from engine.packing import make_row
+from engine.model import Policy
+from app.run_folder import NonFinite
 
 
 @dataclass

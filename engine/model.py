@@ -32,9 +32,9 @@ from transformers import (
 
 import tools as toolbox
 from data.formats import Question
-from memory import Chunks, OutOfMemory, fit
-from settings import Config
-from terminal import UserError, console, reason
+from engine.memory import Chunks, OutOfMemory, fit
+from app.config import Config
+from app.screen import UserError, console, reason
 
 # What the libraries say about themselves is not for the reader of this screen: loading bars,
 # deprecations, a padding warning that takes a hole for right padding.

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from terminal import UserError, console
+from app.screen import UserError, console
 
 GIB = 2**30
 HEAD_BYTES = 2**27  # float32 logits that exist at the same time in the update

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from view.trees import html_text, number, words
+from app.page.trees import html_text, number, words
 
 W, H = 440, 210  # of a chart, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 46, 424, 10, 182

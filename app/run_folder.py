@@ -38,7 +38,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
-from terminal import UserError, console
+from app.screen import UserError, console
 
 VERSION = "0.3"  # of arpo_mini; a change after which a step gives other numbers raises it
 LOGS = ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl")

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from entropy import RULES
-from terminal import UserError, check, option
+from app.screen import UserError, check, option
 
-DATA = Path(__file__).resolve().parent / "data"
+DATA = Path(__file__).resolve().parent.parent / "data"
 
 
 @dataclass(frozen=True)
