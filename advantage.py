@@ -8,11 +8,8 @@ share gets one advantage from each of them (ARPO, arXiv 2507.19849, section 3.2)
 """
 
 import re
-import string
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -34,6 +31,7 @@ class Segment:
     entropy: float | None = None  # policy: of its first k tokens, as the branch rule saw it
     logp: list[float] = field(default_factory=list)  # policy: what each token was drawn with
     token_entropy: list[float] = field(default_factory=list)  # policy: and how openly, in nats
+    tool: str | None = None  # tool: which one answered; None: the call failed
     decision: Any = None  # tool: the entropy.Decision taken at it
 
     def __post_init__(self):
@@ -47,6 +45,14 @@ class Segment:
             segments.append(segment)
             segment = segment.parent
         return segments[::-1]
+
+    def path_tokens(self) -> list[int]:
+        """The token ids of its path, this segment's included."""
+        return [token for segment in self.path() for token in segment.token_ids]
+
+    def depth(self) -> int:
+        """How many tokens that are."""
+        return sum(len(segment.token_ids) for segment in self.path())
 
 
 def shared_by(leaves: list[Segment]) -> dict[Segment, list[int]]:
@@ -75,16 +81,22 @@ class Reward:
 
 
 def reward(
-    turns: list[tuple[str, str]], answers: list[str], *, tool_names: Sequence[str], eos: str = ""
+    turns: list[tuple[str, str]],
+    answers: list[str],
+    *,
+    judge: Callable[[str, list[str]], float],
+    tools_used: int,
 ) -> Reward:
     r"""-1 if badly formed, else the accuracy, +0.1 if right with two kinds of tools (paper, Eq. 8).
 
-    `turns` is a trajectory without its prompt: (author, text), policy and tool in turn. Whether it
-    is well-formed is judged author by author, so a policy cannot write its own results:
+    `turns` is a trajectory without its prompt and eos: (author, text), policy and tool in turn.
+    Whether it is well-formed is judged author by author, so a policy cannot write its own results:
 
         policy  <think>..</think> <tool>..</tool>
         tool    the result, whatever it says                          (both as often as needed)
-        policy  <think>..</think> <answer>.. \boxed{..} ..</answer>   (and at most one eos)
+        policy  <think>..</think> <answer>.. \boxed{..} ..</answer>
+
+    `judge` says how right an answer is, in [0, 1]; `tools_used` are the kinds that answered.
     """
     authors = [author for author, _ in turns]
     if authors != [("policy", "tool")[i % 2] for i in range(len(turns))]:
@@ -93,13 +105,13 @@ def reward(
     unread = len(turns) % 2 == 0  # it ends with a result that the policy never read
     calls, last = (texts, "") if unread else (texts[:-1], texts[-1])
 
-    answer = ANSWER.fullmatch(last.rstrip().removesuffix(eos))
+    answer = ANSWER.fullmatch(last)
     prediction = boxed(answer[1]) if answer else None
     forged = any("<result>" in text or "</result>" in text for text in texts)
     well_formed = prediction is not None and not forged and all(map(CALL.fullmatch, calls))
-    accuracy = answer_accuracy(prediction, answers) if well_formed else 0.0
-    used = {name for name in tool_names for text in calls if text.rstrip().endswith(f"</{name}>")}
-    return Reward(total_reward(well_formed, accuracy, len(used)), accuracy, well_formed, len(used))
+    accuracy = judge(prediction, answers) if well_formed else 0.0
+    total = total_reward(well_formed, accuracy, tools_used)
+    return Reward(total, accuracy, well_formed, tools_used)
 
 
 def total_reward(well_formed: bool, accuracy: float, tools_used: int) -> float:
@@ -117,93 +129,6 @@ def boxed(text: str) -> str | None:
         if depth == 0:
             return rest[:i]
     return None
-
-
-def answer_accuracy(prediction: str, answers: list[str]) -> float:
-    """Two numbers are equal or not, other answers score their F1; the best over the answers."""
-    best = 0.0
-    for answer in answers:
-        numbers = as_number(prediction), as_number(answer)
-        if None not in numbers:
-            accuracy = float(numbers[0] == numbers[1])
-        elif normalize_answer(answer):
-            accuracy = f1_score(prediction, answer)
-        else:  # "A" is an article, normalised to nothing: compare it as it stands
-            accuracy = float(prediction.strip().lower() == answer.strip().lower())
-        best = max(best, accuracy)
-    return best
-
-
-NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d+|/\d+)?")
-
-
-def as_number(text: str) -> Fraction | None:
-    r"""The exact value of "-5", "1,200", "$0.50", "3/4", "\frac{3}{4}"; None for anything else."""
-    text = re.sub(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", r"\1/\2", text.replace("\u2212", "-"))
-    text = text.strip(" \t\n\\$%")
-    try:
-        return Fraction(text.replace(",", "")) if NUMBER.fullmatch(text) else None
-    except (ValueError, ZeroDivisionError):  # "", "1/0", more digits than Python converts
-        return None
-
-
-def normalize_answer(text: str) -> str:
-    """Lower case, no ASCII punctuation, no articles, single spaces (SQuAD, deep_research.py)."""
-    text = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-def f1_score(prediction: str, answers: str | list[str]) -> float:
-    """2 |shared words| / (|prediction| + |answer|), the best over the answers; yes/no exactly."""
-    best = 0.0
-    for answer in [answers] if isinstance(answers, str) else answers:
-        p, a = normalize_answer(prediction), normalize_answer(answer)
-        if p != a and {p, a} & {"yes", "no", "noanswer"}:
-            continue
-        shared = (Counter(p.split()) & Counter(a.split())).total()
-        best = max(best, 2 * shared / max(len(p.split()) + len(a.split()), 1))
-    return best
-
-
-# ---- the reward of the released code, quirks included (deep_research.py) ------------------
-
-
-def official_reward(transcript: str, answers: str | list[str], eos: str | None = None) -> Reward:
-    """The released `compute_score`: one text without authors, the tools <search> and <python>."""
-    # quirk: the format is checked before the eos is cut off, and any text may follow the answer
-    # Checked first, it also leaves one pair of tags to look for: the search is linear.
-    formed, text = official_format(transcript), transcript.removesuffix(eos or "")
-    answer = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL) if formed else None
-    prediction = official_boxed(answer[1]) if answer else None
-    well_formed = prediction is not None
-    accuracy = f1_score(prediction, answers) if well_formed else 0.0
-    # quirk: a closing tag anywhere, even in a thought, is a tool used
-    used = ("</search>" in transcript) + ("</python>" in transcript)
-    return Reward(total_reward(well_formed, accuracy, used), accuracy, well_formed, used)
-
-
-def official_format(text: str) -> bool:
-    # quirk: tags are counted, not paired: </think> may come first, or a thought after the answer
-    if text.count("<think>") == 0 or text.count("<think>") != text.count("</think>"):
-        return False
-    if text.count("<answer>") != 1 or text.count("</answer>") != 1:
-        return False
-    for tool in ("search", "python"):
-        call = text.find(f"<{tool}>")
-        while call >= 0:  # quirk: further calls before the same </result> are not looked at
-            call_end, result = text.find(f"</{tool}>", call), text.find("<result>", call)
-            result_end = text.find("</result>", result)
-            if not call < call_end < result < result_end:
-                return False
-            call = text.find(f"<{tool}>", result_end)
-    answer = text[text.find("<answer>") : text.find("</answer>")]
-    return "\\boxed{" in answer and "}" in answer
-
-
-def official_boxed(text: str) -> str | None:
-    if "\\boxed " in text:  # quirk: it runs to the next $, and beats every \boxed{..}
-        return text.rpartition("\\boxed ")[2].partition("$")[0]
-    return boxed(text[text.rfind("\\boxed") :])  # quirk: a last \boxed without { hides them
 
 
 # ---- from rewards to advantages -----------------------------------------------------------

@@ -9,7 +9,7 @@ in, so a decision can be taken again.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,14 +24,12 @@ def token_entropy(logits: Tensor) -> Tensor:
     return torch.special.entr(p).sum(dim=-1)  # (...)      entr(p) = -p ln p, entr(0) = 0
 
 
-def normalised_entropy(H: Tensor, sampled: Tensor, vocab_size: int) -> Tensor:
-    """Mean of H / ln V over the sampled of k steps, in [0, 1]: (B, k), (B, k) -> (B,).
+def normalised_entropy(H: Sequence[float], vocab_size: int) -> float:
+    """Mean of H / ln V over the entropies of k tokens in nats: in [0, 1]; none chose nothing: 0.
 
-    A row that sampled none chose nothing: 0. The paper (Eq. 4) divides by V itself: with V = 152k a
-    change of H then decides nothing.
+    The paper (Eq. 4) divides by V itself: with V = 152k a change of H then decides nothing.
     """
-    total = H.masked_fill(~sampled, 0.0).sum(dim=1)  # (B,)
-    return total / sampled.sum(dim=1).clamp(min=1) / math.log(vocab_size)
+    return sum(H) / max(1, len(H)) / math.log(vocab_size)
 
 
 def official_entropy(topk_logp: Iterable[Iterable[float]], vocab_size: int) -> float:
@@ -42,15 +40,6 @@ def official_entropy(topk_logp: Iterable[Iterable[float]], vocab_size: int) -> f
     """
     first = [logp for token in list(topk_logp)[:20] for logp in token if logp > -math.inf]
     return -sum(math.exp(logp) * logp for logp in first) / math.log(vocab_size)
-
-
-def official_scalar(scores: Tensor, sampled: Tensor, top: int = 10) -> Tensor:
-    """`official_entropy` of the sampled steps of each row: (B, k, V), (B, k) -> (B,)."""
-    V = scores.shape[-1]
-    logp = scores.float().log_softmax(dim=-1).topk(min(top, V)).values  # (B, k, top)
-    rows = zip(logp, sampled, strict=True)
-    H = [official_entropy(row[mask].tolist(), V) for row, mask in rows]
-    return torch.tensor(H, device=scores.device)
 
 
 # ---- deciding -----------------------------------------------------------------------------
@@ -73,13 +62,16 @@ def clip(x: float) -> float:
 
 
 # Every rule is called with the same arguments, by name, and ignores those it has no use for:
-#   branch_probability   alpha of the paper, tau of the released code
-#   entropy_weight       beta of the paper, w of the released code
-#   entropy_threshold    tau of the paper
-#   entropy_sigma        k_sigma of the adaptive rule
-#   max_branches         the most extra paths at one tool result: Z of the paper
 #   u                    a uniform draw from [0, 1)
 #   history              the entropies measured before this one
+# and these settings:
+RULE_SETTINGS = (
+    "branch_probability",  # alpha of the paper, tau of the released code
+    "entropy_weight",  # beta of the paper, w of the released code
+    "entropy_threshold",  # tau of the paper
+    "entropy_sigma",  # k_sigma of the adaptive rule
+    "max_branches",  # the most extra paths at one tool result: Z of the paper
+)
 
 
 def paper(

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from entropy import RULES
-from app.screen import UserError, check, option
+from data.files import UserError
+from app.screen import check, option
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 

@@ -38,7 +38,8 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
-from app.screen import UserError, console
+from app.screen import console
+from data.files import UserError
 
 VERSION = "0.3"  # of arpo_mini; a change after which a step gives other numbers raises it
 LOGS = ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl")

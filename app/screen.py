@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from data.files import UserError, reason
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -25,18 +26,6 @@ console = Console(highlight=False)
 UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-
-
-class UserError(Exception):
-    """Something the user typed or named cannot be used: one line, exit code 2, no traceback."""
-
-
-def reason(error: Exception) -> str:
-    """An exception in a few words."""
-    if isinstance(error, KeyError):
-        return f"{error} is missing"
-    lines = str(getattr(error, "strerror", None) or error).splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 # ---- flags in -----------------------------------------------------------------------------

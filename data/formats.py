@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from advantage import boxed
-from app.screen import UserError, reason
+from data.files import UserError, reason
 
 MAX_QUESTION_CHARS = 1_000_000  # a tokenizer takes seconds and gigabytes for ten times as many
 PLAIN = '{"question": "...", "answer": "..."}'

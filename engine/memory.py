@@ -1,7 +1,7 @@
 """What fits: how much is computed at once, and what happens when that was too much.
 
 An estimate from the shapes of the model says how many paths can be decoded side by side and how
-many tokens one backward pass can hold (`fit`). Where the estimate is wrong, `Chunks.retry` halves
+many tokens one backward pass can hold (`fit`). Where the estimate is wrong, `Limits.retry` halves
 what is computed at once and repeats the work. Nothing here changes what is computed.
 """
 
@@ -10,32 +10,30 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from app.screen import UserError, console
+from data.files import UserError
 
 GIB = 2**30
-HEAD_BYTES = 2**27  # float32 logits that exist at the same time in the update
+SCORES_BYTES = 2**28  # of the (R, V) float32 scores that one call of `generate` returns
+HEAD_BYTES = 2**27  # of the float32 logits that exist at the same time in the update
 SCORES = 6  # (R, V) float32 tensors alive while one step is sampled and measured
 LOGITS = 3  # (chunk, V) float32 tensors alive while the head is applied to a chunk, either way
 USABLE = 0.9  # of the memory: blocks of different sizes leave gaps
 
+log = logging.getLogger("arpo_mini")
+
 
 class OutOfMemory(UserError):
-    """Not even the smallest chunk fits."""
+    """Not even the smallest amount of work fits."""
 
 
 # ---- the estimate -------------------------------------------------------------------------
-
-
-def head_chunk(vocab_size: int) -> int:
-    """Tokens whose logits exist at the same time in the update."""
-    return max(1, HEAD_BYTES // (4 * vocab_size))
 
 
 def cache_bytes(shape, dtype_bytes: int) -> int:
@@ -103,56 +101,55 @@ def trained_bytes(parameters: int) -> int:
 # ---- what is computed at once -------------------------------------------------------------
 
 
-@dataclass
-class Chunks:
-    """The most that is computed at once: caps on two settings; are layers computed twice?"""
+@dataclasses.dataclass
+class Limits:
+    """The most that is computed at once: caps on two settings; are layers computed twice?
+
+    Whoever computes says in `in_use` which of the two it stands under, and how much it takes.
+    """
 
     rollout_rows: float = math.inf
     micro_batch_tokens: float = math.inf
     recompute: bool = False
+    in_use: tuple[str, int] = ("rollout_rows", 1)
 
     def fitted(self, config):
         """The same settings, with what is computed at once no larger than fits."""
-        recompute = config.gradient_checkpointing
         return dataclasses.replace(
             config,
             rollout_rows=min(config.rollout_rows, self.rollout_rows),
             micro_batch_tokens=min(config.micro_batch_tokens, self.micro_batch_tokens),
-            gradient_checkpointing=self.recompute if recompute is None else recompute,
         )
 
-    def retry(
-        self,
-        name: str,
-        config,
-        work: Callable[[Any], Any],
-        smallest: int = 1,
-        largest: float = math.inf,
-        undo: Callable[[], None] = lambda: None,
-    ) -> Any:
-        """work(fitted settings). When the memory runs out: `undo`, half of the setting, again.
+    def retry(self, config, work: Callable[[Any], Any], undo: Callable[[], None] = lambda: None):
+        """work(fitted settings). When the memory runs out: `undo`, half at once, the same again.
 
-        No chunk is useful above `largest` or below `smallest`: there OutOfMemory is raised. The
-        smaller chunk is kept for what follows.
+        The smaller limit is kept for what follows. OutOfMemory where nothing smaller is left.
         """
         while True:
-            fitted = self.fitted(config)
             try:
-                return work(fitted)
+                return work(self.fitted(config))
             except torch.OutOfMemoryError as error:
                 words = str(error).splitlines()[0]
             undo()
             free_memory()  # here the frames of the failed attempt, and their tensors, are gone
-            size = int(min(getattr(fitted, name), largest))
-            if size <= smallest:
-                wanted = "a smaller --max_total_tokens, --max_segment_tokens or --lora_rank"
-                raise OutOfMemory(
-                    f"out of memory with --{name} {size}, the smallest there is ({words}); "
-                    f"it takes {wanted}, --gradient_checkpointing true or a smaller --model_name"
-                )
-            setattr(self, name, max(smallest, size // 2))
-            smaller = f"--{name} {size} -> {getattr(self, name)}"
-            console.print(f"out of memory: {smaller}, and the same again", markup=False)
+            self.shrink(words)
+
+    def shrink(self, words: str) -> None:
+        name, size = self.in_use
+        if size > 1 and size <= getattr(self, name):  # else it is one trajectory already
+            setattr(self, name, size // 2)
+            log.warning("out of memory: --%s %d -> %d, and the same again", name, size, size // 2)
+        elif name == "micro_batch_tokens" and not self.recompute:
+            self.recompute = True
+            log.warning("out of memory: layers are computed twice from here on, and the same again")
+        else:
+            wanted = (
+                "a smaller --max_total_tokens, --max_segment_tokens, --lora_rank or --model_name"
+            )
+            raise OutOfMemory(
+                f"out of memory with --{name} {size}, the smallest there is ({words}); it takes {wanted}"
+            )
 
 
 def free_memory() -> None:
@@ -161,7 +158,7 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def fit(config, lm: torch.nn.Module) -> Chunks:
+def fit(config, lm: torch.nn.Module) -> Limits:
     """How much to compute at once, so that the run stays within `memory_gb`.
 
     What is left beside the weights is shared out by the shapes: to the rollout in rows of
@@ -169,13 +166,13 @@ def fit(config, lm: torch.nn.Module) -> Chunks:
     """
     total = memory_limit(config.memory_gb, lm.device)
     if total is None:
-        return Chunks()
+        return Limits()
     trained = trained_bytes(sum(p.numel() for p in lm.parameters() if p.requires_grad))
-    b = lm.dtype.itemsize
+    b, V = lm.dtype.itemsize, lm.config.get_text_config().vocab_size
     left = USABLE * total - weight_bytes(lm) - trained
-    rows = left // path_bytes(lm.config, b, config.max_total_tokens)
-    chunk = min(config.micro_batch_tokens, head_chunk(lm.config.vocab_size))
-    left -= LOGITS * 4 * lm.config.vocab_size * chunk
+    rows = (left - SCORES_BYTES) // path_bytes(lm.config, b, config.max_total_tokens)
+    chunk = min(config.micro_batch_tokens, max(1, HEAD_BYTES // (4 * V)))
+    left -= LOGITS * 4 * V * chunk
 
     def tokens(recompute: bool) -> int:
         """The largest T with T * each + b * T * T <= left."""
@@ -184,9 +181,7 @@ def fit(config, lm: torch.nn.Module) -> Chunks:
 
     # Recomputing costs a third more time: only where a whole trajectory would not fit without.
     recompute = tokens(recompute=False) < config.max_total_tokens
-    chosen = config.gradient_checkpointing
-    chosen = recompute if chosen is None else chosen
-    return Chunks(max(1, int(rows)), max(1, tokens(chosen)), recompute)
+    return Limits(max(1, int(rows)), max(1, tokens(recompute)), recompute)
 
 
 def memory_limit(memory_gb: float | None, device: torch.device) -> float | None:

@@ -31,17 +31,15 @@ from transformers import (
 )
 
 import tools as toolbox
-from data.formats import Question
-from engine.memory import Chunks, OutOfMemory, fit
-from app.config import Config
-from app.screen import UserError, console, reason
+from advantage import Segment
+from data.files import UserError, reason
+from engine.memory import Limits, OutOfMemory, fit
 
 # What the libraries say about themselves is not for the reader of this screen: loading bars,
-# deprecations, a padding warning that takes a hole for right padding.
+# deprecations, a padding warning that takes left padding for right padding.
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-
 
 SYSTEM_PROMPT = """\
 Answer the question. Think first; then either call one tool and wait for its result, or answer.
@@ -50,8 +48,9 @@ To call a tool, write <think>why</think> and then one of
 Its result follows between <result> and </result>. You may call tools several times.
 To answer, write <think>why</think><answer>\\boxed{the answer alone}</answer> and stop."""
 
-
 CHARS_A_TOKEN = 32  # more than a text has on average: what is longer is cut before it is counted
+
+log = logging.getLogger("arpo_mini")
 
 
 @dataclass
@@ -65,22 +64,16 @@ class Policy:
     pad_id: int
     closers: set[int]  # tokens whose text holds a '>': only they can complete a tag
     thinking: bool = True  # what the chat template is told; most ignore it
-    chunks: Chunks = field(default_factory=Chunks)  # how much of it is computed at once
+    limits: Limits = field(default_factory=Limits)  # how much of it is computed at once
 
-    @property
-    def lm(self) -> transformers.PreTrainedModel:
-        """The language model itself; the adapter's layers sit inside it and stay live."""
-        return self.model.get_base_model()
-
-    @property
-    def device(self) -> torch.device:
-        return self.lm.device
-
-    @property
-    def context(self) -> float:
-        """Tokens of the longest text that the model was made for."""
-        text_config = self.lm.config.get_text_config()
-        return getattr(text_config, "max_position_embeddings", None) or math.inf
+    def __post_init__(self) -> None:
+        self.lm = self.model.get_base_model()  # the adapter's layers sit inside it and stay live
+        self.device = self.lm.device
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]  # the adapter
+        shape = self.lm.config.get_text_config()
+        self.vocab_size = shape.vocab_size
+        # Tokens of the longest text that the model was made for.
+        self.context = getattr(shape, "max_position_embeddings", None) or math.inf
 
     def prompt(self, question: str) -> list[int]:
         question = toolbox.readable(question)
@@ -121,10 +114,28 @@ class Policy:
     def decode(self, token_ids: list[int]) -> str:
         return self.tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)
 
+    def why_ended(self, token_ids: list[int]) -> str | None:
+        """Why a policy segment is complete: eos, tool or answer; None: it is not."""
+        if token_ids[-1] in self.eos_ids:
+            return "eos"
+        closed = token_ids[-1] in self.closers
+        return toolbox.policy_stop(self.decode(token_ids)) if closed else None
 
-def load_policy(config: Config, tools: dict[str, toolbox.Tool], trainable: bool) -> Policy:
+    def turns(self, leaf: Segment) -> list[tuple[str, str]]:
+        """(author, text) of every segment of a trajectory after its prompt, without the eos."""
+        turns = []
+        for segment in leaf.path()[1:]:
+            token_ids = segment.token_ids[:-1] if segment.stop == "eos" else segment.token_ids
+            turns.append((segment.author, self.decode(token_ids)))
+        return turns
+
+
+# ---- loading ------------------------------------------------------------------------------
+
+
+def load_policy(config, tools: dict[str, toolbox.Tool], trainable: bool) -> Policy:
     """The frozen model in 4-bit NF4 (or plain), with a fresh or a saved LoRA adapter on top."""
-    system_prompt = read_system_prompt(config, tools)
+    system_prompt = read_system_prompt(config.system_prompt, tools)
     try:
         lm, tokenizer = load_model(config)
         saved = load_adapter(lm, config.adapter, trainable) if config.adapter else None
@@ -158,15 +169,15 @@ def load_policy(config: Config, tools: dict[str, toolbox.Tool], trainable: bool)
         pad_id=pad_id,
         closers={i for token, i in tokenizer.get_vocab().items() if ">" in token},
         thinking=config.thinking,
-        chunks=fit(config, lm),
+        limits=fit(config, lm),
     )
     if config.max_total_tokens > policy.context:
         words = f"the model's context ends at {policy.context} tokens, and so do trajectories"
-        console.print(f"--max_total_tokens {config.max_total_tokens}: {words}", soft_wrap=True)
+        log.warning("--max_total_tokens %d: %s", config.max_total_tokens, words)
     return policy
 
 
-def load_model(config: Config) -> tuple[transformers.PreTrainedModel, Any]:
+def load_model(config) -> tuple[transformers.PreTrainedModel, Any]:
     """The model and its tokenizer. What comes with them runs only with `trust_remote_code`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -212,7 +223,7 @@ def load_adapter(lm, folder: str, trainable: bool) -> PeftModel:
         return PeftModel.from_pretrained(lm, folder, config=config, is_trainable=trainable)
 
 
-def refuse_long(policy: Policy, questions: list[Question], path: str, config: Config) -> None:
+def refuse_long(policy: Policy, questions: list, path: str, config) -> None:
     """A prompt that leaves no room to answer is named before the work begins: UserError."""
     room = min(config.max_total_tokens, policy.context)
     for number, question in enumerate(questions, start=1):
@@ -224,9 +235,9 @@ def refuse_long(policy: Policy, questions: list[Question], path: str, config: Co
             )
 
 
-def read_system_prompt(config: Config, tools: dict[str, toolbox.Tool]) -> str:
+def read_system_prompt(path: str | None, tools: dict[str, toolbox.Tool]) -> str:
     """Ours, or that of the user's file, with the registered tools in the place of {tools}."""
-    text, path = SYSTEM_PROMPT, config.system_prompt
+    text = SYSTEM_PROMPT
     if path is not None:
         try:
             text = Path(path).read_text(encoding="utf-8").strip()
@@ -249,5 +260,5 @@ def refuse_unsupported(name: str, lm, tokenizer) -> None:
     scaled = ("final_logit_softcapping", "logits_scaling", "logit_scale")
     odd = [key for key in scaled if getattr(lm.config, key, None) not in (None, 1)]
     odd += sorted({*(getattr(lm.config, "layer_types", None) or [])} - {"full_attention"})
-    if odd:  # log-probs come from the bare head, and any column of the cache may be a hole
+    if odd:  # log-probs come from the bare head, and a tree is longer than one path
         raise UserError(f"--model_name {name} has {', '.join(odd)}, which is not supported here")

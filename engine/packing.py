@@ -1,19 +1,23 @@
 """Trees as rows: every token of a question's tree once, seeing its ancestors only.
 
 The loss and its gradient are those of a row for each trajectory (tests/test_update.py), also where
-a tree is cut at a fork because it is too large.
+a tree is cut at a fork because it is too large. At the end, the log-probs of a batch of such rows.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from advantage import Segment, shared_by
+from engine.memory import HEAD_BYTES
 
 
 @dataclass
@@ -21,30 +25,25 @@ class Row:
     """Some trajectories of one question, every token of their tree once. Lists of T values."""
 
     input_ids: list[int] = field(default_factory=list)
-    position: list[int] = field(default_factory=list)  # depth in the tree
+    position_ids: list[int] = field(default_factory=list)  # depth in the tree
     parent: list[int] = field(default_factory=list)  # index of the token before it
     weight: list[int] = field(default_factory=list)  # trajectories it counts for; 0: not sampled
     A_plus: list[float] = field(default_factory=list)  # sum of their positive advantages
     A_minus: list[float] = field(default_factory=list)  # sum of their negative advantages
     n_plus: list[int] = field(default_factory=list)  # how many of them are positive
     n_minus: list[int] = field(default_factory=list)  # how many are negative
-    drawn: list[float] = field(default_factory=list)  # log-prob it was drawn with; nan: not kept
+    sampled_logp: list[float] = field(default_factory=list)  # as the sampler drew it; else nan
 
     def __len__(self) -> int:
         return len(self.input_ids)
-
-    def pulls(self) -> bool:
-        """Whether any gradient comes from it (but for KL): equal rewards leave advantages of 0."""
-        return any(self.A_plus) or any(self.A_minus)
 
     def sees(self) -> Tensor:
         """(T, T): True where a token (row) attends to a token (column): itself, its ancestors."""
         T = len(self)
         mask = torch.ones(T, T, dtype=torch.bool).tril()  # right where each follows the one before
-        starts = [t for t in range(T) if self.parent[t] != t - 1]
-        for start, end in zip(starts, [*starts[1:], T], strict=True):  # a segment: a run of tokens
-            parent = self.parent[start]
-            mask[start:end, :start] = mask[parent, :start] if parent >= 0 else False
+        forks = [t for t in range(1, T) if self.parent[t] != t - 1]
+        for start, end in zip(forks, [*forks[1:], T], strict=False):  # a run of tokens each
+            mask[start:end, :start] = mask[self.parent[start], :start]
         return mask
 
 
@@ -55,22 +54,22 @@ def make_row(leaves: list[Segment], advantages: dict[Segment, dict[Segment, floa
         credit = [advantages[segment][leaves[i]] for i in below] if segment in advantages else []
         plus, minus = [a for a in credit if a > 0], [a for a in credit if a < 0]
         parent = last.get(segment.parent, -1)
-        depth = row.position[parent] + 1 if parent >= 0 else 0
+        depth = row.position_ids[parent] + 1 if parent >= 0 else 0
         for i, token in enumerate(segment.token_ids):
             row.input_ids.append(token)
-            row.position.append(depth + i)
+            row.position_ids.append(depth + i)
             row.parent.append(parent if i == 0 else len(row) - 2)
             row.weight.append(len(credit))
             row.A_plus.append(sum(plus, 0.0))
             row.A_minus.append(sum(minus, 0.0))
             row.n_plus.append(len(plus))
             row.n_minus.append(len(minus))
-            row.drawn.append(segment.logp[i] if i < len(segment.logp) else math.nan)
+            row.sampled_logp.append(segment.logp[i] if i < len(segment.logp) else math.nan)
         last[segment] = len(row) - 1
     return row
 
 
-def cut(leaves: list[Segment], limit: int) -> list[list[Segment]]:
+def split_tree(leaves: list[Segment], limit: int) -> list[list[Segment]]:
     """Groups of leaves whose trees hold at most `limit` tokens each, or one trajectory.
 
     A tree is cut at its forks: depth first, a leaf joins the group of the one before it while there
@@ -99,13 +98,13 @@ class Batch:
     input_ids: Tensor  # (B, T)
     attention_mask: Tensor  # (B, T), or additive (B, 1, T, T) where a row holds a whole tree
     position_ids: Tensor  # (B, T)
-    parent: Tensor  # (B, T) index of the token whose logits score token t
+    parent: Tensor  # (B, T) index of the token whose logits score token t; -1: none
     weight: Tensor  # (B, T) trajectories that token t counts for; 0: prompt, tool or padding
     A_plus: Tensor  # (B, T)
     A_minus: Tensor  # (B, T)
     n_plus: Tensor  # (B, T)
     n_minus: Tensor  # (B, T)
-    drawn: Tensor  # (B, T) log-prob the sampler drew token t with; nan where it was not kept
+    sampled_logp: Tensor  # (B, T) log-prob the sampler drew token t with; nan: it drew none
 
 
 def make_batch(rows: list[Row], pad_id: int, device, dtype=torch.float32) -> Batch:
@@ -113,7 +112,7 @@ def make_batch(rows: list[Row], pad_id: int, device, dtype=torch.float32) -> Bat
 
     def padded(name: str, fill: float) -> Tensor:
         values = [getattr(row, name) + [fill] * (T - len(row)) for row in rows]
-        return torch.tensor(values, device=device)
+        return torch.tensor(values, device=device)  # (B, T)
 
     chains = all(row.parent == list(range(-1, len(row) - 1)) for row in rows)
     if chains:  # causal rows need no more than their padding
@@ -124,18 +123,9 @@ def make_batch(rows: list[Row], pad_id: int, device, dtype=torch.float32) -> Bat
         for i, row in enumerate(rows):
             mask[i, 0, : len(row), : len(row)].masked_fill_(row.sees(), 0.0)
         mask = mask.to(device)
-    return Batch(
-        input_ids=padded("input_ids", pad_id),
-        attention_mask=mask,
-        position_ids=padded("position", 0),
-        parent=padded("parent", 0).clamp(min=0),
-        weight=padded("weight", 0),
-        A_plus=padded("A_plus", 0.0),
-        A_minus=padded("A_minus", 0.0),
-        n_plus=padded("n_plus", 0),
-        n_minus=padded("n_minus", 0),
-        drawn=padded("drawn", math.nan),
-    )
+    fills = {"input_ids": pad_id, "A_plus": 0.0, "A_minus": 0.0, "sampled_logp": math.nan}
+    names = [item.name for item in fields(Batch) if item.name != "attention_mask"]
+    return Batch(attention_mask=mask, **{name: padded(name, fills.get(name, 0)) for name in names})
 
 
 def micro_batches(rows: list[Row], token_budget: int) -> Iterator[list[Row]]:
@@ -148,3 +138,69 @@ def micro_batches(rows: list[Row], token_budget: int) -> Iterator[list[Row]]:
         batch.append(row)
     if batch:
         yield batch
+
+
+# ---- the log-prob of every token ----------------------------------------------------------
+
+
+def token_logprobs(policy, batch: Batch, temperature: float) -> Tensor:
+    """Log-prob of every counted token with its gradient, (B, T); 0 elsewhere.
+
+    Logits are made chunk by chunk from the hidden states of those tokens and made again in the
+    backward pass: (B, T, V) never exists.
+    """
+    policy.limits.in_use = "micro_batch_tokens", batch.input_ids.numel()
+    with recomputed(policy.lm) if policy.limits.recompute else nullcontext():
+        hidden = policy.lm.get_decoder()(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+        ).last_hidden_state  # (B, T, D)
+    b, t = batch.weight.nonzero(as_tuple=True)  # (n,)
+    hidden = hidden[b, batch.parent[b, t]]  # (n, D) what predicts token t: the only shift there is
+    target = batch.input_ids[b, t]  # (n,)
+
+    def logp_of(hidden: Tensor, target: Tensor) -> Tensor:
+        logits = policy.lm.get_output_embeddings()(hidden).float() / temperature  # (n, V)
+        return logits.log_softmax(dim=-1).gather(1, target[:, None])[:, 0]
+
+    size = max(1, HEAD_BYTES // (4 * policy.vocab_size))
+    chunks = zip(hidden.split(size), target.split(size), strict=True)
+    logp = torch.cat([checkpoint(logp_of, h, y, use_reentrant=False) for h, y in chunks])  # (n,)
+    return logp.new_zeros(batch.weight.shape).index_put((b, t), logp)
+
+
+@contextmanager
+def recomputed(lm: torch.nn.Module) -> Iterator[None]:
+    """Gradient checkpointing: layers keep their input only and compute the rest again.
+
+    transformers does it for layers in training mode; nothing else enters it, so no dropout acts.
+    """
+    layers = [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+
+
+class NonFinite(FloatingPointError):
+    """A number is inf or nan. `rows` are the token ids of the rows that it happened in."""
+
+    def __init__(self, words: str, rows: list[list[int]]):
+        super().__init__(words)
+        self.rows = rows
+
+
+def require_finite(name: str, value: Tensor, rows: list[list[int]]) -> None:
+    """NonFinite unless all of `value` is finite; where its first dimension is `rows`, those."""
+    finite = value.isfinite()
+    if finite.all():
+        return
+    if value.dim() > 1:  # (B, ..)
+        good = finite.flatten(1).all(dim=1).tolist()
+        rows = [row for row, fine in zip(rows, good, strict=True) if not fine]
+    raise NonFinite(f"{name} is {value[~finite].flatten()[0].item()}", rows)

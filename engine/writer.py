@@ -1,188 +1,251 @@
-"""Beneath the rollout: open paths over one KV cache, and what `generate` calls at every step."""
+"""Writes many policy segments side by side, and computes every token of a tree once.
+
+    drafts = writer.begin(nodes, k)    one new segment after each node: its first k tokens
+    writer.finish(drafts)              each of them to its end
+
+The rollout says WHAT is written; the writer alone knows what has been computed already: the keys
+and values of every path that is still needed, without padding (serving engines call this automatic
+prefix caching). `pad_sequence` makes a batch of them, a mask takes it apart again. A token that is
+not in there is unread, and is read when a segment that needs it is written.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria
 
-import tools as toolbox
 from advantage import Segment
-from entropy import official_scalar, token_entropy
-from engine.packing import make_row
+from data.files import UserError
+from engine.memory import SCORES_BYTES
 from engine.model import Policy
-from app.run_folder import NonFinite
+from engine.packing import require_finite
+from entropy import token_entropy
+
+STEPS = 16  # tokens of one `generate` call at most
+LEAVE = 0.4  # a call ends when this share of its rows has: they would be decoded for nothing
+
+KV = list[Tensor]  # keys and values of a path, layer by layer: (n, heads, d) each, never changed
 
 
-@dataclass
-class Paths:
-    """The open paths of one level, a row each, over one KV cache of C columns.
+class Writer:
+    """Writes segments with one policy, and counts what that took.
 
-    A column that means nothing for a row (padding, what a finished row went on to generate, the
-    sibling's tokens in a fork) is a hole: mask 0. Positions come from the running sum of the mask,
-    so a row's tokens are contiguous for the model whatever holes lie between them.
+    `prefill_tokens`: prompt and result tokens that were read. Each is read once while there is
+    room, but for the last one of a node: every path that starts there needs its logits.
     """
 
-    drafts: list[Segment]  # (R) the segment that each path writes; its parent is where it stands
-    owners: list[int]  # (R) the question it belongs to
-    cache: DynamicCache  # keys and values (R, heads, C, d) of every layer
-    mask: Tensor | None  # (R, C); None: used up
-    pending: list[list[int]]  # (R) tokens that the cache has not seen yet
-
-    def __len__(self) -> int:
-        return len(self.drafts)
-
-    def select(self, rows: list[int], mask: Tensor | None = None, keep: bool = False) -> Paths:
-        """The named rows (again, to fork them) on a cache of their own, squeezed free of holes."""
-        (selected,) = self.split([rows], mask, keep)
-        return selected
-
-    def split(
-        self, parts: list[list[int]], mask: Tensor | None = None, keep: bool = False
-    ) -> list[Paths]:
-        """The rows of each part on a cache of its own, squeezed free of holes.
-
-        These paths are used up, a layer at a time, so that the cache never exists twice; unless
-        they are to `keep`. `mask` replaces that of the rows of all parts, one after the other.
-        """
-        rows = [row for part in parts for row in part]
-        masks = (self.mask[rows] if mask is None else mask).split([len(part) for part in parts])
-        caches = [DynamicCache() for _ in parts]
-        picks = [torch.tensor(part, device=self.mask.device)[:, None] for part in parts]
-        columns = []
-        for seen in masks:  # (R', C)
-            width = int(seen.sum(dim=1).max())
-            holes_first = seen.argsort(dim=1, stable=True)
-            columns.append(holes_first[:, seen.shape[1] - width :])  # (R', C')
-        for i, layer in enumerate(self.cache.layers):
-            for cache, pick, column in zip(caches, picks, columns, strict=True):
-                kept = (x[pick, :, column].transpose(1, 2) for x in (layer.keys, layer.values))
-                cache.update(*kept, i)
-            if not keep:
-                layer.keys = layer.values = None
-        if not keep:
-            self.mask = None  # `grow` holds the paths of every level until it returns
-        return [
-            Paths(
-                [self.drafts[row] for row in part],
-                [self.owners[row] for row in part],
-                cache,
-                seen.gather(1, column),
-                [list(self.pending[row]) for row in part],
-            )
-            for part, cache, seen, column in zip(parts, caches, masks, columns, strict=True)
-        ]
-
-    @staticmethod
-    def join(parts: list[Paths]) -> Paths | None:
-        """The rows of all parts on one cache, with holes on the left of the shorter ones."""
-        if len(parts) < 2:
-            return parts[0] if parts else None
-        width = max(part.mask.shape[1] for part in parts)
-
-        def widened(x: Tensor, dim: int) -> Tensor:
-            shape = list(x.shape)
-            shape[dim] = width - shape[dim]
-            return torch.cat([x.new_zeros(shape), x], dim=dim)
-
-        cache = DynamicCache()
-        for i in range(len(parts[0].cache.layers)):
-            layers = [part.cache.layers[i] for part in parts]
-            keys = torch.cat([widened(layer.keys, 2) for layer in layers])
-            values = torch.cat([widened(layer.values, 2) for layer in layers])
-            for layer in layers:
-                layer.keys = layer.values = None
-            cache.update(keys, values, i)
-        mask = torch.cat([widened(part.mask, 1) for part in parts])
-        for part in parts:
-            part.mask = None  # as in `split`
-        return Paths(
-            [draft for part in parts for draft in part.drafts],
-            [owner for part in parts for owner in part.owners],
-            cache,
-            mask,
-            [tokens for part in parts for tokens in part.pending],
+    def __init__(self, policy: Policy, config, on_scores: Callable | None = None):
+        self.policy, self.config, self.on_scores = policy, config, on_scores
+        self.longest = min(config.max_total_tokens, policy.context)  # a trajectory, in tokens
+        self.kv: dict[Segment, KV] = {}  # of the path to a segment; least recently used first
+        self.prefill_tokens = self.decode_steps = 0
+        # One temperature and no top_k; training: the whole distribution, the one it scores.
+        drawn = {"temperature": config.temperature, "top_k": 0, "top_p": config.top_p}
+        self.sampling = GenerationConfig(
+            do_sample=config.temperature > 0,
+            **(drawn if config.temperature > 0 else {}),
+            eos_token_id=policy.eos_ids,
+            pad_token_id=policy.pad_id,
+            output_scores=True,
+            return_dict_in_generate=True,
         )
+
+    @torch.inference_mode()
+    def begin(self, nodes: list[Segment], k: int) -> list[Segment]:
+        """A new policy segment after each node, its first k tokens; the same node again: a fork."""
+        drafts = [Segment("policy", [], parent=node) for node in nodes]
+        # Where several start from a node that is unread, one of them reads it for all.
+        unread = Counter(node for node in nodes if node not in self.kv)
+        first = {draft.parent: draft for draft in drafts if unread[draft.parent] > 1}
+        self.write(list(first.values()), limit=1, ended_may_leave=False)
+        self.write(drafts, limit=k, ended_may_leave=False)
+        return drafts
+
+    @torch.inference_mode()
+    def finish(self, drafts: list[Segment]) -> None:
+        """Each draft to its end: `stop` becomes tool, answer, eos or length."""
+        # From here on nothing starts at a result again, and nothing goes on from an ended path.
+        # What stays is small but needed: a question may still begin paths at its prompt.
+        ended = [draft for draft in drafts if draft.stop not in (None, "tool")]
+        for segment in [*ended, *(node for node in self.kv if node.author == "tool")]:
+            self.kv.pop(segment, None)
+        self.write(drafts, limit=self.config.max_segment_tokens, ended_may_leave=True)
+
+    def write(self, drafts: list[Segment], limit: int, ended_may_leave: bool) -> None:
+        """Until every draft is complete or has `limit` tokens; as many at once as there is room."""
+        while rows := [d for d in drafts if d.stop is None and len(d.token_ids) < limit]:
+            self.generate(rows[: self.config.rollout_rows], limit, ended_may_leave)
+
+    def generate(self, drafts: list[Segment], limit: int, ended_may_leave: bool) -> None:
+        """One `generate` call: some more tokens for every draft, a row each."""
+        R, V = len(drafts), self.policy.vocab_size
+        self.policy.limits.in_use = "rollout_rows", R
+        before = [len(draft.token_ids) for draft in drafts]
+        ends = SegmentEnd(self, drafts, limit, LEAVE if ended_may_leave else 1.0)
+        steps = max(end - n for end, n in zip(ends.limits, before, strict=True))
+        steps = min(steps, STEPS, max(1, SCORES_BYTES // (4 * R * V)))
+        input_ids, mask, cache = self.batch(drafts, steps)  # (R, W), (R, C + W)
+        out = self.policy.lm.generate(
+            input_ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            generation_config=self.sampling,
+            max_new_tokens=steps,
+            logits_processor=[Finite(drafts)],
+            stopping_criteria=[ends],
+        )
+        S = len(out.scores)
+        self.decode_steps += S
+        added = [len(draft.token_ids) - n for draft, n in zip(drafts, before, strict=True)]
+        self.record(drafts, added, out.scores, out.sequences[:, -S:])
+        if self.on_scores:
+            self.on_scores(drafts, added, out.scores)
+        # The cache has seen all but the token sampled last, and pads after the end of a row.
+        columns, ended_at = torch.arange(S - 1), torch.tensor(added)[:, None]
+        own = (columns < ended_at).to(mask.device)  # (R, S - 1)
+        keep = [not ended_may_leave or draft.stop in (None, "tool") for draft in drafts]
+        self.store(drafts, torch.cat([mask.bool(), own], dim=1), keep, out.past_key_values)
+
+    def record(self, drafts, added: list[int], scores: tuple[Tensor, ...], sampled: Tensor) -> None:
+        """Tell each draft what its new tokens were drawn with: log-prob and entropy, in nats."""
+        logp, H = [], []
+        for step, tokens in zip(scores, sampled.T, strict=True):  # (R, V), (R): a step at a time
+            logp.append(step.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0])
+            H.append(token_entropy(step))
+        logp, H = torch.stack(logp, dim=1).tolist(), torch.stack(H, dim=1).tolist()  # (R, S)
+        for row, (draft, n) in enumerate(zip(drafts, added, strict=True)):
+            draft.logp += logp[row][:n]
+            draft.token_entropy += H[row][:n]
+
+    # ---- the cache ------------------------------------------------------------------------
+
+    def batch(self, drafts: list[Segment], steps: int) -> tuple[Tensor, Tensor, DynamicCache]:
+        """Unread tokens (R, W), mask (R, C + W) and cache (R, heads, C, d), padded on the left."""
+        paths, known = [draft.path_tokens() for draft in drafts], []
+        for draft, tokens in zip(drafts, paths, strict=True):
+            known.append(self.known(draft, len(tokens) - 1))  # one token must give the logits
+        lengths = [len(kv[0]) if kv else 0 for kv in known]
+        unread = [tokens[n:] for tokens, n in zip(paths, lengths, strict=True)]
+        C, W = max(lengths), max(map(len, unread))
+        for draft, tokens in zip(drafts, unread, strict=True):
+            self.prefill_tokens += read_by(draft, len(tokens))
+        self.make_room(len(drafts) * (C + W + steps))
+        cache = DynamicCache()
+        template = next((kv for kv in known if kv), [])
+        for i in range(0, len(template), 2):
+            parts = []
+            for j in (i, i + 1):  # keys, values
+                rows = [kv[j] if kv else template[j][:0] for kv in known]
+                parts.append(pad_sequence(rows, batch_first=True, padding_side="left"))
+                for kv in known:
+                    if kv:
+                        kv[j] = None  # a path that goes on is never held twice
+            cache.update(*(part.transpose(1, 2) for part in parts), i // 2)  # (R, heads, C, d)
+        pad = self.policy.pad_id
+        ids = [[pad] * (W - len(tokens)) + tokens for tokens in unread]
+        mask = [
+            [0] * (C - n) + [1] * n + [0] * (W - len(tokens)) + [1] * len(tokens)
+            for n, tokens in zip(lengths, unread, strict=True)
+        ]
+        device = self.policy.device
+        return torch.tensor(ids, device=device), torch.tensor(mask, device=device), cache
+
+    def known(self, draft: Segment, most: int) -> KV | None:
+        """Keys and values of at most so many first tokens of a path, as far as they are known."""
+        segment = draft
+        while segment is not None and segment not in self.kv:
+            segment = segment.parent
+        if segment is None:
+            return None
+        kv = self.kv.pop(segment)
+        if segment.author != "policy":  # others may start here: it stays, as the newest
+            self.kv[segment] = kv
+        return [x[:most] for x in kv]
+
+    def store(self, drafts: list[Segment], seen: Tensor, keep: list[bool], cache) -> None:
+        """Take the rows to keep out of a cache, without what is not `seen`, (R, C)."""
+        rows = [draft for draft, kept in zip(drafts, keep, strict=True) if kept]
+        if not rows:
+            return
+        seen = seen & torch.tensor(keep, device=seen.device)[:, None]
+        lengths = [n for n, kept in zip(seen.sum(dim=1).tolist(), keep, strict=True) if kept]
+        split: list[tuple[Tensor, ...]] = []
+        for layer in cache.layers:
+            for x in (layer.keys, layer.values):
+                split.append(x.transpose(1, 2)[seen].split(lengths))  # (n, heads, d) a row
+            layer.keys = layer.values = None
+        for draft, kv in zip(rows, zip(*split, strict=True), strict=True):
+            self.kv[draft] = list(kv)
+            node = draft.parent
+            if node not in self.kv:
+                n = node.depth()
+                # A prompt outlives its paths: a view would keep all their rows alive.
+                self.kv[node] = [x[:n].clone() if node.author == "prompt" else x[:n] for x in kv]
+
+    def make_room(self, tokens: int) -> None:
+        """Forget the paths that were not used for longest, so that so many tokens more fit."""
+        room = self.config.rollout_rows * self.longest - tokens
+        stored = sum(len(kv[0]) for kv in self.kv.values())
+        while self.kv and stored > room:
+            stored -= len(self.kv.pop(next(iter(self.kv)))[0])
+
+
+def read_by(draft: Segment, unread: int) -> int:
+    """How many of the last `unread` tokens of a path stand in prompts and results."""
+    count = 0
+    for segment in reversed(draft.path()):
+        taken = min(unread, len(segment.token_ids))
+        count += taken * (segment.author != "policy")
+        unread -= taken
+    return count
 
 
 class SegmentEnd(StoppingCriteria):
     """Gives every sampled token to its segment, and ends a row when its segment is complete.
 
-    By text and not by token id, because a tag may be split over several tokens. With `leave`, the
-    whole call ends when that share of its rows has ended, so that they can be dropped.
+    By text and not by token id, because a tag may be split over several tokens. The call ends when
+    the share `leave` of its rows has ended, so that they can be dropped.
     """
 
-    def __init__(
-        self, policy: Policy, drafts: list[Segment], limits: list[int], leave: float = 1.0
-    ):
-        self.policy, self.drafts, self.limits, self.leave = policy, drafts, limits, leave
+    def __init__(self, writer: Writer, drafts: list[Segment], limit: int, leave: float):
+        self.policy, self.drafts, self.leave = writer.policy, drafts, leave
+        most = writer.config.max_segment_tokens
+        self.room = [min(most, writer.longest - draft.parent.depth()) for draft in drafts]
+        if min(self.room) < 1:
+            raise UserError(
+                f"--max_total_tokens {writer.config.max_total_tokens}, the model's context "
+                f"{writer.policy.context}: a prompt leaves no room to answer"
+            )
+        self.limits = [min(room, limit) for room in self.room]
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
         newest = input_ids[:, -1].tolist()
-        for draft, limit, token in zip(self.drafts, self.limits, newest, strict=True):
-            if draft.stop is None:
+        done = []
+        for draft, token, limit, room in zip(
+            self.drafts, newest, self.limits, self.room, strict=True
+        ):
+            if draft.stop is None and len(draft.token_ids) < limit:
                 draft.token_ids.append(token)
-                draft.stop = self.why(draft.token_ids, limit)
-        ended = [draft.stop is not None for draft in self.drafts]
-        enough = sum(ended) >= self.leave * len(ended)
-        return torch.tensor([enough or end for end in ended], device=input_ids.device)
-
-    def why(self, token_ids: list[int], limit: int) -> str | None:
-        if token_ids[-1] in self.policy.eos_ids:
-            return "eos"
-        closed = token_ids[-1] in self.policy.closers
-        stop = toolbox.policy_stop(self.policy.decode(token_ids)) if closed else None
-        return stop or ("length" if len(token_ids) >= limit else None)
+                draft.stop = self.policy.why_ended(draft.token_ids)
+                if draft.stop is None and len(draft.token_ids) >= room:
+                    draft.stop = "length"
+            done.append(draft.stop is not None or len(draft.token_ids) >= limit)
+        enough = sum(done) >= self.leave * len(done)
+        return torch.tensor([enough or end for end in done], device=input_ids.device)
 
 
-class FiniteLogits(LogitsProcessor):
+class Finite(LogitsProcessor):
     """Nothing is sampled from logits that are no numbers."""
 
     def __init__(self, drafts: list[Segment]):
         self.drafts = drafts
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        wrong = (~scores.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
-        if wrong:
-            rows = [make_row([self.drafts[row]], {}) for row in wrong]
-            raise NonFinite("the sampler's log-probs are not finite", rows, {"logits": scores})
+        if not scores.isfinite().all():
+            require_finite("a logit", scores, [draft.path_tokens() for draft in self.drafts])
         return scores
-
-
-class Meter(LogitsProcessor):
-    """The entropy of every step and the log-prob of every token, while the scores pass by.
-
-    So one step of (R, V) is held, never all of a segment. With `official`, also what the released
-    code's rule reads off each step.
-    """
-
-    def __init__(self, temperature: float, official: bool):
-        self.temperature, self.official = temperature, official
-        self.H: list[Tensor] = []  # (R) a step, in nats
-        self.logp: list[Tensor] = []  # (R) a step
-        self.scalar: list[Tensor] = []  # (R) a step; empty unless `official`
-        self.latest: Tensor | None = None  # (R, V) log-probs of the step whose token is not known
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.latest is not None:
-            self.pick(input_ids[:, -1])
-        scaled = scores.float() / self.temperature  # (R, V)
-        self.H.append(token_entropy(scaled))
-        if self.official:
-            one_step = scaled.new_ones(len(scaled), 1).bool()
-            self.scalar.append(official_scalar(scaled[:, None], one_step))
-        self.latest = scaled.log_softmax(dim=-1)
-        return scores
-
-    def pick(self, tokens: Tensor) -> None:
-        self.logp.append(self.latest.gather(1, tokens[:, None])[:, 0])
-
-    def record(self, newest: Tensor, drafts: list[Segment], added: list[int]) -> None:
-        """Tell each draft what the tokens `added` to it were drawn with; the `newest` are last."""
-        self.pick(newest)
-        H, logp = (torch.stack(steps, dim=1).tolist() for steps in (self.H, self.logp))  # (R, S)
-        for row, (draft, n) in enumerate(zip(drafts, added, strict=True)):
-            draft.token_entropy += H[row][:n]
-            draft.logp += logp[row][:n]

@@ -1,0 +1,233 @@
+"""The released code (RUC-NLPIR/ARPO, a95cd08), as far as it differs: quirks included.
+
+Its measurement of entropy for the branch rule `official`, and its reward and evaluation behind
+--official_rewards. The rule itself is in entropy.py. Nothing here is needed to understand ARPO; it
+is here so that what was published can be run. Tested against numbers made by running that code.
+
+                 released evaluation                     ours (judge.py)
+    answer       the last box of the last answer, else   the box of a well-formed transcript
+                 its text, else the last five lines
+    em, f1       lower case, single spaces; no articles  numbers are equal or not; words without
+                 outside math; "1,000" is not "1000"     case, punctuation and articles
+    math_equal   one spelling (`simplify_math`) of the   the same value
+                 lower case text; "0.50" is not "1/2"
+    gold "[a]"   a list of answers, outside math         one answer
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+
+from torch import Tensor
+
+from advantage import Reward, Segment, boxed, total_reward
+from entropy import official_entropy
+
+# ---- entropy (vllm_rollout_with_tools.py) -------------------------------------------------
+
+TOKENS, TOP = 20, 10  # measured of a segment; log-probs that its engine reports of each
+
+
+class TopEntropy:
+    """Sums up `Segment.entropy` while scores pass by: first 20 tokens, top 10 of each, no mean."""
+
+    def __call__(self, drafts: list[Segment], added: list[int], scores: tuple[Tensor, ...]) -> None:
+        """`added` tokens were just written to each of R drafts, from the (R, V) scores of S steps."""
+        for row, (draft, n) in enumerate(zip(drafts, added, strict=True)):
+            before = len(draft.token_ids) - n
+            steps = scores[: max(0, min(n, TOKENS - before))]
+            V = scores[0].shape[-1]
+            top = [s[row].log_softmax(-1).topk(min(TOP, V)).values.tolist() for s in steps]
+            draft.entropy = (draft.entropy or 0.0) + official_entropy(top, V)
+
+
+# ---- reward (deep_research.py) ------------------------------------------------------------
+
+
+def transcript(turns: list[tuple[str, str]]) -> str:
+    """One text without authors; the official tool is called python where ours is a calculator."""
+    return "".join(text for _, text in turns).replace("calculator>", "python>")
+
+
+def official_reward(transcript: str, answers: str | list[str], eos: str | None = None) -> Reward:
+    """The released `compute_score`: one text without authors, the tools <search> and <python>."""
+    # quirk: the format is checked before the eos is cut off, and any text may follow the answer
+    # Checked first, it also leaves one pair of tags to look for: the search is linear.
+    formed, text = official_format(transcript), transcript.removesuffix(eos or "")
+    answer = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL) if formed else None
+    prediction = official_boxed(answer[1]) if answer else None
+    well_formed = prediction is not None
+    accuracy = f1_score(prediction, answers) if well_formed else 0.0
+    # quirk: a closing tag anywhere, even in a thought, is a tool used
+    used = ("</search>" in transcript) + ("</python>" in transcript)
+    return Reward(total_reward(well_formed, accuracy, used), accuracy, well_formed, used)
+
+
+def official_format(text: str) -> bool:
+    # quirk: tags are counted, not paired: </think> may come first, or a thought after the answer
+    if text.count("<think>") == 0 or text.count("<think>") != text.count("</think>"):
+        return False
+    if text.count("<answer>") != 1 or text.count("</answer>") != 1:
+        return False
+    for tool in ("search", "python"):
+        call = text.find(f"<{tool}>")
+        while call >= 0:  # quirk: further calls before the same </result> are not looked at
+            call_end, result = text.find(f"</{tool}>", call), text.find("<result>", call)
+            result_end = text.find("</result>", result)
+            if not call < call_end < result < result_end:
+                return False
+            call = text.find(f"<{tool}>", result_end)
+    answer = text[text.find("<answer>") : text.find("</answer>")]
+    return "\\boxed{" in answer and "}" in answer
+
+
+def official_boxed(text: str) -> str | None:
+    if "\\boxed " in text:  # quirk: it runs to the next $, and beats every \boxed{..}
+        return text.rpartition("\\boxed ")[2].partition("$")[0]
+    return boxed(text[text.rfind("\\boxed") :])  # quirk: a last \boxed without { hides them
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, no ASCII punctuation, no articles, single spaces (SQuAD, deep_research.py)."""
+    text = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def f1_score(prediction: str, answers: str | list[str]) -> float:
+    """2 |shared words| / (|prediction| + |answer|), the best over the answers; yes/no exactly."""
+    best = 0.0
+    for answer in [answers] if isinstance(answers, str) else answers:
+        p, a = normalize_answer(prediction), normalize_answer(answer)
+        if p != a and {p, a} & {"yes", "no", "noanswer"}:
+            continue
+        shared = (Counter(p.split()) & Counter(a.split())).total()
+        best = max(best, 2 * shared / max(len(p.split()) + len(a.split()), 1))
+    return best
+
+
+# ---- evaluation (evaluation/src) ----------------------------------------------------------
+
+
+def official_judge(text: str, answers: list[str], is_math: bool) -> dict:
+    """`judge` by the released code: `text` is the whole transcript, results included."""
+    answer = answers[0] if len(answers) == 1 else answers
+    return official_scores(official_prediction(text), text, answer, is_math)
+
+
+def official_scores(prediction: str, text: str, answer: str | list[str], is_math: bool) -> dict:
+    """Prediction, em, acc (the answer stands in the prediction), f1 and math_equal."""
+    if not prediction:  # quirk: then whatever was said last is the answer
+        prediction = "\n".join(text.replace("\n\n", "\n").strip().split("\n")[-5:])
+    if not prediction:
+        return {"prediction": "", "em": 0, "acc": 0, "f1": 0.0, "math_equal": 0}
+    return {
+        "prediction": prediction,
+        **(official_math if is_math else official_qa)(prediction, answer),
+    }
+
+
+def official_prediction(text: str) -> str:
+    r"""The last \boxed in the last <answer>..</answer>, or what stands there; without tags, any."""
+    found = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    within = found[-1] if found else text
+    box = last_boxed(within)
+    if box.startswith("\\boxed{") and box.endswith("}"):
+        box = box[len("\\boxed{") : -1]
+    if box.startswith("\\text{") and box.endswith("}"):
+        box = box[len("\\text{") : -1]
+    return box or (within if found else "")
+
+
+def last_boxed(text: str) -> str:
+    r"""The last \boxed with its braces; quirk: everything to the end where they do not close."""
+    _, found, rest = text.rpartition("\\boxed")
+    depth = 0
+    for i, character in enumerate(rest if found else ""):
+        depth += (character == "{") - (character == "}")
+        if character == "}" and depth == 0:
+            return found + rest[: i + 1]
+    return found + rest if found else ""
+
+
+def official_math(prediction: str, answer: str | list[str]) -> dict:
+    return best(prediction, [answer] if isinstance(answer, str) else answer, squeeze)
+
+
+def official_qa(prediction: str, answers: str | list[str]) -> dict:
+    if isinstance(answers, str):  # quirk: a text in brackets is taken for a list
+        listed = answers.startswith("[")
+        answers = re.split(r",\s*", answers.strip("[]")) if listed else [answers]
+    return best(prediction, answers, lambda text: squeeze(re.sub(r"\b(a|an|the)\b", " ", text)))
+
+
+def squeeze(text: str) -> str:
+    return " ".join(text.split())
+
+
+def best(prediction: str, answers: list[str], normalise) -> dict:
+    """The highest of each score over the answers."""
+    p = normalise(prediction.lower())
+    scores = {"em": 0, "acc": 0, "f1": 0.0, "math_equal": 0}
+    for answer in answers:
+        a = normalise(answer.lower())
+        shared = (Counter(p.split()) & Counter(a.split())).total()
+        now = {
+            "em": int(p == a),
+            "acc": int(a in p),  # quirk: any text holds an answer that is an article
+            "f1": 2 * shared / max(len(p.split()) + len(a.split()), 1),
+            "math_equal": int(official_math_equal(p, a)),
+        }
+        scores = {name: max(scores[name], now[name]) for name in scores}
+    return scores
+
+
+def official_math_equal(a: str | None, b: str | None) -> bool:
+    try:
+        return simplify_math(a) == simplify_math(b)
+    except (ValueError, AttributeError):
+        return a == b
+
+
+def official_calls(text: str, tag: str) -> int:
+    """Pairs of <tag> and </tag>, wherever they stand."""
+    return len(re.findall(f"<{tag}>.*?</{tag}>", text, re.DOTALL))
+
+
+def without_results(text: str) -> str:
+    """What the policy wrote of a transcript."""
+    return re.sub(r"<result>.*?</result>", "", text, flags=re.DOTALL).strip()
+
+
+def simplify_math(text: str) -> str:
+    r"""One spelling for the common ones of LaTeX, as in the released math_equivalence.py:
+
+        \tfrac12, \dfrac{1}{2}, 1/2, .5   \frac{1}{2}        \sqrt3               \sqrt{3}
+        \left( \right)                    ( )                 x = 3                3
+        90^\circ, \$5, 50\%, 12\text{ cm} 90, 5, 50, 12       spaces               none
+
+    ValueError where it gives up: a \frac or \sqrt with nothing after it, two units.
+    """
+    text = text.replace("\n", "").replace("\\!", "").replace("\\\\", "\\")
+    text = re.sub("[td]frac", "frac", text)
+    text = re.sub(r"\\left|\\right|\^\{\\circ\}|\^\\circ|\\\$", "", text)
+    if text.count("\\text{ ") > 1:
+        raise ValueError("two units")
+    text = text.partition("\\text{ ")[0].replace("\\%", "")
+    text = re.sub(r"^\.", "0.", re.sub(r"([ {])\.", r"\g<1>0.", text))
+    left, equals, right = text.partition("=")
+    if equals and "=" not in right and len(left) <= 2:
+        text = right
+    text = braces(text, "sqrt", r"\\sqrt([^{])", r"\\sqrt{\1}").replace(" ", "")
+    if not re.search(r"\\frac[^{](?:$|(?=\\frac))", text):  # quirk: then all of it stays
+        text = braces(text, "frac", r"\\frac([^{])([^{])", r"\\frac{\1}{\2}")
+        text = re.sub(r"\\frac([^{])\{", r"\\frac{\1}{", text)
+    text = "\\frac{1}{2}" if text == "0.5" else text
+    return re.sub(r"\A(0|-?[1-9]\d*)/(0|-?[1-9]\d*)\Z", r"\\frac{\1}{\2}", text)
+
+
+def braces(text: str, command: str, pattern: str, replacement: str) -> str:
+    if re.search(rf"\\{command}(?:$|(?=\\{command}))", text):
+        raise ValueError(f"\\{command} of nothing")
+    return re.sub(pattern, replacement, text)
