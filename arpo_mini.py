@@ -28,6 +28,7 @@ import tools as toolbox
 from advantage import (
     Reward,
     Segment,
+    boxed,
     clipped_objective,
     group_advantages,
     kl_k3,
@@ -36,16 +37,15 @@ from advantage import (
     shared_by,
 )
 from app import cli
-from app.config import Config
-from app.evaluation import evaluate_midway
+from app.config import Config, check_training
+from app.evaluation import evaluate_midway, first_per_domain
 from app.health import remarks
-from app.records import questions_of_step, step_metrics, tree_record
+from app.records import questions_of_step, record_trees, short_answers, step_metrics
 from app.run_folder import RunFolder
-from app.screen import LOG_HEAD, comparison, log_line, progress_bar
-from data.files import UserError
+from app.screen import comparison, print_log_head, print_log_line, print_table, progress_bar, say
 from data.formats import Question, load_questions
 from engine import official
-from engine.judge import judge_answer
+from engine.judge import judge_answer, measures
 from engine.memory import snapshot
 from engine.model import Policy, load_policy, refuse_long
 from engine.packing import (
@@ -62,7 +62,6 @@ from engine.packing import (
 from engine.writer import Writer
 from entropy import RULE_SETTINGS, RULES, Decision, normalised_entropy
 
-RECORD_EVERY, RECORDED = 10, 2  # steps between recorded trees; questions recorded of such a step
 SEARCH_CHARS = 200  # of each document that a search returns
 
 # ---- one step ------------------------------------------------------------------------------
@@ -328,48 +327,40 @@ def fixed_logprobs(policy: Policy, batches: list[Batch], config: Config) -> tupl
 # ---- the loop around it --------------------------------------------------------------------
 
 
-def train(config: Config, tools: dict | None = None, resume: Path | None = None) -> int:
+def train(config: Config, tools: dict | None = None, resume: Path | None = None) -> None:
     """Evaluate, then roll out, reward, credit and update step by step, and evaluate again."""
-    if config.temperature == 0:
-        raise UserError("--temperature 0: training needs samples that differ; it must be above 0")
-    if config.top_p != 1:
-        raise UserError(f"--top_p {config.top_p}: training scores the whole distribution; legal: 1")
+    check_training(config)
     questions, test = load_questions(config.dataset_path), load_questions(config.eval_path)
     with RunFolder(config, resume) as run:
-        torch.manual_seed(config.seed)  # the fresh adapter
         start = dataclasses.replace(config, adapter=run.adapter)
         agent = load_agent(start, tools, trainable=True)
-        agent.refuse_long(questions, config.dataset_path, config)
-        agent.refuse_long(test, config.eval_path, config)
+        agent.refuse_long(questions, config.dataset_path)
+        agent.refuse_long(test, config.eval_path)
         policy = agent.policy
         optimizer = torch.optim.AdamW(policy.parameters, lr=config.learning_rate, weight_decay=0.0)
         run.start(policy.model, optimizer, policy.limits, policy.prompt("question"))
         with progress_bar() as bar:
-            before = evaluate_run(run, agent, test, bar, step=0)
+            before = evaluate_midway(run, agent, test, bar, step=0)
             task = bar.add_task("train", total=config.steps, completed=run.step)
-            bar.console.print(LOG_HEAD)
+            print_log_head()
             for step in range(run.step + 1, config.steps + 1):
                 if config.eval_every and step > 1 and (step - 1) % config.eval_every == 0:
-                    evaluate_run(
-                        run, agent, first_per_domain(test, config.eval_part), bar, step - 1
-                    )
+                    some = first_per_domain(test, config.eval_part)
+                    evaluate_midway(run, agent, some, bar, step - 1)
                 asked = questions_of_step(questions, step, config)
-                metrics, *trees = train_safely(agent, optimizer, asked, config, step)
+                metrics, groups, rewards = safe_step(agent, optimizer, asked, config, step)
                 run.log({"step": step, **metrics})
-                bar.console.print(log_line(step, metrics, remarks(run.metrics)))
-                if (step - 1) % RECORD_EVERY == 0:
-                    for each in list(zip(asked, *trees, strict=True))[:RECORDED]:
-                        tree = tree_record(policy, *each, config)
-                        run.append("rollouts.jsonl", {"step": step, **tree})
+                print_log_line(step, metrics, remarks(run.metrics))
+                record_trees(run, policy, step, asked, groups, rewards)
                 run.complete(step)
                 bar.advance(task)
-            bar.remove_task(task)
-            after = evaluate_run(run, agent, test, bar, step=config.steps)
-        run.say_end(before, after)
-    return 0
+            after = evaluate_midway(run, agent, test, bar, config.steps)
+        if after:
+            print_table(comparison(before, after))
+        say(run.in_words())
 
 
-def train_safely(
+def safe_step(
     agent: Agent, optimizer, questions: list[Question], config: Config, step: int
 ) -> tuple[dict, list[list[Segment]], list[list[Reward]]]:
     """`train_step` and its figures; where the memory runs out, the same again with less at once."""
@@ -379,7 +370,8 @@ def train_safely(
         figures, groups, rewards = train_step(
             policy, optimizer, questions, fitted, agent.tools, step
         )
-        return {**step_metrics(groups, rewards), **figures}, groups, rewards
+        short = {"short_answers": short_answers(policy, groups)}
+        return {**step_metrics(groups, rewards), **short, **figures}, groups, rewards
 
     undo = snapshot(policy.parameters, optimizer)  # some optimizer steps may have been taken
     try:
@@ -402,6 +394,7 @@ class Agent:
 
     policy: Policy
     tools: dict[str, toolbox.Tool]
+    config: Config
 
     def roll_out(
         self, questions: list[Question], config: Config, seed: int
@@ -424,10 +417,11 @@ class Agent:
         if config.official_rewards:
             text, is_math = official.transcript(turns), question.domain == "math"
             return official.official_judge(text, question.answers, is_math)
-        return measures(turns[-1][1] if reward.well_formed else "", question.answers)
+        return measures(boxed(turns[-1][1]) if reward.well_formed else None, question.answers)
 
-    def refuse_long(self, questions: list[Question], path: str, config: Config) -> None:
-        refuse_long(self.policy, questions, path, config)
+    def refuse_long(self, questions: list[Question], path: str) -> None:
+        """UserError where a prompt leaves no room to answer."""
+        refuse_long(self.policy, questions, path, self.config)
 
 
 def make_tools(config: Config) -> dict[str, toolbox.Tool]:
@@ -438,7 +432,8 @@ def make_tools(config: Config) -> dict[str, toolbox.Tool]:
 def load_agent(config: Config, tools: dict | None = None, trainable: bool = False) -> Agent:
     """The model of the settings with its adapter, and the built-in tools or one's own."""
     tools = tools or make_tools(config)
-    return Agent(load_policy(config, tools, trainable), tools)
+    torch.manual_seed(config.seed)  # a fresh adapter is drawn
+    return Agent(load_policy(config, tools, trainable), tools, config)
 
 
 if __name__ == "__main__":

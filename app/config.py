@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import os
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from entropy import RULES
 from data.files import UserError
-from app.screen import check, option
+from entropy import RULES
 
 DATA = Path(__file__).resolve().parent.parent / "data"
+STEPS = 999_999  # the most: the folders of checkpoints have six digits
+TOKENS = 10_000_000  # more than any model can read
+
+
+def option(default: Any, help: str, low=None, high=None, **legal) -> Any:
+    """A field with its help text and what is legal: low, high, above, also, choices."""
+    legal |= {name: bound for name, bound in (("low", low), ("high", high)) if bound is not None}
+    return dataclasses.field(default=default, metadata={"help": help, **legal})
 
 
 @dataclass(frozen=True)
@@ -19,79 +31,111 @@ class Config:
     adapter: str | None = option(None, "folder of a LoRA adapter to start from")
     trust_remote_code: bool = option(False, "run Python code that comes with the model")
     load_in_4bit: bool = option(True, "quantise the frozen weights to NF4 (bitsandbytes)")
-    lora_rank: int = option(16, "rank of the LoRA adapter, on all linear layers", low=1)
+    lora_rank: int = option(16, "rank of the LoRA adapter, on all linear layers", 1, 1024)
     system_prompt: str | None = option(None, "file with another one; {tools} stands for the tools")
     thinking: bool = option(True, "false: ask the chat template for an empty think block (Qwen3)")
-    # the task
-    dataset_path: str = option(
-        str(DATA / "train.jsonl"), "questions to train on (forms: data/formats.py)"
-    )
-    eval_path: str = option(
-        str(DATA / "test.jsonl"), "questions to evaluate on (forms: data/formats.py)"
-    )
+    # the task; the forms of its files: data/formats.py
+    dataset_path: str = option(str(DATA / "train.jsonl"), "questions to train on")
+    eval_path: str = option(str(DATA / "test.jsonl"), "questions to evaluate on")
     documents_path: str = option(str(DATA / "documents.jsonl"), "what is searched (JSONL)")
-    search_results: int = option(1, "documents a search returns (3 is usual elsewhere)", low=1)
-    search_chars: int = option(200, "characters of each document returned", low=10)
-    tool_time_limit: float = option(5.0, "seconds a tool may take", above=0)
-    max_result_tokens: int = option(256, "tokens of a tool result; the rest is cut off", low=32)
-    max_tool_calls: int = option(6, "calls a trajectory may make", low=0, high=500)
-    max_segment_tokens: int = option(64, "tokens the policy may write at a time", low=1)
-    max_total_tokens: int = option(512, "tokens of a trajectory, prompt included", low=1)
+    search_results: int = option(1, "documents a search returns (3 is usual elsewhere)", 1, 1000)
+    tool_time_limit: float = option(5.0, "seconds a tool may take", 0.01, 86_400)
+    max_result_tokens: int = option(256, "tokens of a tool result, others are cut off", 32, TOKENS)
+    max_tool_calls: int = option(6, "calls a trajectory may make", 0, 500)
+    max_segment_tokens: int = option(64, "tokens the policy may write at a time", 1, TOKENS)
+    max_total_tokens: int = option(512, "tokens of a trajectory, prompt included", 1, TOKENS)
     # the rollout; what is said of accuracy: lab/results/compare, 5 seeds; k, N = 4, rate, weight: 2
-    group_size: int = option(8, "M: trajectories returned for each question", low=1)
+    group_size: int = option(8, "M: trajectories returned for each question", 1, 10_000)
     # With Z = 4: GRPO's accuracy (-0.2 points [-1.3, +0.8]) for 53 % of its tool calls. N = 2 and
     # Z = 1: -0.4 [-4.0, +3.3] for 61 %; N = 4: 73 %.
-    initial_rollouts: int = option(1, "N: begun at the question; M - N may branch off", low=1)
+    initial_rollouts: int = option(1, "N: begun at the question; M - N may branch off", 1, 10_000)
     # no rule is more accurate than another; adaptive takes 85 % of the calls where paper takes 61
     branch_rule: str = option("paper", "when to fork after a tool result", choices=tuple(RULES))
-    branch_probability: float = option(0.5, "paper's alpha, official tau", low=0, high=1)
-    entropy_weight: float = option(0.2, "paper's beta, official w")
-    entropy_threshold: float = option(0.5, "paper's tau")
-    entropy_sigma: float = option(1.5, "k_sigma of the adaptive rule")
+    branch_probability: float = option(0.5, "paper's alpha, official tau", 0, 1)
+    entropy_weight: float = option(0.2, "paper's beta, official w", -1000, 1000)
+    entropy_threshold: float = option(0.5, "paper's tau", -1000, 1000)
+    entropy_sigma: float = option(1.5, "k_sigma of the adaptive rule", -1000, 1000)
     # 5, 10 and 20 end within a point of each other
-    entropy_tokens: int = option(10, "k: tokens measured after a tool result", low=1)
-    max_branches: int = option(4, "Z: most forks at one tool result", low=0)
-    temperature: float = option(1.0, "of sampling, and of what is trained; 0: greedy", low=0)
-    rollout_rows: int = option(128, "paths decoded side by side; more wait their turn", low=1)
-    top_p: float = option(1.0, "share of the likeliest tokens; < 1: not to train", above=0, high=1)
+    entropy_tokens: int = option(10, "k: tokens measured after a tool result", 1, TOKENS)
+    max_branches: int = option(4, "Z: most forks at one tool result", 0, 10_000)
+    temperature: float = option(1.0, "of sampling and training; 0: greedy", 0.001, 1000, also=0)
+    rollout_rows: int = option(128, "paths decoded side by side, others wait", 1, 1_000_000)
+    top_p: float = option(1.0, "share of the likeliest tokens; train takes 1", above=0, high=1)
     # the update
-    steps: int = option(100, "training steps: a rollout and its update each", low=1)
-    questions_per_step: int = option(8, "questions rolled out side by side", low=1)
-    updates_per_rollout: int = option(1, "optimizer steps on a rollout; >1: off-policy", low=1)
+    steps: int = option(100, "training steps: a rollout and its update each", 1, STEPS)
+    questions_per_step: int = option(8, "questions rolled out side by side", 1, 100_000)
+    updates_per_rollout: int = option(1, "optimizer steps on a rollout; >1: off-policy", 1, 1000)
     # 5e-4 and 2e-3 end 2 to 3 points lower
-    learning_rate: float = option(1e-3, "of AdamW, constant", above=0)
+    learning_rate: float = option(1e-3, "of AdamW, constant", above=0, high=1)
     # with one update a rollout all weights have one gradient; with four all end 1 to 5 points lower
-    shared_weight: float = option(
-        0.0, "of shared tokens' advantages: 0 soft, 1 hard, 0.3 the seed's mix", low=0, high=1
-    )
-    clip_low: float = option(0.2, "the ratio is clipped below 1 - clip_low", low=0, high=1)
-    clip_high: float = option(0.2, "and above 1 + clip_high (larger: clip-higher)", low=0)
-    dual_clip: float | None = option(None, "cap on the ratio where A < 0, e.g. 3", above=1)
-    kl_coefficient: float = option(0.0, "weight of KL(policy, adapter switched off)", low=0)
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
+    shared_weight: float = option(0.0, "of shared tokens' advantages: 0 soft, 1 hard", 0, 1)
+    clip_low: float = option(0.2, "the ratio is clipped below 1 - clip_low", 0, 1)
+    clip_high: float = option(0.2, "and above 1 + clip_high (larger: clip-higher)", 0, 10**6)
+    dual_clip: float | None = option(None, "cap on the ratio where A < 0", above=1, high=10**6)
+    kl_coefficient: float = option(0.0, "weight of KL(policy, adapter switched off)", 0, 1000)
     official_rewards: bool = option(False, "score like the official code, quirks included")
-    packed: bool = option(True, "train each token of a tree once; false: a row a trajectory")
-    micro_batch_tokens: int = option(8192, "tokens of one forward and backward pass", low=1)
-    gradient_checkpointing: bool | None = option(
-        None, "compute activations twice, keep few; none: where a trajectory would not fit"
-    )
+    micro_batch_tokens: int = option(8192, "tokens of one forward and backward pass", 1, 10**9)
     # the run
-    memory_gb: float | None = option(
-        None, "GiB that the run may use; none: what the GPU has, no limit on a CPU", above=0
-    )
-    seed: int = option(0, "of everything that is drawn", low=0, high=2**32 - 1)
+    memory_gb: float | None = option(None, "GiB to use; none: the GPU's", above=0, high=10**6)
+    seed: int = option(0, "of everything that is drawn", 0, 2**32 - 1)
     output_dir: str = option("runs/arpo", "folder of the run; an existing one is not touched")
-    save_every: int = option(10, "steps between checkpoints; --resume goes on from one", low=1)
-    keep: int = option(2, "checkpoints that are kept, the newest", low=1)
-    eval_every: int = option(50, "steps between looks at a part of eval_path; 0: none", low=0)
-    eval_part: int = option(20, "questions of each domain in such a look", low=1)
-    record_every: int = option(10, "steps between trees in rollouts.jsonl; 0: none", low=0)
+    save_every: int = option(10, "steps between checkpoints; --resume needs one", 1, STEPS)
+    # every evaluation before and after training asks all questions
+    eval_every: int = option(50, "steps between evaluations while training; 0: none", 0, STEPS)
+    eval_part: int = option(20, "questions a domain in those; 0: no evaluation at all", 0, 10**9)
 
     def __post_init__(self):
         check(self)
         if self.initial_rollouts > self.group_size:
             limit = f"at most group_size ({self.group_size})"
             raise UserError(f"--initial_rollouts {self.initial_rollouts}: it must be {limit}")
+
+
+TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool}
+BOUNDS = {
+    "low": ("at least", lambda value, bound: value >= bound),
+    "above": ("above", lambda value, bound: value > bound),
+    "high": ("at most", lambda value, bound: value <= bound),
+}
+
+
+def check(config) -> None:
+    """Raises UserError, naming the value and the legal ones, for a field out of its range."""
+    for item in dataclasses.fields(config):
+        value, legal = getattr(config, item.name), item.metadata
+        name, _, none = item.type.partition(" | ")
+        given = f"--{item.name} {value if isinstance(value, str) else reprlib.repr(value)}"
+        if none and value is None:
+            continue
+        if not isinstance(value, TYPES[name]):
+            raise UserError(f"--{item.name} {value!r}: it must be of type {item.type}")
+        if "choices" in legal and value not in legal["choices"]:
+            raise UserError(f"{given}: choose one of {', '.join(legal['choices'])}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{given}: it must be a finite number")
+        if isinstance(value, str) and not can_be_a_path(value):
+            raise UserError(f"{given}: no path can hold such a character")
+        for bound, (words, holds) in BOUNDS.items():
+            also = legal.get("also")
+            if bound in legal and value != also and not holds(value, legal[bound]):
+                words = words if also is None else f"{also} or {words}"
+                raise UserError(f"{given}: it must be {words} {legal[bound]}")
+
+
+def can_be_a_path(text: str) -> bool:
+    """Whether the system could be asked for it: no NUL, no half of a character."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
+def check_training(config: Config) -> None:
+    """UserError for what is legal to evaluate with and not to train with."""
+    if config.temperature == 0:
+        raise UserError("--temperature 0: training needs samples that differ; it must be above 0")
+    if config.top_p != 1:
+        raise UserError(f"--top_p {config.top_p}: training scores the whole distribution; legal: 1")
 
 
 # Settings by name: `--preset NAME`; a flag beside it wins. The first two are the published values

@@ -7,62 +7,77 @@
     adapter/                             of the newest checkpoint, in PEFT's format
     lock                                 held by the process that writes here
 
-A checkpoint is whole or absent: written to a folder beside, synced, then renamed. What a step asks
-and draws follows from the seed and its number, so the number is the position in the data.
+A checkpoint counts if its checkpoint.json, written last, names the SHA-256 of every file in it.
+What a step asks and draws follows from the seed and its number, so the number is the position in
+the data, and no random state is kept. What was damaged is set aside (`.damaged`), and that is said.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
+import errno
 import hashlib
 import itertools
 import json
+import logging
 import os
-import random
 import re
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import filelock
 import safetensors.torch
 import torch
-from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
+from torch.nn import Module
 
-from app.screen import console
-from data.files import UserError
+from app.config import Config
+from app.page.read import Line, read_log
+from app.screen import with_interval
+from data.files import UserError, reason
 
-VERSION = "0.3"  # of arpo_mini; a change after which a step gives other numbers raises it
-LOGS = ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl")
+VERSION = "0.4"  # of arpo_mini; a change after which a step gives other numbers raises it
+KEEP = 2  # checkpoints, the newest
 # What a resumed run may change: none of it changes a step.
-FREE = ("steps", "save_every", "keep", "eval_every", "eval_part", "record_every", "output_dir")
+FREE = ("steps", "save_every", "eval_every", "eval_part", "output_dir")
 # Where things are may change too; what is there may not, and is compared by its content.
 PLACES = ("model_name", "dataset_path", "eval_path", "documents_path")
+CHECKPOINT = (  # its files beside checkpoint.json
+    "adapter/adapter_config.json",
+    "adapter/adapter_model.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+)
+LOGS = {  # and the numbers that a line must hold to be summed up and shown again
+    "metrics.jsonl": (
+        *("groups", "equal_groups", "accuracy", "well_formed", "entropy", "clip_fraction"),
+        *("short_answers", "prefill_tokens", "reread_tokens"),
+        *("train_tokens", "train_tokens_unpacked"),
+    ),
+    "evaluations.jsonl": ("questions", "accuracy", "well_formed", "tool_calls"),
+    "rollouts.jsonl": (),
+}
+logger = logging.getLogger("arpo_mini")
 
 
 class CannotWrite(UserError):
     """The disk is full or the folder read-only; what was saved before is intact."""
 
 
-class NonFinite(FloatingPointError):
-    """A number is inf or nan. `rows` are the token rows it happened in, `tensors` what shows it."""
-
-    def __init__(self, words: str, rows: list, tensors: dict[str, Tensor]):
-        super().__init__(words)
-        self.rows, self.tensors = rows, tensors
-
-
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which stops a run as Ctrl-C does."""
+
+
+def terminate(signum: int, frame) -> None:
+    raise Terminated
 
 
 # ---- files --------------------------------------------------------------------------------
@@ -73,22 +88,16 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        words = f"cannot write to {folder}: {error.strerror or error}"
+        words = f"cannot write to {folder}: {reason(error)}"
         raise CannotWrite(f"{words}; what was saved is intact, see train --resume") from None
 
 
-def sync(path: Path) -> None:
-    """Has a file, or the names in a folder, written to the disk itself."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-    sync(path)
+def write(path: Path, data: bytes, mode: str = "wb") -> None:
+    """Data that is on the disk itself when this returns."""
+    with path.open(mode) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def put(path: Path, data: bytes) -> None:
@@ -98,20 +107,25 @@ def put(path: Path, data: bytes) -> None:
     beside.replace(path)
 
 
-def put_folder(path: Path, files: dict[str, bytes]) -> None:
-    """A new folder with these files (by their relative names), whole or not at all."""
-    beside = path.with_name(path.name + ".tmp")
+def sync_folder(path: Path) -> None:
+    """Has the names in a folder written to the disk, where a system can: Windows opens none."""
     try:
-        for name, data in files.items():
-            (beside / name).parent.mkdir(parents=True, exist_ok=True)
-            write(beside / name, data)
-        for folder in {(beside / name).parent for name in files} | {beside}:
-            sync(folder)
-        beside.rename(path)
-    except OSError:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-    sync(path.parent)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOSPC):
+            raise
+
+
+def set_aside(path: Path) -> str:
+    """Renames what was damaged, to a name that is free; returns that."""
+    for number in itertools.count(1):
+        aside = path.with_name(f"{path.name}.damaged{number if number > 1 else ''}")
+        if not os.path.lexists(aside):
+            return path.rename(aside).name
 
 
 def to_json(value: Any) -> bytes:
@@ -122,132 +136,82 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def cut(path: Path, step: int) -> list[dict]:
-    """Takes away the lines after those of `step`, and one that was torn; returns what stays."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    rows = []
-    for line in lines:
+def problem(name: str, row: dict) -> str:
+    """What is wrong with the row of a log, or nothing."""
+    missing = [key for key in LOGS[name] if type(row.get(key)) not in (int, float)]
+    if missing:
+        return f"{', '.join(missing)}: it must be a number"
+    if name == "evaluations.jsonl":
         try:
-            row = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
-            row = None
-        if row is None or row["step"] > step:
-            break
-        rows.append(row)
-    if len(rows) < len(lines):
-        put(path, b"".join(lines[: len(rows)]))
-    return rows
+            for figures in (row, *row["domains"].values()):
+                with_interval(figures)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            return f"no figures of an evaluation: {reason(error)}"
+    return ""
 
 
-# ---- the state of a run -------------------------------------------------------------------
+# ---- a checkpoint -------------------------------------------------------------------------
 
 
-def random_states() -> dict:
-    """Of every generator that the policy, the tools or the libraries may draw from."""
-    return {
-        "python": random.getstate(),
-        "numpy": [x.tolist() if isinstance(x, np.ndarray) else x for x in np.random.get_state()],
-        "torch": torch.get_rng_state().tolist(),
-        "cuda": [state.tolist() for state in torch.cuda.get_rng_state_all()],
-    }
+def checkpoint_files(model: Module, optimizer, others: dict) -> dict[str, bytes]:
+    """A copy of all that a completed step leaves behind, as files.
 
-
-def set_random_states(states: dict) -> None:
-    version, numbers, gauss = states["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
-    for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(torch.tensor(state, dtype=torch.uint8), device)
-
-
-@dataclass(frozen=True)
-class State:
-    """A copy, on the CPU, of all that a completed step leaves behind.
-
-    Taken after every step, so that a run can be stopped in the middle of the next one, even of its
+    Made after every step, so that a run can be stopped in the middle of the next one, even of its
     optimizer step, and go on from here.
     """
+    from peft import get_peft_model_state_dict  # late: engine silences what it says when imported
 
-    step: int
-    seconds: float  # that the run took to here
-    adapter: dict[str, Tensor]  # the trainable parameters, by name
-    moments: dict[str, Tensor]  # of the optimizer: "INDEX.NAME"
-    param_groups: list[dict]  # of the optimizer
-    randomness: dict
-    chunks: dict  # how much is computed at once: less, after the memory ran out
-
-    @classmethod
-    def of(cls, step: int, seconds: float, model: PeftModel, optimizer, chunks) -> State:
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        optimized = optimizer.state_dict()
-        moments = {
-            f"{index}.{name}": value
-            for index, values in optimized["state"].items()
-            for name, value in values.items()
-        }
-        adapter, moments = (
-            {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
-            for tensors in (trained, moments)
-        )
-        return cls(
-            step=step,
-            seconds=seconds,
-            adapter=adapter,
-            moments=moments,
-            param_groups=optimized["param_groups"],
-            randomness=random_states(),
-            chunks=dataclasses.asdict(chunks),
-        )
-
-    def files(self, model: PeftModel, made_by: dict) -> dict[str, bytes]:
-        """A checkpoint, as the files of its folder."""
-        adapter = get_peft_model_state_dict(model, self.adapter, save_embedding_layers=False)
-        peft_config = {**model.peft_config["default"].to_dict(), "inference_mode": True}
-        files = {
-            "adapter/adapter_config.json": to_json(peft_config),
-            "adapter/adapter_model.safetensors": safetensors.torch.save(adapter, {"format": "pt"}),
-            "optimizer.safetensors": safetensors.torch.save(self.moments),
-            "random.json": json.dumps(self.randomness).encode(),
-        }
-        about = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "param_groups": self.param_groups,
-            "chunks": self.chunks,
-            "made_by": made_by,
-            "sha256": {name: digest(data) for name, data in files.items()},
-        }
-        return {**files, "checkpoint.json": to_json(about)}
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    adapter = get_peft_model_state_dict(model, trained, save_embedding_layers=False)
+    peft_config = {**model.peft_config["default"].to_dict(), "inference_mode": True}
+    optimized = optimizer.state_dict()
+    moments = {
+        f"{index}.{name}": value
+        for index, values in optimized["state"].items()
+        for name, value in values.items()
+    }
+    contents = (
+        to_json(peft_config),
+        safetensors.torch.save(adapter, {"format": "pt"}),
+        safetensors.torch.save(moments),
+        to_json({**others, "param_groups": optimized["param_groups"]}),
+    )
+    return dict(zip(CHECKPOINT, contents, strict=True))
 
 
 def read_checkpoint(path: Path) -> dict | None:
     """Its checkpoint.json; None if one of its files is not what was written."""
     try:
         about = json.loads((path / "checkpoint.json").read_bytes())
-        for name, expected in about["sha256"].items():
-            if digest((path / name).read_bytes()) != expected:
-                return None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        whole = about["step"] == step_of(path) and isinstance(about["made_by"], dict)
+        sums = {name: digest((path / name).read_bytes()) for name in CHECKPOINT}
+        return {**about, "path": path} if whole and about["sha256"] == sums else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return {**about, "path": path}
 
 
-def restore(optimizer, checkpoint: dict) -> None:
-    """The optimizer and the random states. (The adapter is loaded with the model.)"""
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def restore(path: Path, optimizer) -> dict:
+    """The optimizer, and returns the other things that the checkpoint keeps.
+
+    The adapter is loaded with the model.
+    """
+    others = json.loads((path / "state.json").read_bytes())
     state: dict[int, dict[str, Tensor]] = {}
-    saved = safetensors.torch.load_file(checkpoint["path"] / "optimizer.safetensors")
-    for key, value in saved.items():
+    for key, value in safetensors.torch.load_file(path / "optimizer.safetensors").items():
         index, name = key.split(".")
         state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": checkpoint["param_groups"]})
-    set_random_states(json.loads((checkpoint["path"] / "random.json").read_bytes()))
+    optimizer.load_state_dict({"state": state, "param_groups": others["param_groups"]})
+    return others
 
 
 # ---- what a checkpoint was made by --------------------------------------------------------
 
 
-def made_by(config) -> dict[str, Any]:
+def made_by(config: Config) -> dict[str, Any]:
     """The settings, versions and data that a step's numbers depend on, by name."""
     settings = dataclasses.asdict(config)
     files = [name for name in PLACES if name.endswith("_path")]
@@ -269,7 +233,7 @@ def fingerprint_file(path: str) -> str | None:
         return digest(Path(path).read_bytes())
 
 
-def fingerprint_model(model: PeftModel) -> str:
+def fingerprint_model(model: Module) -> str:
     """Of its architecture, and of some 256 values of every frozen parameter."""
     config = {**model.get_base_model().config.to_dict(), "_name_or_path": None}
     found = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
@@ -300,48 +264,34 @@ def refuse_difference(checkpoint: dict, now: dict[str, Any]) -> None:
         )
 
 
-# ---- the folder ---------------------------------------------------------------------------
+# ---- which folder -------------------------------------------------------------------------
 
 
 def new_folder(wanted: str) -> Path:
     """The folder itself, or its name with the first free number: no run overwrites another."""
-    first = Path(wanted).resolve()
-    for number in itertools.count(1):
-        folder = first if number == 1 else first.with_name(f"{first.name}-{number}")
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(f"--output_dir {wanted}: {error.strerror}") from None
+    try:
+        first = Path(wanted).resolve()
+        for number in itertools.count(1):
+            folder = first if number == 1 else first.with_name(f"{first.name}-{number}")
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(parents=True)
+                return folder
+    except (OSError, ValueError, RuntimeError) as error:  # the last: links in a circle
+        raise UserError(f"--output_dir {wanted}: {reason(error)}") from None
 
 
 def newest_run(output_dir: str) -> Path:
-    """Of the runs that were begun with this output_dir, the one that was written to last."""
+    """Of the runs that were begun with this output_dir, the one that was started last."""
     first = Path(output_dir).resolve()
     named = re.compile(re.escape(first.name) + r"(-\d+)?")
-    runs = [folder for folder in first.parent.glob("*") if named.fullmatch(folder.name)]
-    runs = [folder for folder in runs if (folder / "lock").exists()]
+    runs = [path.parent for path in first.parent.glob("*/config.json")]
+    runs = [folder for folder in runs if named.fullmatch(folder.name)]
     if not runs:
         raise UserError(f"--resume: there is no run in {output_dir}; name its folder")
-    return max(runs, key=lambda folder: (folder / "lock").stat().st_mtime_ns)
+    return max(runs, key=lambda folder: (folder / "config.json").stat().st_mtime_ns)
 
 
-def saved_settings(folder: Path) -> dict[str, Any]:
-    """config.json of a run."""
-    path = folder / "config.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        words = getattr(error, "strerror", None) or error
-        raise UserError(f"--resume {folder}: it is not a run: {path.name}: {words}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"--resume {folder}: it is not a run: {path.name} holds no settings")
-    return settings
-
-
-def resumed(values: dict, Config: type) -> dict:
+def resumed(values: dict) -> dict:
     """The settings of the run to go on with, and over them what was typed."""
     if values["resume"] and "output_dir" in values:
         raise UserError(f"--resume {values['resume']}: leave --output_dir out, or name no folder")
@@ -349,12 +299,21 @@ def resumed(values: dict, Config: type) -> dict:
         folder = Path(values["resume"]).resolve()
     else:
         folder = newest_run(values.get("output_dir", Config.output_dir))
-    settings = saved_settings(folder)
-    unknown = settings.keys() - {item.name for item in dataclasses.fields(Config)}
+    try:
+        settings = json.loads((folder / "config.json").read_bytes())
+        unknown = settings.keys() - {item.name for item in dataclasses.fields(Config)}
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        words = f"it is not a run: config.json: {reason(error)}"
+        raise UserError(f"--resume {folder}: {words}") from None
     if unknown:
-        names = ", ".join(sorted(unknown))
-        raise UserError(f"--resume {folder}: settings of another version: {names}")
+        raise UserError(
+            f"--resume {folder}: it is not of version {VERSION}, which does not have the settings "
+            f"{', '.join(sorted(unknown))} (a new run can begin with --adapter {folder}/adapter)"
+        )
     return {**settings, **values, "resume": folder}
+
+
+# ---- the folder ---------------------------------------------------------------------------
 
 
 class RunFolder:
@@ -364,26 +323,40 @@ class RunFolder:
     Ctrl-C, SIGTERM or an error. A second signal does not wait for that.
     """
 
-    def __init__(self, config, folder: Path | None = None):
+    def __init__(self, config: Config, folder: Path | None = None):
         """A new run, which touches the disk in `start`, or the run in `folder`, to go on with."""
         self.config, self.folder = config, folder and Path(folder).resolve()
         self.made_by, self.checkpoint = made_by(config), None
-        self.state: State | None = None
+        self.done: tuple[int, dict] | None = None  # the last completed step, and its files
+        self.logs: dict[str, list[Line]] = {name: [] for name in LOGS}
         self.metrics: list[dict] = []
         self.evaluations: list[dict] = []
-        self.lock = None
+        self.lock = self.old_handler = None
+
+    @property
+    def step(self) -> int:
+        """The last completed step."""
+        return self.done[0] if self.done else 0
+
+    @property
+    def adapter(self) -> str | None:
+        """Where the adapter that this run goes on with is; None for a fresh one."""
+        return str(self.checkpoint["path"] / "adapter") if self.checkpoint else self.config.adapter
 
     def __enter__(self) -> RunFolder:
-        self.in_main_thread = threading.current_thread() is threading.main_thread()
-        if self.in_main_thread:  # the only one that gets signals
+        # Only the main thread gets signals, and not every system has this one.
+        if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGTERM"):
             self.old_handler = signal.signal(signal.SIGTERM, terminate)
         try:
-            if self.folder:
+            if self.folder:  # what is in it changes in `start`, when all is checked
                 self.hold()
-                self.checkpoint = self.newest_checkpoint()
-                if self.checkpoint:
-                    refuse_difference(self.checkpoint, self.made_by)
-                    self.refuse_fewer_steps()
+                self.logs = {n: read_log(self.folder / n, partial(problem, n)) for n in LOGS}
+                self.checkpoint = self.choose_checkpoint()
+            if self.checkpoint:
+                refuse_difference(self.checkpoint, self.made_by)
+                steps, made = self.config.steps, self.checkpoint["step"]
+                if steps < made:
+                    raise UserError(f"--steps {steps}: the run has made {made} steps already")
         except BaseException:
             self.let_go()
             raise
@@ -391,45 +364,55 @@ class RunFolder:
 
     def __exit__(self, kind, error, trace) -> None:
         try:
-            if error and self.state and not isinstance(error, CannotWrite):
+            if error and self.done and not isinstance(error, CannotWrite):
                 self.save()
-                self.say(f"step {self.step} is saved; go on with: train --resume {self.folder}")
+                named = f'"{self.folder}"' if " " in str(self.folder) else self.folder
+                logger.info(f"step {self.step} is saved; go on with: train --resume {named}")
         finally:
             self.let_go()
 
     def hold(self) -> None:
+        self.lock = filelock.FileLock(self.folder / "lock")
         with writing(self.folder):
-            self.lock = (self.folder / "lock").open("a+")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.lock.seek(0)
-            owner = self.lock.read().strip()
-            raise UserError(f"{self.folder} is in use by process {owner}") from None
-        with writing(self.folder):
-            self.lock.truncate(0)
-            self.lock.write(f"{os.getpid()}\n")
-            self.lock.flush()
+            try:
+                self.lock.acquire(timeout=0)
+            except filelock.Timeout:
+                raise UserError(f"{self.folder} is in use by another process") from None
 
     def let_go(self) -> None:
         if self.lock:
-            self.lock.close()
-        if self.in_main_thread:
+            self.lock.release()
+        if self.old_handler is not None:
             signal.signal(signal.SIGTERM, self.old_handler)
 
-    @property
-    def step(self) -> int:
-        """The last completed step."""
-        return self.state.step if self.state else 0
+    # ---- how it begins, or goes on ----
 
-    @property
-    def adapter(self) -> str | None:
-        """Where the adapter that this run goes on with is; None for a fresh one."""
-        return str(self.checkpoint["path"] / "adapter") if self.checkpoint else self.config.adapter
+    def checkpoints(self) -> list[Path]:
+        """Newest first."""
+        found = (self.folder / "checkpoints").glob("step-" + "[0-9]" * 6)
+        return sorted(found, reverse=True)
 
-    def start(self, model: PeftModel, optimizer, chunks, prompt: list[int]) -> None:
-        """Make the folder, or restore what the checkpoint has of these and the random states."""
-        self.model, self.optimizer, self.chunks = model, optimizer, chunks
+    def choose_checkpoint(self) -> dict | None:
+        """The newest whole one; an older one where the logs end before that, if there is one."""
+        found = self.checkpoints()
+        whole = [each for each in map(read_checkpoint, found) if each]
+        logged = [line.row["step"] for line in self.logs["metrics.jsonl"] if line.row]
+        if not whole and (found or logged):
+            words = "none of its checkpoints is whole" if found else "its checkpoints are gone"
+            raise UserError(f"{self.folder}: {words}")
+        lines = itertools.chain(*self.logs.values())
+        cut_short = [line.cut_short for line in lines if line.cut_short is not None]
+        until = min([max(logged, default=0), *(step - 1 for step in cut_short)])
+        older = [each for each in whole if each["step"] <= until]
+        return next(iter(older + whole), None)  # None: it was stopped before the first one
+
+    def start(self, model: Module, optimizer, limits, prompt: list[int]) -> None:
+        """Make the folder, or restore what the checkpoint has of the optimizer and `limits`.
+
+        `limits`, a dataclass, is kept with every checkpoint: what is computed at once. `prompt` are
+        the token ids of any question, which change with the system prompt and the tools.
+        """
+        self.model, self.optimizer, self.limits = model, optimizer, limits
         self.made_by |= {
             "device": model.device.type,
             "weights of model_name": fingerprint_model(model),
@@ -438,36 +421,50 @@ class RunFolder:
         done, self.seconds_before, self.started = 0, 0.0, time.perf_counter()
         if self.checkpoint:
             refuse_difference(self.checkpoint, self.made_by)
-            done, self.seconds_before = self.checkpoint["step"], self.checkpoint["seconds"]
-            restore(optimizer, self.checkpoint)
-            vars(chunks).update(self.checkpoint["chunks"])
+            others = restore(self.checkpoint["path"], optimizer)
+            done, self.seconds_before = self.checkpoint["step"], others["seconds"]
+            vars(limits).update(others["limits"])
         if self.folder is None:
             self.folder = new_folder(self.config.output_dir)
             self.hold()
-            self.say(f"writing to {self.folder}")
+            logger.info(f"writing to {self.folder}")
         else:
-            self.say(f"going on after step {done} in {self.folder}")
+            logger.info(f"going on after step {done} in {self.folder}")
         with writing(self.folder):
+            for path in self.checkpoints():
+                killed = path.is_dir() and not (path / "checkpoint.json").exists()
+                if step_of(path) > done and killed:  # while it was written
+                    shutil.rmtree(path)
+                elif step_of(path) > done:
+                    logger.info(f"not whole and not used: checkpoints/{set_aside(path)}")
             put(self.folder / "config.json", to_json(dataclasses.asdict(self.config)))
-            self.metrics, self.evaluations, _ = [cut(self.folder / name, done) for name in LOGS]
-        if len(self.metrics) != done:
-            found = f"{len(self.metrics)} lines for the {done} steps of {self.checkpoint['path']}"
-            raise UserError(f"{self.folder / LOGS[0]} has {found}")
+            self.metrics, self.evaluations, _ = [self.cut_log(name, done) for name in LOGS]
+        lost = sorted(set(range(1, done + 1)) - {row["step"] for row in self.metrics})
+        if lost:
+            logger.info(f"metrics.jsonl has no line of {len(lost)} steps, the first is {lost[0]}")
         self.remember(done)
         self.save()
 
-    def refuse_fewer_steps(self) -> None:
-        done = self.checkpoint["step"]
-        if self.config.steps < done:
-            raise UserError(f"--steps {self.config.steps}: the run has made {done} steps already")
+    def cut_log(self, name: str, done: int) -> list[dict]:
+        """The rows up to step `done`, which stay. What cannot be read goes, and is said."""
+        lines, path = self.logs[name], self.folder / name
+        kept = [line for line in lines if line.row and line.row["step"] <= done]
+        # A last line cut short is what a killed process leaves; its step is made again.
+        damaged = [x for x in lines if not x.row and (x.cut_short is None or x.cut_short <= done)]
+        if damaged:
+            where = f"{name}, line {damaged[0].number}: {damaged[0].wrong}"
+            more = f", and {len(damaged) - 1} more lines" if len(damaged) > 1 else ""
+            logger.info(f"{where}{more}; left out here and kept in {set_aside(path)}")
+        if len(kept) < len(lines):
+            put(path, b"".join(line.text + b"\n" for line in kept))
+        return [line.row for line in kept]
 
-    def say(self, words: str) -> None:
-        console.print(words, markup=False, soft_wrap=True)
+    # ---- while it runs ----
 
     def append(self, name: str, row: dict) -> None:
         """A line to one of the logs; every line names its step."""
-        with writing(self.folder), (self.folder / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        with writing(self.folder), (self.folder / name).open("ab") as file:
+            file.write(json.dumps(row).encode() + b"\n")
 
     def log(self, metrics: dict) -> None:
         self.append("metrics.jsonl", metrics)
@@ -488,60 +485,31 @@ class RunFolder:
             self.save()
 
     def remember(self, step: int) -> None:
-        self.state = State.of(step, self.seconds(), self.model, self.optimizer, self.chunks)
+        others = {"seconds": self.seconds(), "limits": dataclasses.asdict(self.limits)}
+        self.done = step, checkpoint_files(self.model, self.optimizer, others)
 
     def save(self) -> None:
         """A checkpoint of the last completed step, its adapter in adapter/, old ones pruned."""
-        path = self.folder / "checkpoints" / f"step-{self.step:06d}"
+        step, files = self.done
+        path = self.folder / "checkpoints" / f"step-{step:06d}"
         with writing(self.folder):
-            for folder in (path.parent, self.folder / "adapter"):
-                folder.mkdir(exist_ok=True)
-            sync(self.folder)
-            if not path.exists():
-                for name in filter(Path.exists, (self.folder / name for name in LOGS)):
-                    sync(name)  # no line of its steps may be lost after it
-                put_folder(path, self.state.files(self.model, self.made_by))
-            for file in (path / "adapter").iterdir():
-                put(self.folder / "adapter" / file.name, file.read_bytes())
-            for old in self.checkpoints()[self.config.keep :]:
-                shutil.rmtree(old.rename(old.with_suffix(".tmp")))
-
-    def checkpoints(self) -> list[Path]:
-        """Newest first."""
-        found = (self.folder / "checkpoints").glob("step-" + "[0-9]" * 6)
-        return sorted(found, reverse=True)
-
-    def newest_checkpoint(self) -> dict | None:
-        """The newest whole one; one that is not is put aside, what was half written removed."""
-        with writing(self.folder):
-            for pattern in ("*.tmp", "adapter/*.tmp", "checkpoints/*.tmp"):
-                for left in self.folder.glob(pattern):
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
-            broken = []
-            for path in self.checkpoints():
-                found = read_checkpoint(path)
-                if found:
-                    break
-                broken.append(path)
-            else:
-                if broken:
-                    raise UserError(f"{self.folder}: none of its checkpoints is whole")
-                return None  # it was stopped before the first one
-            for path in broken:
-                aside = path.with_suffix(".broken")
-                shutil.rmtree(aside, ignore_errors=True)
-                self.say(f"a checkpoint is not whole and not used: {path.rename(aside)}")
-        return found
-
-    def keep_evidence(self, name: str, tensors: dict[str, Tensor], facts: dict) -> Path:
-        """A folder beside the checkpoints with what somebody should look at."""
-        path = self.folder / name
-        tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        with writing(self.folder):
-            shutil.rmtree(path, ignore_errors=True)
-            files = {"tensors.safetensors": safetensors.torch.save(tensors)}
-            put_folder(path, {**files, "facts.json": to_json(facts)})
-        return path
+            for folder in (path / "adapter", self.folder / "adapter"):
+                folder.mkdir(parents=True, exist_ok=True)
+            if not (path / "checkpoint.json").exists():
+                for log in filter(Path.exists, (self.folder / name for name in LOGS)):
+                    write(log, b"", "ab")  # no line of its steps may be lost after it
+                for name, data in files.items():
+                    write(path / name, data)
+                sums = {name: digest(data) for name, data in files.items()}
+                about = {"step": step, "made_by": self.made_by, "sha256": sums}
+                put(path / "checkpoint.json", to_json(about))
+            for name, data in files.items():
+                if name.startswith("adapter/"):
+                    put(self.folder / name, data)
+            for folder in (path / "adapter", path, path.parent, self.folder):
+                sync_folder(folder)
+            for old in self.checkpoints()[KEEP:]:
+                shutil.rmtree(old)
 
     def seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.started
@@ -558,28 +526,3 @@ class RunFolder:
             f"{unpacked / max(1, train):.1f} times as many.\n"
             f"Adapter, metrics and rollouts: {self.folder}"
         )
-
-
-@contextlib.contextmanager
-def watched(run: RunFolder, policy, questions: list, step: int) -> Iterator[None]:
-    """A number that goes wrong is saved with what it happened on, and ends the run in one line."""
-    try:
-        yield
-    except NonFinite as wrong:
-        prompts = {tuple(policy.prompt(question.text)): question.text for question in questions}
-        rows = [
-            {"question": text, "tokens": len(row), "text": policy.decode(row.input_ids)}
-            for row in wrong.rows
-            for prompt, text in prompts.items()
-            if tuple(row.input_ids[: len(prompt)]) == prompt
-        ]
-        facts = {"step": step, "what": str(wrong), "rows": rows}
-        path = run.keep_evidence(f"non-finite-step-{step:06d}", wrong.tensors, facts)
-        named = [f"{row['question']!r} ({row['tokens']} tokens)" for row in rows]
-        more = f" and {len(named) - 3} more" if len(named) > 3 else ""
-        words = f"step {step}: {wrong}, in {', '.join(named[:3])}{more}; it is kept in {path}"
-        raise NonFinite(words, wrong.rows, wrong.tensors) from None
-
-
-def terminate(signum: int, frame) -> None:
-    raise Terminated

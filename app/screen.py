@@ -1,106 +1,33 @@
-"""The terminal: flags in, figures out. Nothing here is part of the algorithm.
+"""The screen: plain figures become log lines, tables and a tree. Nothing here is the algorithm.
 
-Flags are made from the fields of a Config; plain figures become log lines, tables and a tree.
+A narrow terminal wraps lines, but nothing is cut off: a figure without its last digits is wrong.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import math
+import logging
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
 
-from data.files import UserError, reason
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-console = Console(highlight=False)
+
+class Screen(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # the BrokenPipeError, for `main` of cli.py; by default the program ends here
+
+
+console = Screen(highlight=False)
 
 # What a terminal obeys or cannot show: control characters, bidirectional ones, lone surrogates.
 UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-
-
-# ---- flags in -----------------------------------------------------------------------------
-
-
-def option(default: Any, help: str, **legal) -> Any:
-    """A field of Config with its help text and what is legal: choices, low, above, high."""
-    return dataclasses.field(default=default, metadata={"help": help, **legal})
-
-
-TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool}
-
-
-def check(config) -> None:
-    """Raises UserError, naming the value and the legal ones, for a field out of its range."""
-    for item in dataclasses.fields(config):
-        value, legal = getattr(config, item.name), item.metadata
-        name, _, none = item.type.partition(" | ")
-        if not isinstance(value, TYPES[name]) and not (none and value is None):
-            raise UserError(f"--{item.name} {value!r}: it must be of type {item.type}")
-        if "choices" in legal and value not in legal["choices"]:
-            raise UserError(f"--{item.name} {value}: choose one of {', '.join(legal['choices'])}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"--{item.name} {value}: it must be a finite number")
-        bounds = {
-            "low": ("at least", lambda value, bound: value >= bound),
-            "above": ("above", lambda value, bound: value > bound),
-            "high": ("at most", lambda value, bound: value <= bound),
-        }
-        for name, (words, holds) in bounds.items():
-            if value is not None and name in legal and not holds(value, legal[name]):
-                raise UserError(f"--{item.name} {value}: it must be {words} {legal[name]}")
-
-
-def boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r}: choose true or false")
-    return text.lower() == "true"
-
-
-def kind(annotation: str) -> Callable[[str], Any]:
-    """The converter of a field's type, e.g. of "float | None"."""
-    name, _, none = annotation.partition(" | ")
-    convert = {"str": str, "int": int, "float": float, "bool": boolean}[name]
-
-    def optional(text: str):
-        return None if none and text.lower() == "none" else convert(text)
-
-    optional.__name__ = name  # argparse names it: "invalid int value"
-    return optional
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are UserErrors, and list the flags there are for an unknown one."""
-
-    def error(self, message: str):
-        raise UserError(f"{message}; see {self.prog} --help")
-
-    def add_field(self, item: dataclasses.Field, *more_names: str) -> None:
-        words = f"{item.metadata['help']} (default: {item.default})".replace("%", "%%")
-        self.add_argument(
-            f"--{item.name}", *more_names, dest=item.name, type=kind(item.type),
-            default=argparse.SUPPRESS, metavar=item.type.split()[0], help=words,
-        )  # fmt: skip
-
-    def parse(self, args: list[str]) -> dict[str, Any]:
-        """What was typed; a field that was not is not in it."""
-        values, unknown = self.parse_known_args(args)
-        if unknown:
-            flags = " ".join(sorted(self._option_string_actions))
-            raise UserError(f"unknown: {' '.join(unknown)}; the flags of {self.prog} are {flags}")
-        return vars(values)
-
-
-# ---- figures out --------------------------------------------------------------------------
 
 
 def plain(text: str) -> str:
@@ -113,31 +40,46 @@ def one_line(text: str) -> str:
     return plain(text).replace("\n", "\\n")
 
 
+def say(text: str) -> None:
+    """A message, whatever it quotes."""
+    console.print(plain(text), markup=False, soft_wrap=True)
+
+
+class Says(logging.Handler):
+    """Prints what the engine and the run folder report to the logger "arpo_mini"."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
+logger = logging.getLogger("arpo_mini")
+logger.setLevel(logging.INFO)
+logger.addHandler(Says())
+
+
+# ---- progress -----------------------------------------------------------------------------
+
+
 def progress_bar() -> Progress:
+    """The live view of a training; what is printed meanwhile stands above it."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     return Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
 
 
-def advance(bar: Progress, name: str, items: list) -> Callable[[int], None]:
-    """A new line of the bar, as a function that moves it by n and removes it when it is full."""
-    task, left = bar.add_task(name, total=len(items)), len(items)
-
-    def move(n: int) -> None:
-        nonlocal left
-        left -= n
-        bar.advance(task, n)
-        if left <= 0:
-            bar.remove_task(task)
-
-    return move
+# ---- log lines ----------------------------------------------------------------------------
 
 
-# trained: tokens of the update, and those of every trajectory as a row of its own
-LOG_HEAD = "[dim]step  reward  right  calls  forks  H start  H tool  clipped    trained  seconds[/]"
+def print_log_head() -> None:
+    """The names of the figures in `print_log_line`.
+
+    trained: tokens of the update, and those of every trajectory as a row of its own
+    """
+    names = "step  reward  right  calls  forks  H start  H tool  clipped    trained  seconds"
+    console.print(names, style="dim", soft_wrap=True)
 
 
-def log_line(step: int, m: dict, words: Iterable[str] = ()) -> str:
-    """The figures of a step, and below them what needs to be said."""
+def print_log_line(step: int, m: dict, remarks: Iterable[str] = ()) -> None:
+    """The figures of a step, and below them what needs to be said about it."""
     H_tool = "     -" if m["entropy_after_tool"] is None else f"{m['entropy_after_tool']:6.4f}"
     trained = "/".join(f"{m[k] / 1000:.1f}k" for k in ("train_tokens", "train_tokens_unpacked"))
     line = (
@@ -145,7 +87,21 @@ def log_line(step: int, m: dict, words: Iterable[str] = ()) -> str:
         f"{m['forks']:5d}  {m['entropy_initial']:7.4f}  {H_tool}  {m['clip_fraction']:7.1%}  "
         f"{trained:>9}  {m['seconds_rollout'] + m['seconds_update']:7.2f}"
     )
-    return line + "".join(f"\n      [yellow]{each}[/]" for each in words)
+    console.print(line, soft_wrap=True)
+    for words in remarks:
+        console.print(f"      {words}", style="yellow", markup=False, soft_wrap=True)
+
+
+# ---- tables -------------------------------------------------------------------------------
+
+
+def print_table(table: Table) -> None:
+    """Cells are wrapped between words and never inside a figure, however narrow the terminal."""
+    for column in table.columns:
+        words = " ".join(map(str, [column.header, *column.cells])).split()
+        column.min_width = min(14, max(map(len, words)))  # a name may be longer, a figure is not
+    table.columns[0].overflow = "fold"
+    console.print(table, crop=False)
 
 
 def with_interval(figures: dict) -> str:
@@ -153,53 +109,75 @@ def with_interval(figures: dict) -> str:
     return f"{figures['accuracy']:.1%} ({low:.0%} to {high:.0%})"
 
 
-def comparison(before: dict, after: dict) -> Table:
-    """Test figures before and after training; {"sampled": .., "greedy": ..} each."""
+def comparison(before: dict | None, after: dict) -> Table:
+    """Test figures before and after training; {"sampled": .., "greedy": ..} each.
+
+    None before: that evaluation was lost.
+    """
+    both = [before or {"sampled": None, "greedy": None}, after]
     table = Table("test questions", "before (95 %)", "after (95 %)", box=box.SIMPLE_HEAD)
+
+    def add(name: str, decoding: str, cell: Callable[[dict], str]) -> None:
+        table.add_row(Text(name), *(cell(x[decoding]) if x[decoding] else "-" for x in both))
+
     for decoding in ("sampled", "greedy"):
-        b, a = before[decoding], after[decoding]
-        table.add_row(f"accuracy, {decoding}", with_interval(b), with_interval(a))
-        for domain in b["domains"]:
-            shares = (f"{x['domains'][domain]['accuracy']:.1%}" for x in (b, a))
-            table.add_row(Text(f"  {plain(domain)}"), *shares)
-    b, a = before["sampled"], after["sampled"]
-    table.add_row("well-formed", f"{b['well_formed']:.1%}", f"{a['well_formed']:.1%}")
-    table.add_row("tool calls a question", f"{b['tool_calls']:.2f}", f"{a['tool_calls']:.2f}")
+        add(f"accuracy, {decoding}", decoding, with_interval)
+        for domain in after[decoding]["domains"]:
+            add(f"  {plain(domain)}", decoding, lambda x, d=domain: share(x["domains"].get(d)))
+    add("well-formed", "sampled", lambda x: f"{x['well_formed']:.1%}")
+    add("tool calls a question", "sampled", lambda x: f"{x['tool_calls']:.2f}")
     return table
 
 
-def report_table(decoding: str, figures: dict) -> Table:
-    """How good the answers of one evaluation are, a row a domain."""
-    k = next(name for name in reversed(figures) if name.startswith("pass@"))
-    at_k = [k] if k != "pass@1" else []  # pass@1 is the accuracy
-    table = Table(decoding, "n", "accuracy (95 %)", *at_k, "EM", "F1", "math")
-    table.box = box.SIMPLE_HEAD
-    for domain, values in [*figures["domains"].items(), ("all", figures)]:
-        shares = (*at_k, "em", "f1", "math_equal")
-        table.add_row(
-            Text(plain(domain)),
-            str(values["questions"]),
-            with_interval(values),
-            *(f"{values[name]:.1%}" for name in shares),
-        )
-    return table
+def share(figures: dict | None) -> str:
+    return f"{figures['accuracy']:.1%}" if figures else "-"
 
 
-def effort_table(figures: dict) -> Table:
-    """What the answers took, and how uncertain the policy was, a row a domain."""
-    columns = {
+def evaluation_tables(name: str, figures: dict) -> list[Table]:
+    """How good the answers of one evaluation are, and what they took; a row a domain."""
+    at_k = [key for key in figures if key.startswith("pass@") and key != "pass@1"]
+    good = {"n": ("questions", "d"), "accuracy (95 %)": (None, ""), **{k: (k, ".1%") for k in at_k}}
+    good |= {"EM": ("em", ".1%"), "F1": ("f1", ".1%"), "math": ("math_equal", ".1%")}
+    effort = {
         "well-formed": ("well_formed", ".1%"),
         "calls a question": ("tool_calls", ".2f"),
         "right a call": ("tool_productivity", ".2f"),
         "H start": ("entropy_initial", ".4f"),
         "H tool": ("entropy_after_tool", ".4f"),
     }
-    table = Table("", *columns, box=box.SIMPLE_HEAD)
-    for domain, values in [*figures["domains"].items(), ("all", figures)]:
-        shown = [(values[name], form) for name, form in columns.values()]
-        cells = ("-" if v is None else f"{v:{form}}" for v, form in shown)
-        table.add_row(Text(plain(domain)), *cells)
-    return table
+    tables = []
+    for columns in (good, effort):
+        table = Table(name, *columns, box=box.SIMPLE_HEAD)
+        for domain, values in [*figures["domains"].items(), ("all", figures)]:
+            cells = (
+                with_interval(values) if key is None else
+                "-" if values[key] is None else f"{values[key]:{form}}"
+                for key, form in columns.values()
+            )  # fmt: skip
+            table.add_row(Text(plain(domain)), *cells)
+        tables.append(table)
+    return tables
+
+
+# ---- a tree -------------------------------------------------------------------------------
+
+
+class Wide:
+    """Something drawn `width` columns wide at least, even where the terminal has fewer."""
+
+    def __init__(self, content: RenderableType, width: int):
+        self.content, self.width = content, width
+
+    def __rich_console__(self, console, options):
+        width = max(self.width, options.max_width)
+        yield from console.render(self.content, options.update(width=width))
+
+
+def print_tree(tree: Tree) -> None:
+    def depth(tree: Tree) -> int:
+        return 1 + max(map(depth, tree.children), default=0)
+
+    console.print(Wide(tree, 4 * depth(tree) + 30), crop=False)
 
 
 def draw_tree(record: dict) -> Tree:

@@ -1,33 +1,45 @@
-"""Questions and demonstrations from files: the official ARPO files unchanged, and one's own.
+r"""Questions and demonstrations from files: the published forms unchanged, and one's own.
 
-    form           recognised by                    from
-    plain          "question", "answer"             one's own JSONL; "domain" where there is one
-    evaluation     "question" | "problem" |         evaluation/data/*.jsonl; the answer is a text,
-                   "Question", and "answer"         a number, a list, or ends in "#### n" (gsm8k)
-    reinforcement  "prompt", "reward_model"         rl_datasets/*.parquet, or the same rows as JSONL
-    sharegpt       "conversations"                  the SFT data; one human turn, one gpt turn
+    form           recognised by                     from
+    plain          a question and an answer          one's own, evaluation/data/*.jsonl, HotpotQA,
+                   (QUESTION_KEYS, ANSWER_KEYS)      2Wiki, MuSiQue, gsm8k, FlashRAG, Search-R1
+    solved         a question and "solution"         MATH: the answer is in its last \boxed{..}
+    reinforcement  "prompt" and "reward_model"       verl's columns: rl_datasets, DAPO-Math
+    conversation   "conversations" or "messages" or  sharegpt (the SFT data), OpenAI, LLaMA-Factory,
+                   "instruction" and "output"        Alpaca: a question, calls, results, an answer
 
-The form of every row is told by its keys; a file is JSONL unless its name ends in .parquet.
+The form of every row is told by its keys, in upper or lower case; files.py says what a file may be.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+import math
 import re
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from numbers import Number
 from pathlib import Path
+from typing import Any
 
 from advantage import boxed
-from data.files import UserError, reason
+from data.files import BAD_ROW, HUB_ID, UserError, read_rows, reason
 
-MAX_QUESTION_CHARS = 1_000_000  # a tokenizer takes seconds and gigabytes for ten times as many
-PLAIN = '{"question": "...", "answer": "..."}'
-LEGAL = (
-    f'{PLAIN} (or "problem" or "Question"), {{"prompt": [..], "reward_model": {{..}}}}, '
-    '{"conversations": [..]}'
+logger = logging.getLogger("arpo_mini")
+
+MAX_CHARS = 1_000_000  # a tokenizer takes seconds and gigabytes for ten times as many
+QUESTION_KEYS = ("question", "problem", "query", "prompt")
+ANSWER_KEYS = ("answer", "answers", "golden_answers", "final_answer", "expected_answer", "target")
+QUESTION = (
+    '{"question": "...", "answer": "..."} (or "problem", "prompt"; "answers", "golden_answers", '
+    '"solution" with \\boxed{..}), {"prompt": [..], "reward_model": {"ground_truth": ..}}, '
+    '{"conversations": [..]}, {"messages": [..]}'
 )
-SHAREGPT = '{"conversations": [{"from": "human", "value": ".."}, {"from": "gpt", "value": ".."}]}'
+DEMONSTRATION = (
+    '{"conversations": [{"from": "human", "value": ".."}, {"from": "gpt", "value": ".."}]}, '
+    '{"messages": [{"role": "user", "content": ".."}, ..]}, {"instruction": "..", "output": ".."}'
+)
 # The official evaluation files do not say what they are about; the paper's groups of them do.
 DOMAINS = {
     "math": "aime24 aime25 math500 gsm8k math",
@@ -53,148 +65,240 @@ class Demonstration:
 
 
 def load_questions(path: str) -> list[Question]:
-    """The questions of a file of any form; UserError names the file, the line and what is wrong."""
-    domain = DOMAIN_OF_FILE.get(Path(path).stem, "all")
-    questions = list(read_rows(path, lambda row: read_question(row, domain)))
+    """The questions of a file of any form; UserError names the file, the row and what is wrong."""
+    hub = HUB_ID.fullmatch(str(path))
+    domain = DOMAIN_OF_FILE.get(Path(hub[1] if hub else path).name.split(".")[0], "all")
+    rows = read_rows(path, lambda row: read_question(row, domain), QUESTION)
+    questions = [question for _, question in rows]
     if not questions:
         raise UserError(f"{path} holds no questions")
     return questions
 
 
 def load_demonstrations(path: str) -> list[Demonstration]:
-    """The demonstrations of a sharegpt file; UserError as in `load_questions`."""
-    demonstrations = list(read_rows(path, read_sharegpt, SHAREGPT))
-    if not demonstrations:
-        raise UserError(f"{path} holds no demonstrations")
-    return demonstrations
+    """The conversations of a file that can be mapped onto our grammar; the log counts the others.
 
-
-# ---- rows of a file -----------------------------------------------------------------------
-
-
-def read_rows(path: str, read: Callable, legal: str = LEGAL) -> Iterator:
-    """What `read` makes of each row; its complaints get the file and the line."""
-    parquet = Path(path).suffix == ".parquet"
-    for number, row in parquet_rows(path) if parquet else jsonl_rows(path):
+    Raises UserError where a line is no row, and where none can be mapped.
+    """
+    mapped: list[Demonstration] = []
+    left_out: dict[str, list[str]] = {}  # why -> where
+    for place, row in read_rows(path, dict, DEMONSTRATION):
         try:
-            row = json.loads(row) if isinstance(row, str) else row
-            yield read(row)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            where = f"{path}, {'row' if parquet else 'line'} {number}"
-            raise UserError(f"{where}: {reason(error)}; legal: {legal}") from None
+            mapped.append(read_demonstration(row))
+        except BAD_ROW as error:
+            left_out.setdefault(reason(error), []).append(place)
+    whys = "".join(f"; left out: {len(at)}, at {at[0]}: {why}" for why, at in left_out.items())
+    if not mapped:
+        raise UserError(f"{path} holds no demonstrations{whys}; legal: {DEMONSTRATION}")
+    level = logging.WARNING if whys else logging.INFO
+    logger.log(level, "%s: %d demonstrations%s", path, len(mapped), whys)
+    return mapped
 
 
-def jsonl_rows(path: str) -> Iterator[tuple[int, str]]:
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {reason(error)}") from None
-    return ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
-
-
-def parquet_rows(path: str) -> Iterator[tuple[int, dict]]:
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import read_table
-    except ImportError:
-        how = "install it (pip install pyarrow) or convert the file to JSONL"
-        raise UserError(f"{path}: reading parquet needs the package pyarrow; {how}") from None
-    try:
-        return enumerate(read_table(path).to_pylist(), start=1)
-    except (OSError, ArrowException) as error:
-        raise UserError(f"cannot read {path}: {reason(error)}") from None
-
-
-# ---- a row, by its form -------------------------------------------------------------------
+# ---- questions ----------------------------------------------------------------------------
 
 
 def read_question(row: dict, domain: str) -> Question:
-    if not isinstance(row, dict):
-        raise ValueError(f"a row has keys, this is a {type(row).__name__}")
-    if "conversations" in row:
-        return sharegpt_question(row)
-    if "prompt" in row and "reward_model" in row:
-        return reinforcement_question(row)
-    return plain_question(row, domain)
+    told = {"reward_model", "solution", *ANSWER_KEYS} & {*row}
+    if not told and ("conversations" in row or "messages" in row):
+        solved = read_demonstration(row)
+        text, answers = solved.question, [boxed(solved.turns[-1][1])]
+    else:
+        text, answers = asked(row), gold_answers(row)
+    known = answers and all(isinstance(answer, str | Number) for answer in answers)
+    if not isinstance(text, str) or not known:
+        raise ValueError("a question is a text and has at least one answer, text or number")
+    if max(len(str(each)) for each in [text, *answers]) > MAX_CHARS:
+        raise ValueError(f"a question or an answer has at most {MAX_CHARS:,} characters")
+    texts = [text, *(spelling for answer in answers for spelling in spellings(answer))]
+    if not all(re.search(r"[^\s\u00ad\u200b-\u200f\u2060-\u2064\ufeff]", each) for each in texts):
+        raise ValueError("a question or an answer is empty")
+    return Question(text, list(dict.fromkeys(texts[1:])), domain_of(row) or domain)
 
 
-def plain_question(row: dict, domain: str) -> Question:
+def asked(row: dict) -> Any:
+    """The question alone: a system prompt is left out, for ours says what our tools are."""
     # aime24 has "problem" beside "question"; the released evaluation asks the latter.
-    key = next((key for key in ("question", "problem", "Question") if key in row), "question")
-    text = row[key]
-    answer = row["answers" if "answers" in row and "answer" not in row else "answer"]
-    answers = answer if isinstance(answer, list) else [answer]
-    checked(text, answers)
-    return Question(
-        text,
-        [gsm8k_answer(a) if isinstance(a, str) else str(a) for a in answers],
-        str(row.get("domain") or domain),
-    )
+    text = row[next((key for key in QUESTION_KEYS if row.get(key) is not None), "question")]
+    if isinstance(text, list):
+        users = [turn["content"] for turn in text if turn["role"] == "user"]
+        if len(users) != 1:
+            raise ValueError(f"a prompt has one user turn, this one has {len(users)}")
+        (text,) = users
+    extra = row.get("extra_info")  # it has the question without verl's "think step by step"
+    bare = extra.get("question") if isinstance(extra, dict) else None
+    return bare if isinstance(bare, str) and bare and bare in text else text
+
+
+def gold_answers(row: dict) -> list:
+    """Whatever the row accepts, unchecked; KeyError where it holds no answer."""
+    key = next((key for key in ANSWER_KEYS if row.get(key) not in (None, [])), None)
+    found = row[key] if key else None
+    if not key and row.get("reward_model") is not None:
+        found = row["reward_model"]["ground_truth"]
+    elif not key:
+        solved = boxed(str(row.get("solution"))) is not None
+        found = row["solution" if solved else "answer"]
+    if isinstance(found, dict) and "target" in found:  # Search-R1
+        found = found["target"]
+    elif isinstance(found, dict) and "aliases" in found:  # TriviaQA
+        found = [found.get("value"), *found["aliases"]]
+    if (row.get("choices") or row.get("options")) and re.fullmatch(r"\d|[A-J]", str(found)):
+        raise ValueError("the answer names a choice: write the choices into the question")
+    return as_list(found) + as_list(row.get("answer_aliases") or [])  # 2Wiki, MuSiQue
+
+
+def as_list(value: Any) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+def spellings(answer: str | Number) -> list[str]:
+    """The texts that an answer stands for: a solution for what it ends in, true for yes, too."""
+    if isinstance(answer, bool):
+        return [str(answer), "yes" if answer else "no"]
+    if isinstance(answer, str):
+        answer = gsm8k_answer(answer)
+        held = boxed(answer)
+        return [answer if held is None else held]
+    if isinstance(answer, float) and not math.isfinite(answer):
+        raise ValueError(f"{answer} is no answer")
+    return [str(answer)]
 
 
 def gsm8k_answer(text: str) -> str:
-    """What follows "#### " in a solution that ends in it, without separators; else the text."""
-    if not re.search(r"#### -?[\d.,]+\s*$", text):
+    """What follows "#### " in the last line of a solution, a number without $ and separators."""
+    solution, _, last = text.rstrip().rpartition("\n")
+    if "#### " in last:
+        answer = last.split("#### ")[1].strip()
+    elif last.startswith("####") and (solution or last == "####"):
+        answer = last.removeprefix("####")
+    else:
         return text
-    return re.search(r"#### (-?[\d.,]+)", text)[1].replace(",", "")
+    found = re.fullmatch(r"(-?)\\?\$?(-?[\d,]*\.?\d+(?:/\d+)?)(%?)\.?", answer)
+    whole = found and re.fullmatch(r"-?(\d+|\d{1,3}(,\d{2,3})*,\d{3})?(\.\d+|/\d+)?", found[2])
+    return found[1] + found[2].replace(",", "") + found[3] if whole else answer
 
 
-def reinforcement_question(row: dict) -> Question:
-    """verl's columns. The system prompt is left out: ours says what our tools are.
-
-    `ground_truth` is a plain text even where it looks like a list; `ability` may be missing.
-    """
-    users = [turn["content"] for turn in row["prompt"] if turn["role"] == "user"]
-    if len(users) != 1:
-        raise ValueError(f"a prompt has one user turn, this one has {len(users)}")
-    answer = row["reward_model"]["ground_truth"]
-    checked(users[0], [answer])
-    return Question(users[0], [str(answer)], row.get("ability") or row.get("data_source") or "all")
-
-
-def sharegpt_question(row: dict) -> Question:
-    r"""The question of a demonstration, and the answer it boxes."""
-    question, solution = human_and_gpt(row)
-    answer = boxed(solution)
-    if answer is None:
-        raise ValueError("the gpt turn holds no \\boxed{..} answer")
-    checked(question, [answer])
-    return Question(question, [answer])
-
-
-def checked(text, answers: list) -> None:
-    known = answers and all(isinstance(answer, str | int | float) for answer in answers)
-    if not isinstance(text, str) or not known:
-        raise ValueError("a question is a text and has at least one answer, text or number")
-    if len(text) > MAX_QUESTION_CHARS:
-        raise ValueError(f"a question has at most {MAX_QUESTION_CHARS:,} characters")
+def domain_of(row: dict) -> str:
+    """The first label of the row, as a text whatever it is; "" where there is none."""
+    labels = (row.get(key) for key in ("domain", "ability", "data_source"))
+    filled = (label for label in labels if label is not None and str(label).strip(" []{}"))
+    return str(next(filled, ""))[:100]
 
 
 # ---- demonstrations -----------------------------------------------------------------------
 
+AUTHORS = {"system": "system", "developer": "system", "user": "user", "human": "user"}
+AUTHORS |= dict.fromkeys("assistant gpt chatgpt model function_call tool_call".split(), "policy")
+AUTHORS |= dict.fromkeys("tool observation function tool_response ipython".split(), "tool")
 # A result follows a call; "<result>" that is only mentioned, in a thought, is the policy's own.
-CALLED = re.compile(r"(</(?!think>|result>)[\w-]+>)\s*<result>(.*?)</result>", re.DOTALL)
+RESULT = r"<(?:result|information|tool_response)>(.*?)</(?:result|information|tool_response)>"
+CALLED = re.compile(rf"(</(?!think>|result>)[\w-]+>)\s*{RESULT}", re.DOTALL)
+WRAPPED = re.compile(rf"\s*{RESULT}\s*", re.DOTALL)
 
 
-def read_sharegpt(row: dict) -> Demonstration:
-    """The gpt turn cut into what the policy wrote and, after its calls, what tools answered.
+def read_demonstration(row: dict) -> Demonstration:
+    """What the policy wrote and, after its calls, what tools answered, without the tags of results.
 
-    A tool's turn is the text between its tags: who encodes it spells them as a rollout would.
+    Who encodes a result spells it as a rollout would. The system's turn is left out: ours says
+    what our tools are.
     """
-    question, solution = human_and_gpt(row)
-    *calls, last = CALLED.split(solution)  # text, closing tag, result, text, .., last
-    turns = []
-    for text, closing, result in zip(calls[::3], calls[1::3], calls[2::3], strict=True):
-        turns += [("policy", text + closing), ("tool", result)]
-    return Demonstration(question, [*turns, ("policy", last)])
+    rows = turns_of(row)
+    turns: list[tuple[str, str]] = []
+    for author, text in map(author_and_text, rows):
+        if author == "policy" and turns and turns[-1][0] == author:  # it goes on writing
+            text = turns.pop()[1] + text
+        *called, last = CALLED.split(text) if author == "policy" else [text]
+        for before, closing, result in zip(called[::3], called[1::3], called[2::3], strict=True):
+            turns += [("policy", before + closing), ("tool", result)]
+        turns += [(author, last)] if author != "system" else []
+    if turns and turns[-1][0] == "tool":
+        turns.append(("policy", ""))
+    authors, texts = [author for author, _ in turns], [text for _, text in turns]
+    if authors != ["user", "policy", *["tool", "policy"] * (len(turns) // 2 - 1)]:
+        got = ", ".join(str(turn.get("from") or turn.get("role")) for turn in rows[:9])
+        shape = "a conversation is one human turn and one gpt turn, calls and results between"
+        raise ValueError(f"{shape}; this is: {got}")
+    texts[1:-1:2] = map(calling, texts[1:-1:2])
+    if texts[-1].strip() or len(texts) == 2:  # nothing after a result: cut short, left to sft
+        texts[-1] = answering(texts[-1])
+    return Demonstration(texts[0], list(zip(authors[1:], texts[1:], strict=True)))
 
 
-def human_and_gpt(row: dict) -> tuple[str, str]:
-    turns = [(turn["from"], turn["value"]) for turn in row["conversations"]]
-    if [author for author, _ in turns] != ["human", "gpt"]:
-        got = ", ".join(str(author) for author, _ in turns)
-        raise ValueError(f"a conversation is one human turn and one gpt turn, this is: {got}")
-    (_, question), (_, solution) = turns
-    if not isinstance(question, str) or not isinstance(solution, str):
+def turns_of(row: dict) -> list[dict]:
+    if "instruction" not in row:
+        return row["messages"] if row.get("messages") else row["conversations"]
+    question = "\n".join(filter(None, (row["instruction"], row.get("input"))))  # Alpaca
+    earlier = [{"from": "human"}, {"from": "gpt"}] * len(row.get("history") or [])
+    return [*earlier, {"from": "human", "value": question}, {"from": "gpt", "value": row["output"]}]
+
+
+def author_and_text(turn: dict) -> tuple[str, str]:
+    role, text = turn.get("from") or turn.get("role"), turn.get("value") or turn.get("content")
+    if isinstance(text, list):  # parts, as OpenAI has them
+        if any(part["type"] != "text" for part in text):
+            raise ValueError("a turn that is not all text")
+        text = "".join(part["text"] for part in text)
+    if not isinstance(text or "", str):
         raise ValueError("the value of a turn is a text")
-    return question, solution
+    if role not in AUTHORS:
+        raise ValueError(f"the role {str(role)[:40]!r} is none of {', '.join(AUTHORS)}")
+    text = text or ""
+    if AUTHORS[role] == "tool":
+        wrapped = WRAPPED.fullmatch(text)
+        return "tool", wrapped[1] if wrapped else text
+    if turn.get("reasoning_content"):
+        text = f"<think>{turn['reasoning_content']}</think>{text}"
+    if role in ("function_call", "tool_call"):
+        text = spelled_call(text)
+    text = re.sub("(?s)<tool_call>(.*)</tool_call>", lambda found: spelled_call(found[1]), text)
+    calls = turn.get("tool_calls") or turn.get("function_call")
+    return AUTHORS[role], text + spelled_call(calls) if calls else text
+
+
+def spelled_call(calls: Any) -> str:
+    """<name>text</name> of {"name": .., "arguments": {..}}, or JSON of it, or a list of one."""
+    try:
+        (call,) = as_list(from_json(calls))
+        call = call.get("function") or call  # as OpenAI has it
+        name, text = call["name"], from_json(call["arguments"])
+        (text,) = text.values() if isinstance(text, dict) else [text]
+    except BAD_ROW:
+        name, text = "", None
+    legal = re.fullmatch(r"(?!(think|answer|result)$)[\w-]+", str(name))
+    if not legal or not isinstance(text, str | Number) or f"</{name}>" in str(text):
+        raise ValueError("a turn's call is not one tool's name with one text")
+    return f"<{name}>{text}</{name}>"
+
+
+def from_json(value: Any) -> Any:
+    if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
+        with contextlib.suppress(ValueError):
+            return json.loads(value)
+    return value
+
+
+def thinking(text: str) -> str:
+    if "<think>" in text and text.rstrip().endswith("</think>"):
+        return text
+    return f"<think>{re.sub('</?think>', '', text).strip()}</think>"
+
+
+def calling(text: str) -> str:
+    """A turn before a result as <think>..</think> and its call."""
+    closing = re.search(r"</(?!think>|answer>)([\w-]+)>$", text.rstrip())
+    start = text.rfind(f"<{closing[1]}>") if closing else -1
+    if start < 0:
+        raise ValueError("a result that follows no call")
+    return thinking(text[:start]) + text[start:]
+
+
+def answering(text: str) -> str:
+    r"""A last turn as <think>..</think><answer>.. \boxed{..} ..</answer>."""
+    thought, tag, answer = text.rpartition("<answer>")
+    if not tag or boxed(answer) is None:
+        held = answer.partition("</answer>")[0].strip() if tag else boxed(text)
+        if not held:
+            raise ValueError("the last turn holds no \\boxed{..} answer")
+        thought, answer = thought if tag else text, f"\\boxed{{{held}}}</answer>"
+    return f"{thinking(thought)}<answer>{answer}"

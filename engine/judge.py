@@ -1,51 +1,376 @@
-"""Stub until the merge."""
+r"""One judge for reward and evaluation: is a prediction one of the right answers?
 
-import re, string
+The right answer decides how it is compared, after LaTeX and Unicode are spelled in one way:
+
+    number      "63", "-3/4", "1e3", "18 cm", "1.5 million", "x = 5"    the same exact value
+    expression  "\sqrt{2}", "x > 3", "(1, 2)", "2x + 1": no words       math-verify decides
+    words       "World War 2", "Old Mill", "北京"                        F1; yes and no exactly
+
+A number counts with or without its unit, but not with another unit; "50%" is 50, and 0.5 as well.
+"1,234" is 1234, "1,5" are two numbers, "3-4" and "10:30" are texts (a score, a time), "3.14" is not
+pi. An expression counts as its value: 10^5 for 100000. Only words score between 0 and 1.
+"""
+
+import logging
+import math
+import re
+import sys
+import unicodedata
 from collections import Counter
+from difflib import SequenceMatcher
 from fractions import Fraction
+from functools import lru_cache
+from itertools import accumulate
 
 
 def judge_answer(prediction: str, answers: list[str]) -> float:
-    """Two numbers are equal or not, other answers score their F1; the best over the answers."""
-    best = 0.0
-    for answer in answers:
-        numbers = as_number(prediction), as_number(answer)
-        if None not in numbers:
-            accuracy = float(numbers[0] == numbers[1])
-        elif normalize_answer(answer):
-            accuracy = f1_score(prediction, answer)
-        else:  # "A" is an article, normalised to nothing: compare it as it stands
-            accuracy = float(prediction.strip().lower() == answer.strip().lower())
-        best = max(best, accuracy)
-    return best
+    """In [0, 1], the best over the answers: 1 for an exact match, F1 where the answer is words."""
+    if any(exact_match(prediction, answer) for answer in answers):
+        return 1.0
+    return max((f1_score(prediction, a) for a in answers if is_words(a)), default=0.0)
 
 
-NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d+|/\d+)?")
+def exact_match(prediction: str, answer: str) -> bool:
+    """Mathematically equal, or the same words in the same order."""
+    if math_equal(prediction, answer):
+        return True
+    return is_words(answer) and words(prediction) == words(answer) != []
+
+
+def math_equal(prediction: str, answer: str) -> bool:
+    """The same value, an equal expression, or the same text but for spaces and case."""
+    numbers = as_number(prediction), as_number(answer)
+    if None not in numbers:
+        return numbers[0] == numbers[1]
+    p, a = clean(prediction), clean(answer)
+    if bool(NAME.match(p)) != bool(NAME.match(a)):  # "x = 63" for "63", but not for "y = 63"
+        p, a = NAME.sub("", p), NAME.sub("", a)
+    quantities = quantity(p), quantity(a)
+    if None not in quantities:
+        return same_quantity(*quantities)
+    choices = CHOICE.fullmatch(p), CHOICE.fullmatch(a)
+    if None not in choices:  # "(B)" for "B"
+        return choices[0][1].lower() == choices[1][1].lower()
+    if squeeze(p) == squeeze(a) != "":
+        return True
+    return not is_words(p) and not is_words(a) and same_expression(p, a)
+
+
+def f1_score(prediction: str, answer: str) -> float:
+    """2 |shared| / (|prediction| + |answer|) of words, or of characters in a script without spaces.
+
+    Words count in any order (as in SQuAD), characters in the order of the answer.
+    """
+    p, a = words(prediction), words(answer)
+    if p != a and any(text in (["yes"], ["no"], ["true"], ["false"]) for text in (p, a)):
+        return 0.0
+    if any(map(UNSPACED.match, a)):
+        blocks = SequenceMatcher(None, p[:1000], a, autojunk=False).get_matching_blocks()
+        shared = sum(block.size for block in blocks)
+    else:
+        shared = (Counter(p) & Counter(a)).total()
+    return 2 * shared / max(len(p) + len(a), 1)
+
+
+# ---- one spelling -------------------------------------------------------------------------
+
+MAX_TEXT = 4_000  # characters that are read: NFKC takes quadratic time (accents on accents)
+SIGNS = str.maketrans(
+    "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\u2044\u2215\u2236\u3001\u3002", "-------//:,."
+)
+STYLE = re.compile(r"\\(?:text[a-z]{0,6}|math(?:rm|bf|it|sf)|[mh]box)\s*\{([^{}]*)\}")
+SILENT = re.compile(r"\\(?:left|right|[Bb]igg?[lr]?|f?boxed|displaystyle)(?![a-z])|\\[()\[\]]")
+WRAPPED = re.compile(r"\A(?:\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}|\*\*(.*)\*\*)\Z", re.DOTALL)
+EDGES = " \t\r\n`\"'“”\u2018\u2019«»「」『』《》"
+NAME = re.compile(r"\A\\?[A-Za-z][\w\\{} ]*(?:\([^()=]*\))?=\s*(?=[^=]+\Z)")
+CHOICE = re.compile(r"\(?\s*([A-Za-z])\s*[).:]?")
+
+
+@lru_cache(maxsize=256)  # a group of rollouts has one question
+def clean(text: str) -> str:
+    """NFKC, one minus sign, and without the LaTeX that only says how something looks."""
+    text = text[:MAX_TEXT]
+    if not text.isascii():
+        text = re.sub("[º˚]", "°", re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞])", " ", text))  # 2½ is not 21/2
+        text = re.sub("[⁰ⁱ⁴-⁹⁺⁻ⁿ¹²³]+", r"^{\g<0>}", text)  # 10² is not 102
+        text = unicodedata.normalize("NFKC", text).translate(SIGNS)
+    if re.search(r"[\\$^~{]", text):
+        text = re.sub(r"(?<=\d)(?:,?\\[,;:! ]|\{,\})(?=\d{3}(?!\d))", ",", text)  # 1\,000
+        if len(re.findall(r"(?<!\\)\$", text)) > 1:  # around mathematics: no currency
+            text = re.sub(r"(?<!\\)\$", "", text)
+        text = re.sub(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree(?![a-z])", "°", text)
+        text = re.sub(r"(?<!\\)\\[,;:!> ]|~|\\q?quad(?![a-z])", " ", text)
+        text = SILENT.sub("", STYLE.sub(r" \1 ", STYLE.sub(r" \1 ", text)))
+        text = re.sub(r"\\[dtc]frac(?![a-z])", r"\\frac", re.sub(r"\\([%$#&_])", r"\1", text))
+        text = re.sub(r"\s*\^\s*", "^", text)
+    for _ in range(2):
+        text = WRAPPED.sub(r"\1\2", text.strip(EDGES).rstrip(EDGES + ".,;:\\")).strip()
+    return text
+
+
+def squeeze(text: str) -> str:
+    """In lower case, without the spaces that do not stand between two words or numbers."""
+    text = re.sub(r"([_^])\{(\w)\}", r"\1\2", " ".join(text.split()))
+    return re.sub(r"\s+(?!\w)|(?<!\w)\s+", "", text).casefold()
+
+
+# ---- numbers ------------------------------------------------------------------------------
+
+MAX_LENGTH = 150  # characters of a number or an expression
+DECIMAL = r"(?:\d{1,3}(?:[, ]\d{3})+|\d*)(?:\.\d+)?(?:[eE][-+]?\d{1,3})?"
+NUMBER = re.compile(rf"[-+]?(?:{DECIMAL}|\d+/\d+)")
+FRACTION = re.compile(r"\\frac\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))")
+QUANTITY = re.compile(
+    r"\s*(?P<open>\()?\s*(?P<sign>[-+]?)\s*(?:(?P<currency>(?:US)?[$€£¥₹₩]|Rs|USD|EUR)\.?)?\s*"
+    rf"(?P<minus>-?)(?:(?:(?P<whole>\d+) +)?(?P<part>\d+ */ *\d+)|(?P<decimal>{DECIMAL}))"
+    r"(?: *(?:[x*×·]|\\times|\\cdot) *10\^\{?(?P<power>[-+]?\d{1,3})\}?)?"
+    r"(?:\s*(?P<close>\)))?(?P<unit>.*)",
+    re.DOTALL,
+)
+SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "dozen": 12}
+SCALES |= {"trillion": 10**12, "万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8}
+SCALE = re.compile(rf"\s*({'|'.join(SCALES)})s?(?![a-z])")
+UNIT = re.compile(r"(/?)((?:[^\W\d_]|[°%$€£¥₹₩'-])+)\.?(?:\^?\{?(-?[1-4])\}?)?")
+UNITS = {
+    name: names.split()[0]
+    for names in """
+        mm millimeter millimetre; cm centimeter centimetre 厘米; m meter metre 米; in inch inches;
+        km kilometer kilometre 公里 千米; ft foot feet; yd yard; mi mile; mg milligram; g gram 克;
+        kg kilogram kgs kilo 公斤 千克; t tonne; lb pound; oz ounce; mL milliliter millilitre;
+        L l liter litre; ms millisecond; s second sec 秒; min minute 分钟; h hour hr 小时; Hz hertz;
+        km/h kph kmh; mi/h mph; N newton; J joule; W watt; kW kilowatt; V volt; A ampere amp; Ω ohm;
+        K kelvin; °C °celsius; °F °fahrenheit; ° degree deg 度; % percent pct; $ us$ dollar usd;
+        € euro eur; £ gbp; ¥ yuan yen rmb cny jpy 元 円; ₹ rupee rs inr; ₩ won krw; AD CE; BC BCE
+    """.split(";")
+    for name in names.split()
+}
+NO_UNIT = set(  # words that change the number before them
+    "and or to not nor minus plus over out of by than half halves third quarter fourth fifth tenth "
+    "squared cubed factorial".split()
+)
 
 
 def as_number(text: str) -> Fraction | None:
-    r"""The exact value of "-5", "1,200", "$0.50", "3/4", "\frac{3}{4}"; None for anything else."""
-    text = re.sub(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", r"\1/\2", text.replace("\u2212", "-"))
-    text = text.strip(" \t\n\\$%")
+    """The exact value of a plain number: "-5", "1,200", ".5", "1e3", "3/4"; None for the rest."""
     try:
-        return Fraction(text.replace(",", "")) if NUMBER.fullmatch(text) else None
-    except (ValueError, ZeroDivisionError):  # "", "1/0", more digits than Python converts
+        text = text.strip()
+        plain = len(text) <= MAX_LENGTH and NUMBER.fullmatch(text)
+        return Fraction(re.sub("[, ]", "", text)) if plain else None
+    except (ValueError, ZeroDivisionError):  # "", "e5", "1/0"
         return None
 
 
-def normalize_answer(text: str) -> str:
-    """Lower case, no ASCII punctuation, no articles, single spaces (SQuAD, deep_research.py)."""
-    text = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+def quantity(text: str) -> tuple[Fraction, str] | None:
+    """(18, "cm") of "18 centimeters", a `clean` text; None where it is not one number."""
+    found = len(text) <= MAX_LENGTH and QUANTITY.fullmatch(FRACTION.sub(r" \1\2/\3\4", text))
+    if not found or bool(found["open"]) != bool(found["close"]):
+        return None
+    if found["open"] and "," in (found["decimal"] or ""):  # the point (100,200)
+        return None
+    try:
+        value = Fraction(re.sub("[, ]", "", found["part"] or found["decimal"]))
+    except (ValueError, ZeroDivisionError):
+        return None
+    value = (value + int(found["whole"] or 0)) * Fraction(10) ** int(found["power"] or 0)
+    rest, currency = found["unit"], UNITS.get((found["currency"] or "").lower(), "")
+    if scale := SCALE.match(rest):
+        value, rest = value * SCALES[scale[1]], rest[scale.end() :]
+    decade = rest == "s" and len(found["decimal"] or "") == 4  # the 1990s
+    unit = None if decade else unit_of(rest, currency)
+    sign = -1 if found["sign"] + found["minus"] == "-" else 1
+    return None if unit is None else (sign * value, unit)
 
 
-def f1_score(prediction: str, answers: str | list[str]) -> float:
-    """2 |shared words| / (|prediction| + |answer|), the best over the answers; yes/no exactly."""
-    best = 0.0
-    for answer in [answers] if isinstance(answers, str) else answers:
-        p, a = normalize_answer(prediction), normalize_answer(answer)
-        if p != a and {p, a} & {"yes", "no", "noanswer"}:
-            continue
-        shared = (Counter(p.split()) & Counter(a.split())).total()
-        best = max(best, 2 * shared / max(len(p.split()) + len(a.split()), 1))
-    return best
+def unit_of(text: str, unit: str) -> str | None:
+    """What of " square centimeters tall" is "cm2 tall"; None of what is no unit."""
+    text = re.sub(r"\s*(?:°|\b(?:degree|deg)s?\b) ?", " °", text)
+    text = re.sub(r"\b(?:square|sq\.?) (\w+)", r"\1^2", re.sub(r"\bcubic (\w+)", r"\1^3", text))
+    beside = text[:1].isspace()
+    for token in re.sub(r"\s*(?:/|\bper\b)\s*", " /", text).split():
+        found = UNIT.fullmatch(token)
+        if not found or found[2].rstrip("s") in NO_UNIT:
+            return None
+        per, word, power = found.groups(default="")
+        lower = word.lower() if len(word) > 1 else word  # "M" is no meter
+        name = UNITS.get(word) or UNITS.get(lower) or UNITS.get(lower.rstrip("s"))
+        letter = not beside and re.fullmatch("[A-Za-z]", word) and word not in "mghsLWV"  # 2t
+        if name is None or letter:  # any word in lower case after a space, or in another script
+            some_unit = beside and len(word) > 1 if word.isascii() else not GREEK.search(word)
+            if not some_unit or word != lower or power:
+                return None
+            name = word.rstrip("s")
+        unit, beside = f"{unit}{per or ' '}{name}{power}", True
+    return unit.strip()
+
+
+def same_quantity(a: tuple[Fraction, str], b: tuple[Fraction, str]) -> bool:
+    (x, short), (y, long) = sorted((a, b), key=lambda pair: len(pair[1]))
+    if short == "":
+        return x == y or (long == "%" and x == y / 100)
+    return x == y and f"{long} ".startswith(f"{short} ")  # "18 years old" for "18 years"
+
+
+# ---- words --------------------------------------------------------------------------------
+
+SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
+UNSPACED = re.compile(f"[{SPACELESS}]")  # Thai, Lao, Burmese, Khmer, Japanese, Chinese
+TOKEN = re.compile(rf"[{SPACELESS}]|[^\s{SPACELESS}]+")
+GREEK = re.compile("[\u0370-\u03ff]")
+PUNCTUATION = re.compile(r"((?<=\d)['.:/-](?=\d)|(?<=\w)-(?!\w))|[^\w\s]")
+ARTICLE = re.compile(r"\b(?:(?:an|the)(?=\s+\S)|a(?=\s+\w\w))(?=\s)")
+NAMES = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|infty"
+NO_WORD = re.compile(
+    rf"\\(?:begin|end)\s*\{{[a-z]*\}}|\\[A-Za-z]+|(?<![A-Za-z])(?:{NAMES}|and|or)(?![A-Za-z])"
+)
+MATHS = re.compile(r"\\[A-Za-z]|[\^=<>+*|√π∞≤≥≠×÷±\u222a∩∈]|\d[a-z](?![a-z])")
+
+
+def is_words(text: str) -> bool:
+    """No number and no expression: "Apollo 11", "yes", "U.S.", but not "18 cm", "2x" or "3-4"."""
+    text = clean(text)
+    if quantity(text) is not None:
+        return False
+    runs = re.findall(r"[^\W\d_]+", NO_WORD.sub(" ", text.replace(".", "")))
+    if any(len(run) > 3 or not (run.isascii() or GREEK.fullmatch(run)) for run in runs):
+        return True
+    return any(len(run) > 1 for run in runs) and not MATHS.search(text)
+
+
+def words(text: str) -> list[str]:
+    """Folded case, no punctuation, no article before a word; "2004-05-12" and "C++" stay whole."""
+
+    def keep(found: re.Match) -> str:
+        sign = found[0]
+        kept = sign not in "^`~|" and unicodedata.category(sign)[0] in "MS"  # accents, symbols
+        return sign if found[1] or kept or sign == "#" else "" if sign in ".'\u2019&" else " "
+
+    text = unicodedata.normalize("NFKC", clean(text).casefold())
+    text = re.sub(r"(?<=\d)\s*-\s*(?=\d)", "-", text)
+    text = re.sub(r"(?<![\d,])\d{1,3}(?:,\d{3})+(?![\d,])", lambda n: n[0].replace(",", ""), text)
+    return TOKEN.findall(ARTICLE.sub(" ", PUNCTUATION.sub(keep, text)))
+
+
+# ---- expressions --------------------------------------------------------------------------
+
+# What the policy writes is hostile. The parser evaluates some of it at once, in C, where nothing can
+# stop it: so length, nesting, commands and powers are bounded on the text (`is_safe`), and the
+# comparison, which is Python, by the number of its function calls. That works in any thread and, as
+# a clock would not, gives the same verdict on every machine.
+MAX_DEPTH = 8
+MAX_POWER = 2_500
+MAX_CALLS = 600_000  # about half a second
+LATEX = str.maketrans(
+    {"π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "×": r"\times "}
+    | {"·": r"\cdot ", "÷": "/", "±": r"\pm ", "\u222a": r"\cup ", "∩": r"\cap ", "∈": r"\in "}
+    | {"θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "∅": r"\emptyset ", "°": "", "$": ""}
+)
+COMMANDS = set(  # without integrals, sums, substitutions and matrices of any size
+    f"{NAMES}|frac|cdot|times|div|pm|mp|le|leq|leqslant|ge|geq|geqslant|ne|neq|lt|gt|in|cup|cap"
+    "|emptyset|setminus|mathbb|binom|lfloor|rfloor|lceil|rceil|begin|end|alpha|beta|delta"
+    "|epsilon|lambda|mu|omega|phi|rho|sigma|tau|theta|varphi".split("|")
+)
+UNSAFE = re.compile(
+    r"\^\w+\^|\d\s+\d|\d_|\d[eE][-+]?\d|\)\s*_|\|\s*[_^]|[\"'~#]"  # 2^9^9, "63 64", 63_8
+    r"|(?<![\\A-Za-z])[A-Za-z]\d"  # U2
+    r"|\\binom(?!\s*\{\w{1,3}\}\s*\{\w{1,3}\})|\\sqrt\s*\[(?!\w{1,2}\])|[({]\s*[({]\s*[({]"
+    r"|\A\d+(?:\s*[-:/.]\s*\d+)+\Z"  # a score, a time, a date, a version
+)
+FACTORIAL = re.compile(r"(?<![\w.^}])(?:\d{1,3}|[a-z])!(?![!^])")
+POWER = re.compile(
+    r"(.?)\^(\{(?:[^{}]|\{[^{}]*\})*\}|\((?:[^()]|\([^()]*\))*\)|[-+]?\d+|[A-Za-z]|.*)", re.DOTALL
+)
+
+
+class TooLong(BaseException):
+    """No Exception: the library catches those."""
+
+
+def same_expression(prediction: str, answer: str) -> bool:
+    """What math-verify says in both directions; False where it is not safe to ask."""
+    left, equals, right = prediction.rpartition("=")
+    if equals and not re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", prediction)):
+        return math_equal(left, right) and math_equal(right, answer)  # "2 + 3 = 5" for 5
+    texts = as_latex(prediction), as_latex(answer)
+    brackets = {re.match(r"\(|\\\{|", text)[0] for text in texts}
+    if not all(map(is_safe, texts)) or brackets == {"(", r"\{"}:  # a set is no pair
+        return False
+    # Imported here: sympy takes a moment, and most answers never need it.
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse, verify
+    from sympy.core.cache import clear_cache
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it has no time limit
+    # units=True would take the t of 2t for one
+    spelling = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
+    config = [LatexExtractionConfig(boxed_match_priority=-1, normalization_config=spelling)]
+    options = {"fallback_mode": "no_fallback", "parsing_timeout": None}
+    parsed = [parse(f"${text}$", config, **options) for text in texts]
+    clear_cache()  # what was judged before must not change the number of calls
+    calls = 0
+
+    def count(*event) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > MAX_CALLS:
+            raise TooLong
+
+    options = {"allow_set_relation_comp": True, "timeout_seconds": None}
+    tracer = sys.gettrace()
+    sys.settrace(count)
+    try:  # in both directions: for "5" alone, "2x + 1 = 5" would be right
+        return all(parsed) and all(verify(*pair, **options) for pair in (parsed, parsed[::-1]))
+    except TooLong:
+        return False
+    finally:
+        sys.settrace(tracer)
+
+
+def as_latex(text: str) -> str:
+    """Plain text as LaTeX, decimals as exact fractions."""
+
+    def exact(found: re.Match) -> str:
+        power, whole, digits = found.groups()
+        fraction = rf"\frac{{{int(whole + digits)}}}{{{10 ** len(digits)}}}"
+        return f"^{{{fraction}}}" if power else fraction
+
+    text = " ".join(text.translate(LATEX).replace("**", "^").split())
+    text = (
+        text.replace("<=", r"\le ")
+        .replace(">=", r"\ge ")
+        .replace("!=", r"\ne ")
+        .replace("varnothing", "emptyset")
+    )
+    text = re.sub(r"(?:√|\\?\bsqrt) ?\(([^()]*)\)", r"\\sqrt{\1}", text)
+    text = re.sub(r"(?:√|(?<!\\)\bsqrt) ?(\d+|[a-z](?![a-z]))", r"\\sqrt{\1}", text)
+    text = re.sub(rf"(?<![\\A-Za-z])({NAMES})(?![A-Za-z])", r"\\\1 ", text)
+    return re.sub(r"(\^)?(\d*)\.(\d+)", exact, text)
+
+
+def is_safe(text: str) -> bool:
+    """Is it an expression that is parsed and compared quickly?"""
+    if not (text.isascii() and text.isprintable() and len(text) <= MAX_LENGTH):
+        return False
+    depth = max(accumulate((c in "([{") - (c in ")]}") for c in text), default=0)
+    commands = set(re.findall(r"\\([A-Za-z]+)", text))
+    if depth > MAX_DEPTH or not commands <= COMMANDS or UNSAFE.search(text) or is_words(text):
+        return False
+    if len(FACTORIAL.findall(text)) < text.count("!"):
+        return False
+    largest = stacked = 1  # the exponents of an atom, and of a group, which may hold another power
+    for base, exponent in POWER.findall(text):
+        if re.search(r"[^A-Za-z]\^|\^.*\^|!", exponent):  # e^{x^2}, but no 2^{2^9}
+            return False
+        n = math.prod(max(1, int(digits)) for digits in re.findall(r"\d+", exponent))
+        largest, stacked = (largest, stacked * n) if base in ")]}" else (max(largest, n), stacked)
+    return largest * stacked <= (100 if "!" in text or "binom" in text else MAX_POWER)
+
+
+def measures(prediction: str | None, answers: list[str]) -> dict:
+    """Exact match, F1 and mathematical equality, the best over the answers; None: no answer."""
+    given = answers if prediction is not None else []
+    return {
+        "prediction": prediction,
+        "em": float(any(exact_match(prediction, answer) for answer in given)),
+        "f1": judge_answer(prediction, given) if given else 0.0,
+        "math_equal": float(any(math_equal(prediction, answer) for answer in given)),
+    }

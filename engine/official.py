@@ -1,17 +1,8 @@
 """The released code (RUC-NLPIR/ARPO, a95cd08), as far as it differs: quirks included.
 
 Its measurement of entropy for the branch rule `official`, and its reward and evaluation behind
---official_rewards. The rule itself is in entropy.py. Nothing here is needed to understand ARPO; it
-is here so that what was published can be run. Tested against numbers made by running that code.
-
-                 released evaluation                     ours (judge.py)
-    answer       the last box of the last answer, else   the box of a well-formed transcript
-                 its text, else the last five lines
-    em, f1       lower case, single spaces; no articles  numbers are equal or not; words without
-                 outside math; "1,000" is not "1000"     case, punctuation and articles
-    math_equal   one spelling (`simplify_math`) of the   the same value
-                 lower case text; "0.50" is not "1/2"
-    gold "[a]"   a list of answers, outside math         one answer
+--official_rewards. The rule itself is in entropy.py. Nothing here is needed to understand ARPO.
+Tested against numbers made by running that code (tests/parity).
 """
 
 from __future__ import annotations
@@ -110,6 +101,9 @@ def f1_score(prediction: str, answers: str | list[str]) -> float:
 # ---- evaluation (evaluation/src) ----------------------------------------------------------
 
 
+NONE = {"em": 0, "acc": 0, "f1": 0.0, "math_equal": 0}
+
+
 def official_judge(text: str, answers: list[str], is_math: bool) -> dict:
     """`judge` by the released code: `text` is the whole transcript, results included."""
     answer = answers[0] if len(answers) == 1 else answers
@@ -120,12 +114,8 @@ def official_scores(prediction: str, text: str, answer: str | list[str], is_math
     """Prediction, em, acc (the answer stands in the prediction), f1 and math_equal."""
     if not prediction:  # quirk: then whatever was said last is the answer
         prediction = "\n".join(text.replace("\n\n", "\n").strip().split("\n")[-5:])
-    if not prediction:
-        return {"prediction": "", "em": 0, "acc": 0, "f1": 0.0, "math_equal": 0}
-    return {
-        "prediction": prediction,
-        **(official_math if is_math else official_qa)(prediction, answer),
-    }
+    scores = official_math if is_math else official_qa
+    return {"prediction": prediction, **(scores(prediction, answer) if prediction else NONE)}
 
 
 def official_prediction(text: str) -> str:
@@ -169,7 +159,7 @@ def squeeze(text: str) -> str:
 def best(prediction: str, answers: list[str], normalise) -> dict:
     """The highest of each score over the answers."""
     p = normalise(prediction.lower())
-    scores = {"em": 0, "acc": 0, "f1": 0.0, "math_equal": 0}
+    scores = NONE
     for answer in answers:
         a = normalise(answer.lower())
         shared = (Counter(p.split()) & Counter(a.split())).total()
@@ -188,16 +178,6 @@ def official_math_equal(a: str | None, b: str | None) -> bool:
         return simplify_math(a) == simplify_math(b)
     except (ValueError, AttributeError):
         return a == b
-
-
-def official_calls(text: str, tag: str) -> int:
-    """Pairs of <tag> and </tag>, wherever they stand."""
-    return len(re.findall(f"<{tag}>.*?</{tag}>", text, re.DOTALL))
-
-
-def without_results(text: str) -> str:
-    """What the policy wrote of a transcript."""
-    return re.sub(r"<result>.*?</result>", "", text, flags=re.DOTALL).strip()
 
 
 def simplify_math(text: str) -> str:

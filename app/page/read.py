@@ -1,0 +1,139 @@
+"""The files of a run folder, read line by line: for the page, and for a run that goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from app.page.page import MOST_RUNS, Run, page
+from app.page.trees import tree
+from data.files import UserError, reason
+
+# What a line of each log must hold to be drawn, beside its step.
+NEEDED = {
+    "metrics.jsonl": (),
+    "evaluations.jsonl": ("decoding", "questions", "accuracy", "domains"),
+    "rollouts.jsonl": ("question", "nodes", "leaves"),
+}
+
+# ---- a log --------------------------------------------------------------------------------
+
+
+class Line(NamedTuple):
+    number: int
+    text: bytes
+    row: dict | None
+    wrong: str = ""  # why there is no row
+    cut_short: float | None = None  # a last line without an end: its step, inf if that is lost too
+
+
+def read_log(path: Path, problem: Callable[[dict], str]) -> list[Line]:
+    """The lines of a log. `problem(row)` says what is wrong with a row; no file has no lines."""
+    try:
+        *whole, rest = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:  # a folder, or not ours to read
+        return [Line(0, b"", None, reason(error))]
+    lines = [read_line(n, text, problem) for n, text in enumerate(whole, 1) if text.strip()]
+    if rest:
+        step = re.match(rb'{"step": (\d{1,12})\b', rest)
+        at = int(step[1]) if step else math.inf
+        lines.append(Line(len(whole) + 1, rest, None, "it is not complete", at))
+    return lines
+
+
+def read_line(number: int, text: bytes, problem: Callable[[dict], str]) -> Line:
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return Line(number, text, None, f"no JSON: {reason(error)}")
+    if not isinstance(row, dict):
+        wrong = f"it must be an object, {{...}}, not {str(row)[:20]!r}"
+    elif "step" not in row:
+        wrong = "step is missing"
+    elif type(row["step"]) is not int or not 0 <= row["step"] < 10**12:
+        wrong = f"step {str(row['step'])[:20]!r}: it must be a whole number"
+    else:
+        wrong = problem(row)
+    return Line(number, text, None if wrong else row, wrong)
+
+
+# ---- a run, to be drawn -------------------------------------------------------------------
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """A run folder, also of a run that goes on or was interrupted. Raises UserError."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder; name the --output_dir of a run")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no config.json, so it is no run; a run's folder has one")
+    config = read_config(folder / "config.json")
+    notes: list[str] = []
+    metrics, evaluations, trees = (read_rows(folder / log, notes) for log in NEEDED)
+    path = folder / "rollouts.jsonl"
+    drawn = [draw(record, config, f"{path}, line {i}") for i, record in enumerate(trees, start=1)]
+    if not metrics:
+        notes.append(f"{name}: no training step has been logged yet.")
+    return Run(name, config, metrics, evaluations, drawn, notes)
+
+
+def draw(record: dict, config: dict, where: str) -> dict:
+    try:
+        return tree(record, config)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise UserError(f"{where}: no rollout tree: {error}") from None
+
+
+def read_config(path: Path) -> dict:
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: no JSON: {reason(error)}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: it must be an object, {{...}}, not {str(config)[:20]!r}")
+    return config
+
+
+def read_rows(path: Path, notes: list[str]) -> list[dict]:
+    """The rows of a log; a last line that is still being written is left out."""
+    lines = read_log(path, lambda row: problem(row, NEEDED[path.name]))
+    if lines and lines[-1].cut_short is not None:
+        notes.append(f"The last line of {path.name} is not complete; it was left out.")
+        lines.pop()
+    for line in lines:
+        if line.wrong:
+            raise UserError(f"{path}, line {line.number}: {line.wrong}")
+    return [line.row for line in lines]
+
+
+def problem(row: dict, keys: tuple[str, ...]) -> str:
+    """What keeps this from being a row of its log."""
+    if missing := [key for key in keys if key not in row]:
+        return f"{', '.join(missing)} is missing"
+    domains = row.get("domains", {})
+    if not isinstance(domains, dict) or not all(isinstance(d, dict) for d in domains.values()):
+        return f"domains {domains!r}: it must hold figures by domain"
+    return ""
+
+
+def names_of(folders: list[Path]) -> list[str]:
+    """The last part of each path, or as many of its last parts as it takes to tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for n in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(some[-n:]) for some in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]  # one folder twice
+
+
+def report(folders: list[Path]) -> str:
+    """One page about one or more runs, laid over each other."""
+    if len(folders) > MOST_RUNS:
+        raise UserError(f"{len(folders)} runs: at most {MOST_RUNS} can be told apart")
+    runs = [read_run(f, name) for f, name in zip(folders, names_of(folders), strict=True)]
+    return page("arpo_mini: " + ", ".join(run.name for run in runs), runs)
