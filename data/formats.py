@@ -87,11 +87,13 @@ def load_demonstrations(path: str) -> list[Demonstration]:
             mapped.append(read_demonstration(row))
         except BAD_ROW as error:
             left_out.setdefault(reason(error), []).append(place)
-    whys = "".join(f"; left out: {len(at)}, at {at[0]}: {why}" for why, at in left_out.items())
+    often = sorted(left_out.items(), key=lambda item: -len(item[1]))[:5]
+    whys = "".join(f"; left out: {len(at)}, at {at[0]}: {why}" for why, at in often)
     if not mapped:
         raise UserError(f"{path} holds no demonstrations{whys}; legal: {DEMONSTRATION}")
+    total = len(mapped) + sum(map(len, left_out.values()))
     level = logging.WARNING if whys else logging.INFO
-    logger.log(level, "%s: %d demonstrations%s", path, len(mapped), whys)
+    logger.log(level, "%s: %d of %d rows are demonstrations%s", path, len(mapped), total, whys)
     return mapped
 
 

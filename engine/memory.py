@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from data.files import UserError
 
@@ -208,16 +209,13 @@ def snapshot(parameters: list[torch.nn.Parameter], optimizer) -> Callable[[], No
     def kept(value):
         return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
 
-    weights = [kept(parameter) for parameter in parameters]
-    saved = optimizer.state_dict()
-    state = {i: {k: kept(v) for k, v in of.items()} for i, of in saved["state"].items()}
+    weights, state = tree_map(kept, (parameters, optimizer.state_dict()))
 
     def restore() -> None:
         optimizer.zero_grad()
         with torch.no_grad():
             for parameter, value in zip(parameters, weights, strict=True):
                 parameter.copy_(value)
-        # A copy: an optimizer takes the tensors that it is given as its own.
-        optimizer.load_state_dict({**saved, "state": copy.deepcopy(state)})
+        optimizer.load_state_dict(copy.deepcopy(state))  # it takes what it is given as its own
 
     return restore

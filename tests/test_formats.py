@@ -1,209 +1,236 @@
-"""Files of questions: every official form, one's own, and what a row is told that has none."""
+"""Files of questions, documents and demonstrations: every published form, and what is no form."""
 
-import builtins
+import contextlib
 import dataclasses
+import gzip
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import huggingface_hub.constants
 import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import roll_out
 
+from advantage import reward
 from arpo_mini import EXAMPLES, main, question_to_show
 from data import make_world
+from data.files import Document, UserError, load_documents
 from data.formats import Question, load_demonstrations, load_questions
-from app.screen import UserError
 
-FIXTURES = Path(__file__).parent / "fixtures"
-REINFORCEMENT = [
-    Question("What is 12 times 12?", ["144"], "math"),
-    Question("Which two towns share the bridge?", ["['Yarrow', 'Tarnholm']"], "qa"),
-]
+ROOT = Path(__file__).parent.parent
+FIXTURES = ROOT / "tests" / "fixtures"
+OFFICIAL = json.loads((FIXTURES / "forms_official.json").read_text("utf-8"))
+REINFORCEMENT = [Question(*each) for each in OFFICIAL["reinforcement"]]
 
 
 def rows(name):
     return [json.loads(line) for line in (FIXTURES / name).read_text("utf-8").splitlines()]
 
 
-def parquet(folder, name):
-    """The rows of a JSONL fixture as the parquet file they are in the official repository."""
-    path = folder / f"{name}.parquet"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows(f"{name}.jsonl")), path)
+def jsonl(some):
+    return "".join(json.dumps(row) + "\n" for row in some).encode()
+
+
+def write(path, content):
+    """A file of bytes, or of rows: parquet where its name says so, else JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, list) and path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), path)
+    else:
+        path.write_bytes(jsonl(content) if isinstance(content, list) else content)
     return str(path)
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        (
-            "plain",
-            [
-                Question("What is 31 times 17?", ["527"], "math"),
-                Question("Which river runs through Tarnholm?", ["the Sel", "Sel"], "all"),
-                Question("Who mends clocks in Juniper?", ["Orla Rook"], "knowledge"),
-            ],
-        ),
-        ("aime24", [Question("Find the last two digits of 7^4.", ["01"], "math")]),
-        ("aime25", [Question("How many primes are below 20?", ["8"], "math")]),
-        ("math500", [Question("Halve $\\frac{3}{2}$.", ["\\frac{3}{4}"], "math")]),
-        ("math", [Question("Solve $2x = 6$.", ["x = 3"], "math")]),
-        (
-            "gsm8k",
-            [
-                Question(
-                    "Ida packs 3 crates of 400 nails and loses 25. How many are left?",
-                    ["1175"],
-                    "math",
-                )
-            ],
-        ),
-        ("gaia", [Question("How many islands does the attached map show?", ["12"], "deep_search")]),
-        ("hle", [Question("Name the smallest nonabelian simple group.", ["A_5"], "deep_search")]),
-        (
-            "webwalker",
-            [Question("In which hall was the 2019 fair held?", ["Hall [B]"], "deep_search")],
-        ),
-        ("hotpotqa", [Question("A question as hotpotqa asks it?", ["yes"], "knowledge")]),
-        ("2wiki", [Question("A question as 2wiki asks it?", ["Anna Berg"], "knowledge")]),
-        ("musique", [Question("A question as musique asks it?", ["1908", "in 1908"], "knowledge")]),
-        (
-            "bamboogle",
-            [Question("A question as bamboogle asks it?", ["Lake Arn", "Arn"], "knowledge")],
-        ),
-        ("SimpleQA", [Question("A question as SimpleQA asks it?", ["4 May 1931"], "deep_search")]),
-        ("xbench", [Question("A question as xbench asks it?", ["161.27元"], "deep_search")]),
-        ("reinforcement", REINFORCEMENT),
-        (
-            "hard_search",
-            [
-                Question(
-                    "Who founded the press that printed the map?",
-                    ["Ilse Mora"],
-                    "DR_simpledeepsearch0.8k",
-                )
-            ],
-        ),
-        (
-            "sharegpt",
-            [
-                Question("How many days are 17 weeks and 3 days?", ["122"], "all"),
-                Question("In which town is the maker of the oak lamp?", ["Larkstead"], "all"),
-                Question("What is the sum of the first ten squares?", ["385"], "all"),
-            ],
-        ),
-    ],
-)
-def test_every_form_is_recognised(name, expected):
+def refused(load, path):
+    with pytest.raises(UserError) as caught:
+        load(str(path))
+    message = str(caught.value)
+    assert str(path) in message and len(message.splitlines()) == 1 and len(message) < 1200
+    return message
+
+
+# ---- rows ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_every_official_file_is_read_unchanged(name):
+    expected = [Question(*each) for each in OFFICIAL[name]]
     assert load_questions(str(FIXTURES / f"{name}.jsonl")) == expected
 
 
-@pytest.mark.parametrize("name", ["reinforcement", "hard_search"])
-def test_parquet_reads_as_its_rows_do(name, tmp_path):
-    questions = load_questions(str(FIXTURES / f"{name}.jsonl"))
-    assert load_questions(parquet(tmp_path, name)) == questions
+LOADERS = {
+    "questions": (load_questions, "question problem golden_answers reward_model conversations"),
+    "documents": (load_documents, "title text contents content"),
+    "demonstrations": (load_demonstrations, "conversations messages instruction"),
+}
+CASES = {
+    f"{kind}-{number}": (kind, case)
+    for kind in LOADERS
+    for number, case in enumerate(rows(f"forms_{kind}.jsonl"), start=1)
+}
 
 
-def test_parquet_without_ability_or_metadata(tmp_path):
-    """Columns that may be missing are missing."""
-    some = [
-        {key: row[key] for key in ("prompt", "reward_model")} for row in rows("hard_search.jsonl")
-    ]
-    path = tmp_path / "bare.parquet"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(some), path)
-    (question,) = load_questions(str(path))
-    assert question.domain == "all" and question.answers == ["Ilse Mora"]
+@pytest.mark.parametrize("name", CASES)
+def test_a_row_is_read_or_named_with_the_legal_forms(name, tmp_path):
+    """Rows as published files have them: the same from JSON lines and from parquet."""
+    kind, case = CASES[name][0], dict(CASES[name][1])
+    load, forms = LOADERS[kind]
+    path, row = tmp_path / "x.jsonl", case.pop("row")
+    if "refused" in case:
+        message = refused(load, write(path, [row]))
+        assert f"{path}, line 1: " in message and case["refused"] in message
+        assert all(f'"{form}"' in message for form in forms.split())
+        return
+    (found,) = load(write(path, [row]))
+    assert {key: json.loads(json.dumps(getattr(found, key))) for key in case} == case
+    with contextlib.suppress(pyarrow.ArrowException, OverflowError):  # what a table cannot hold
+        assert load(write(tmp_path / "x.parquet", [row])) == [found]
+
+
+def test_what_is_mapped_is_well_formed():
+    mapped = [case for kind, case in CASES.values() if kind == "demonstrations" and "turns" in case]
+    for turns in (case["turns"] for case in mapped if case["turns"][-1][1]):
+        assert "<result>" in turns[0][1] or reward(turns, ["4"], tool_names=["search"]).well_formed
+
+
+def test_demonstrations_that_cannot_be_mapped_are_left_out_by_name(tmp_path, caplog):
+    good, chat, other = ({"instruction": "q", "output": o} for o in ("\\boxed{4}", "Hi", None))
+    path = write(tmp_path / "mixed.jsonl", [good, chat, good, chat, other, {"x": 1}])
+    assert len(load_demonstrations(path)) == 2
+    assert f"{path}: 2 of 6 rows are demonstrations; left out: 3, at {path}, line 2" in caplog.text
+    assert f"left out: 1, at {path}, line 6: 'conversations' is missing" in caplog.text
+
+
+# ---- what a file may be -------------------------------------------------------------------
+
+ROW = {"question": "q", "answer": 4, "title": "t", "text": "x"}
+TWO = jsonl([ROW, ROW])
+ARRAY = json.dumps([ROW, ROW], indent=1).encode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [TWO, b"\xef\xbb\xbf" + TWO, TWO.replace(b"\n", b"\r\n\r\n"), ARRAY, b"\xef\xbb\xbf\n" + ARRAY,
+     gzip.compress(TWO), gzip.compress(ARRAY)],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json.gz"])
+def test_lines_arrays_and_gz_are_told_by_their_bytes(name, content, tmp_path):
+    path = write(tmp_path / name, content)
+    assert load_questions(path) == [Question("q", ["4"])] * 2
+    assert load_documents(path) == [Document("t", "x")] * 2
+
+
+BROKEN = {
+    "empty": (b"", "holds no"),
+    "binary": (bytes(range(128, 256)), "line 1: byte 0 is no UTF-8 text"),
+    "latin-1": (TWO + '{"question": "é"}'.encode("latin-1"), "line 3: byte 14"),
+    "utf-16": (TWO.decode().encode("utf-16"), "save it as UTF-8"),
+    "cut line": (TWO[:-9], "line 2: no JSON"),
+    "cut gz": (gzip.compress(TWO * 99)[:-20], "cannot read"),
+    "damaged gz": (gzip.compress(TWO)[:14] + b"\0" * 40, "cannot read"),
+    "cut array": (ARRAY[:-20], "a JSON array, but no JSON"),
+    "array of numbers": (b"[7]", "row 1: a row has keys, this is a int"),
+    "a list": (TWO + b"[1, 2]", "line 3: a row has keys, this is a list"),
+    "deep": (TWO + b'{"a":' * 100_000, "line 3: nested too deeply"),
+    "deep array": (b"[" * 100_000, "nested too deeply"),
+    "no parquet": (b"PAR1 and nothing else", "cannot read"),
+    "long": (b"x" * 10**7, "line 1: no JSON"),
+}
+
+
+@pytest.mark.parametrize("load", [load_questions, load_documents, load_demonstrations])
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_file_is_one_line(kind, load, tmp_path):
+    content, words = BROKEN[kind]
+    assert words in refused(load, write(tmp_path / "x.jsonl", content))
+
+
+def test_folders_and_rows_of_parquet_are_one_line(tmp_path):
+    assert "Is a directory" in refused(load_questions, tmp_path)
+    for content in (b"", b"PAR1 and nothing else", b'{"question": "a"}'):
+        assert "cannot read" in refused(load_questions, write(tmp_path / "x.parquet", content))
+    odd = write(tmp_path / "odd.parquet", [{"text": "a"}])
+    assert "row 1: 'question' is missing" in refused(load_questions, odd)
 
 
 def test_without_pyarrow_a_parquet_file_says_what_to_do(tmp_path, monkeypatch, capsys):
-    path = parquet(tmp_path, "reinforcement")
-    real = builtins.__import__
-
-    def hidden(name, *args, **kwargs):
-        if name.partition(".")[0] == "pyarrow":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", hidden)
+    path = write(tmp_path / "x.parquet", rows("reinforcement.jsonl"))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert main(["eval", "--dataset_path", path]) == 2
     error = capsys.readouterr().err
     assert path in error and "pip install pyarrow" in error and len(error.splitlines()) == 1
     assert load_questions(str(FIXTURES / "plain.jsonl"))  # JSONL needs no pyarrow
 
 
-@pytest.mark.parametrize("content", [b"", b"PAR1 and nothing else", b'{"question": "a"}'])
-def test_a_broken_parquet_file_is_one_line(content, tmp_path):
-    path = tmp_path / "broken.parquet"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"cannot read .*broken.parquet") as caught:
-        load_questions(str(path))
-    assert len(str(caught.value).splitlines()) == 1
+# ---- data sets of the hub -----------------------------------------------------------------
+
+CACHED = """
+openai/gsm8k main/train-00000-of-00002.parquet main/train-00001-of-00002.parquet README.md
+openai/gsm8k main/test-00000-of-00001.parquet socratic/train-00000-of-00001.parquet
+o/hashed data/train-00000-of-00001-a09b74b3ef9c3b56.parquet train.json dataset_infos.json
+o/converted main/train/0000.parquet main/train/0001.parquet main/test/0000.parquet
+o/plain nq/train.jsonl nq/dev.jsonl musique_ans_v1.0_dev.jsonl
+o/half train-00000-of-00002.parquet
+o/script script.py
+"""
+ANSWER = [{"question": "q", "answer": "so\n#### 1,000", "contents": '"T"\nx'}]
 
 
-def test_a_bad_row_of_a_parquet_file_is_named(tmp_path):
-    path = tmp_path / "odd.parquet"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": "a"}]), path)
-    with pytest.raises(UserError, match="row 1: 'question' is missing"):
-        load_questions(str(path))
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A cache as the hub's library leaves it, and no network."""
+    for repo, *names in map(str.split, CACHED.strip().splitlines()):
+        folder = tmp_path / f"datasets--{repo.replace('/', '--')}"
+        write(folder / "refs" / "main", b"c0ffee")
+        for name in names:
+            write(folder / "snapshots" / "c0ffee" / name, ANSWER)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+
+KNOWN = "name one of openai/gsm8k:main/test, openai/gsm8k:main/train, openai/gsm8k:socratic/train"
 
 
 @pytest.mark.parametrize(
-    ("row", "words"),
+    ("name", "found"),
     [
-        ({"text": "a", "label": "b"}, "'question' is missing"),
-        ({"problem": "a"}, "'answer' is missing"),
-        ({"question": "a", "answer": {"value": 1}}, "at least one answer, text or number"),
-        ({"question": "a", "answer": ["b", None]}, "at least one answer, text or number"),
-        ({"question": None, "answer": "b"}, "a question is a text"),
-        ({"prompt": [], "reward_model": {"ground_truth": "b"}}, "one user turn, this one has 0"),
-        ({"prompt": [{"role": "user", "content": "a"}], "reward_model": {}}, "'ground_truth'"),
-        ({"prompt": "a", "reward_model": {"ground_truth": "b"}}, "line 2"),
-        ({"prompt": None, "reward_model": None}, "line 2"),
-        ({"conversations": []}, "one human turn and one gpt turn"),
-        ({"conversations": [{"from": "gpt", "value": "a"}]}, "this is: gpt"),
-        (
-            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
-            "no \\boxed{..} answer",
-        ),
-        ({"question": "a" * 1_000_001, "answer": 1}, "at most 1,000,000 characters"),
-        ("a text", "a row has keys, this is a str"),
+        ("openai/gsm8k:main/train", 2),
+        ("openai/gsm8k:main/test", 1),
+        ("openai/gsm8k:test", 1),  # one config has it
+        ("o/hashed", 1),  # the same rows, as parquet and as JSON, are read once
+        ("o/hashed:default/train", 1),
+        ("o/converted:main/train", 2),
+        ("o/plain:nq/dev", 1),
+        ("o/plain:musique_ans_v1.0_dev", 1),
+        *[(f"openai/gsm8k{wanted}", KNOWN) for wanted in ("", ":main", ":train", ":no/train")],
+        ("o/half:train", "only 1 of its 2 files are there"),
+        ("o/script", "holds no .parquet, .jsonl or .json file"),
+        ("o/unknown", "no such file, and no data set of the hub: Cannot reach"),
+        ("o/no--name", "no such file, and no data set of the hub: Cannot have --"),
+        ("o/such.jsonl", "cannot read o/such.jsonl: No such file"),
     ],
 )
-def test_a_row_of_no_form_is_named_with_the_legal_forms(row, words, tmp_path):
-    path = tmp_path / "odd.jsonl"
-    path.write_text('{"question": "q", "answer": 4}\n' + json.dumps(row) + "\n", "utf-8")
-    with pytest.raises(UserError) as caught:
-        load_questions(str(path))
-    message = str(caught.value)
-    assert f"{path}, line 2: " in message and words in message
-    for form in ('"question"', '"problem"', '"prompt"', '"reward_model"', '"conversations"'):
-        assert form in message
-    assert len(message.splitlines()) == 1
+def test_a_hub_data_set_by_its_id(name, found, hub):
+    if isinstance(found, int):
+        domain = "math" if "gsm8k" in name else "all"
+        assert load_questions(name) == [Question("q", ["1000"], domain)] * found
+        assert load_documents(name) == [Document("T", "x")] * found
+    else:
+        assert found in refused(load_questions, name)
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
-    path = tmp_path / "marked.jsonl"
-    path.write_text('{"question": "q", "answer": 4}\n', encoding="utf-8-sig")
-    assert load_questions(str(path)) == [Question("q", ["4"])]
-
-
-def test_demonstrations_are_cut_into_who_wrote_what():
-    one, two, _ = load_demonstrations(str(FIXTURES / "sharegpt.jsonl"))
-    assert one.question == "How many days are 17 weeks and 3 days?"
-    assert one.turns == [
-        ("policy", "<think>I multiply.</think><python>\nprint(17 * 7 + 3)\n</python>"),
-        ("tool", "\n122\n"),
-        ("policy", "\n<think>Done.</think><answer>The answer is \\[ \\boxed{122} \\]</answer>"),
-    ]
-    assert [author for author, _ in two.turns] == ["policy", "tool"] * 2 + ["policy"]
-    # a result that is only mentioned in a thought is not one
-    assert two.turns[0][1].startswith("<think>A <result> would help")
-    assert two.turns[1][1] == "\nPage 1: The oak lamp is made by Badger Workshop. <b>1911</b>\n"
-
-
-def test_a_file_of_questions_is_not_one_of_demonstrations():
-    with pytest.raises(UserError, match=r"'conversations' is missing; legal: .*human"):
-        load_demonstrations(str(FIXTURES / "plain.jsonl"))
+def test_the_environment_names_the_cache_and_a_local_file_wins(hub, tmp_path):
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
+    code = "from data.files import load_documents as load; print(load('openai/gsm8k:test'))"
+    run = [sys.executable, "-c", f"import sys; sys.path.append({str(ROOT)!r}); {code}"]
+    assert b"Document(title='T', text='x')" in subprocess.check_output(run, env=env)
+    write(tmp_path / "openai" / "gsm8k", [ROW])
+    assert load_questions("openai/gsm8k")[0].answers == ["4"]
 
 
 # ---- eval and train read them; show has two examples ready ---------------------------------
@@ -249,7 +276,7 @@ def test_official_mode_scores_as_the_released_evaluation(tmp_path, capsys):
 
 
 def test_train_reads_them_too(tmp_path, capsys):
-    path = parquet(tmp_path, "reinforcement")
+    path = write(tmp_path / "x.parquet", rows("reinforcement.jsonl"))
     some = ["--dataset_path", path, "--eval_path", str(FIXTURES / "aime24.jsonl")]
     short = "--steps 1 --questions_per_step 1 --group_size 2 --eval_every 0".split()
     folder = tmp_path / "run"
