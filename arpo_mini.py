@@ -82,6 +82,7 @@ def train_step(
         [judge(policy, leaf, question, config) for leaf in leaves]
         for question, leaves in zip(questions, groups, strict=True)
     ]
+    writer.kv.clear()  # the update has the memory to itself
     rolled_out = time.perf_counter()
     rows = [row for pair in zip(groups, rewards, strict=True) for row in credit(*pair, config)]
     figures = update(policy, optimizer, rows, config)

@@ -7,20 +7,28 @@ wrong, is data: a result that says so in words. Nothing here knows of models, to
 """
 
 import ast
-import json
+import ctypes
 import math
 import operator
 import re
+import sys
 import threading
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+import unicodedata
+from array import array
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import reduce
-from itertools import accumulate
+from itertools import count, pairwise
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
+
+from data.files import Document, load_documents
 
 TAG = re.compile(r"<(/?)([A-Za-z_][A-Za-z0-9_-]{0,40})>")
 RESERVED = ("think", "answer", "result")  # the grammar's own tags never name a tool
@@ -92,8 +100,7 @@ def policy_stop(text: str) -> str | None:
 def read_call(text: str, tools: Mapping[str, Tool]) -> ToolCall | None:
     """The last complete call of one policy segment, or None, by the rules of ``policy_stop``.
 
-    ``tools`` does not narrow it down: a name that is not in there is a call all the same, and
-    ``run_calls`` answers it.
+    Its name may be none of ``tools``: ``run_calls`` answers that, too.
     """
     closed = last_closed(text)
     if closed is None or closed[0] == "answer":
@@ -104,7 +111,19 @@ def read_call(text: str, tools: Mapping[str, Tool]) -> ToolCall | None:
 # --- running it and answering ---------------------------------------------------------------------
 
 MAX_THREADS = 64  # calls that run at the same time
-MAX_ERROR_CHARS = 300
+MAX_WORD = 30  # characters; what is longer is cut
+
+
+@dataclass(eq=False)
+class Screen:
+    """stdout or stderr for the tools, which may write to it but not close it."""
+
+    stream: object
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def close(self) -> None: ...
 
 
 def run_one(call: ToolCall, tools: Mapping[str, Tool]) -> ToolResult:
@@ -118,12 +137,17 @@ def run_one(call: ToolCall, tools: Mapping[str, Tool]) -> ToolResult:
         text = tools[call.name].run(call.argument)
         if not isinstance(text, str):
             raise TypeError(f"it returned {type(text).__name__}, not text")
-    except ToolError as error:
-        return ToolResult(cut(str(error), MAX_ERROR_CHARS), ok=False)
+        return ToolResult(str.__str__(text), ok=True)  # of a subclass only the characters
     except BaseException as error:  # deliberately everything: a rollout outlives its tools
-        problem = f"{call.name} failed: {type(error).__name__}: {error}"
-        return ToolResult(cut(problem, MAX_ERROR_CHARS), ok=False)
-    return ToolResult(text, ok=True)
+        return ToolResult(cut(problem(call.name, error), 300), ok=False)
+
+
+def problem(name: str, error: BaseException) -> str:
+    try:
+        kind, words = type(error).__name__, str.__str__(str(error))
+        return words if isinstance(error, ToolError) else f"{name} failed: {kind}: {words}"
+    except BaseException:  # an exception need not be able to say what it is
+        return f"{name} failed, with an error that has no readable message"
 
 
 def run_calls(
@@ -132,8 +156,8 @@ def run_calls(
     """Run the calls of one rollout level side by side; the results in the order of the calls.
 
     Equal calls run once. A call that raises, or takes longer than ``time_limit`` seconds, gives an
-    error result. A thread cannot be killed: a tool that hangs is left behind as a daemon, which
-    does not keep the interpreter from ending.
+    error result. Tools are trusted code in daemon threads: one that takes longer is stopped as soon
+    as it runs Python code again, which a C function that keeps the interpreter lock never does.
     """
     results: dict[ToolCall, ToolResult] = {}
     finished: dict[ToolCall, ToolResult] = {}  # the threads write here, some of them too late
@@ -142,20 +166,23 @@ def run_calls(
         finished[call] = run_one(call, tools)
 
     different = list(dict.fromkeys(calls))
-    for i in range(0, len(different), MAX_THREADS):
-        started = []
-        for call in different[i : i + MAX_THREADS]:
-            thread = threading.Thread(target=work, args=(call,), daemon=True)
-            try:
-                thread.start()
-            except RuntimeError as error:  # so many calls hang that no thread is left
-                results[call] = ToolResult(f"{call.name} did not start: {error}", ok=False)
-            else:
-                started.append((call, thread, time.monotonic() + time_limit))
-        for call, thread, deadline in started:
-            thread.join(max(0.0, deadline - time.monotonic()))
-            late = ToolResult(f"{call.name} took longer than {time_limit:g} seconds", ok=False)
-            results[call] = finished.get(call, late)
+    with redirect_stdout(Screen(sys.stdout)), redirect_stderr(Screen(sys.stderr)):
+        for i in range(0, len(different), MAX_THREADS):
+            started = []
+            for call in different[i : i + MAX_THREADS]:
+                thread = threading.Thread(target=work, args=(call,), daemon=True)
+                try:
+                    thread.start()
+                    started.append((call, thread, time.monotonic() + time_limit))
+                except RuntimeError as error:  # so many calls hang that no thread is left
+                    results[call] = ToolResult(f"{call.name} did not start: {error}", ok=False)
+            for call, thread, deadline in started:
+                thread.join(min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX))
+                late = ToolResult(f"{call.name} took longer than {time_limit:g} seconds", ok=False)
+                results[call] = finished.get(call, late)
+                if thread.is_alive():  # a busy loop would slow down everything else
+                    ident, error = ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit)
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, error)
     return [results[call] for call in calls]
 
 
@@ -185,187 +212,218 @@ def result_text(result: ToolResult) -> str:
 
 
 def cut(text: str, max_chars: int) -> str:
-    """At most ``max_chars`` characters, whole words; ' ...' shows that something is missing."""
+    """At most ``max_chars`` characters, whole words if they are short; ' ...' shows the cut."""
     if len(text) <= max_chars:
         return text
-    kept = text[: max_chars - 3]
-    return (kept[: kept.rfind(" ")] if " " in kept else kept[:-1]).rstrip() + " ..."
+    space = text.rfind(" ", max(0, max_chars - MAX_WORD), max_chars - 3)
+    return text[: space if space >= 0 else max_chars - 4].rstrip() + " ..."
 
 
 # --- calculator -----------------------------------------------------------------------------------
 
-MAX_CHARS = 1000  # of an expression
-MAX_PARENTHESES = 50  # one inside another
-MAX_DEPTH = 200  # operations one inside another; a sum of 200 terms fits
+MAX_CHARS = 500  # of an expression
 MAX_BITS = 4096  # of every integer on the way
 MAX_DIGITS = 200  # of the result
-TOO_LARGE = "the numbers become too large"
-
-
-def bounded(value: float) -> float:
-    if isinstance(value, complex):
-        raise ToolError("a root of a negative number is not a real number")
-    if isinstance(value, int) and value.bit_length() > MAX_BITS:
-        raise ToolError(TOO_LARGE)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ToolError(TOO_LARGE)
-    return value
-
-
-def whole(value: float) -> int:
-    if value != int(value):
-        raise ToolError(f"{value:g} is not a whole number")
-    return int(value)
-
-
-def power(base: float, exponent: float) -> float:
-    exact = isinstance(base, int) and isinstance(exponent, int)
-    if exact and (base.bit_length() - 1) * exponent > MAX_BITS:  # it would have even more bits
-        raise ToolError(TOO_LARGE)
-    return base**exponent
-
-
-def factorial(n: float) -> int:
-    if n > MAX_BITS:  # n! has more than n bits
-        raise ToolError(TOO_LARGE)
-    return math.factorial(whole(n))
-
-
-def comb(n: float, k: float) -> int:
-    n, k = whole(n), whole(k)
-    k = min(k, n - k) if k <= n else k
-    if k <= n and k * max(1, n.bit_length() - 1 - k.bit_length()) > MAX_BITS:
-        raise ToolError(TOO_LARGE)  # since comb(n, k) >= max(2, n / k) ** k
-    return math.comb(n, k)
-
-
-def lcm(*values: float) -> int:
-    return reduce(lambda a, b: bounded(math.lcm(a, b)), map(whole, values), 1)
-
-
-def round_to(value: float, digits: float = 0) -> float:
-    if abs(digits) > MAX_DIGITS:
-        raise ToolError(f"round takes at most {MAX_DIGITS} digits")
-    return round(value, whole(digits))
-
-
-OPERATORS = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: power,
-    ast.UAdd: operator.pos, ast.USub: operator.neg,
-}  # fmt: skip
-FUNCTIONS = {
-    "sqrt": math.sqrt, "abs": abs, "min": min, "max": max, "round": round_to,
-    "gcd": lambda *values: math.gcd(*map(whole, values)), "lcm": lcm,
-    "factorial": factorial, "comb": comb,
-    "log": math.log, "exp": math.exp, "sin": math.sin, "cos": math.cos,
-}  # fmt: skip
-
-
-def parse(expression: str) -> ast.expr:
-    """The syntax tree of an expression that is short, plain ASCII and not deeply nested."""
-    if len(expression) > MAX_CHARS:
-        raise ToolError(f"{len(expression)} characters are too many, {MAX_CHARS} are allowed")
-    expression = expression.translate(str.maketrans("\u00d7\u00f7\u2212", "*/-"))
-    expression = " ".join(expression.split())
-    odd = re.search(r"[^ -~]|[\"'\\#]", expression)  # Python reads many a non-ASCII letter as ASCII
-    if odd:
-        raise ToolError(f"the character {odd[0]!a} is not arithmetic")
-    if re.search(r"\d(?!e[+-]?\d)[a-z]|[\d)] ?\(", expression, re.IGNORECASE):  # 3x, 3(4 + 5)
-        raise ToolError("write * to multiply")
-    depths = accumulate((c in "([{") - (c in ")]}") for c in expression)
-    if max(depths, default=0) > MAX_PARENTHESES:
-        raise ToolError(f"more than {MAX_PARENTHESES} parentheses one inside another")
-    try:
-        return ast.parse(expression, mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise ToolError("use numbers, + - * / // % **, parentheses and functions") from None
-
-
-def evaluate(node: ast.AST, depth: int = 0) -> float:
-    """The value of one node of the syntax tree; every number on the way is bounded."""
-    if depth > MAX_DEPTH:
-        raise ToolError(f"more than {MAX_DEPTH} operations one inside another")
-    match node:
-        case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
-            pass
-        case ast.UnaryOp(op=op, operand=operand) if type(op) in OPERATORS:
-            value = OPERATORS[type(op)](evaluate(operand, depth + 1))
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
-            value = OPERATORS[type(op)](evaluate(left, depth + 1), evaluate(right, depth + 1))
-        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in FUNCTIONS:
-            values = [evaluate(arg, depth + 1) for arg in args]
-            try:
-                value = FUNCTIONS[name](*values)
-            except ToolError:
-                raise
-            except (TypeError, ValueError):  # too few, too many, or outside the domain
-                raise ToolError(f"{name} is not defined for these arguments") from None
-        case _:
-            raise ToolError(complaint(node))
-    return bounded(value)
-
-
-def complaint(node: ast.AST) -> str:
-    """What is wrong with a node that is not arithmetic."""
-    match node:
-        case ast.Name(id=name) | ast.Call(func=ast.Name(id=name)) if name not in FUNCTIONS:
-            return f"{cut(name, 40)} is unknown; the functions are {', '.join(FUNCTIONS)}"
-        case ast.Constant(value=name) | ast.Name(id=name):
-            return f"{name} is not a number"
-        case ast.Call(keywords=[_, *_]):
-            return "an argument cannot have a keyword"
-        case ast.BinOp(op=ast.BitXor()):
-            return "^ is not a power here, write **"
-        case ast.Tuple():
-            return "a comma only separates the arguments of a function: write 1234, not 1,234"
-    culprit = getattr(node, "func", getattr(node, "op", node))
-    return f"{type(culprit).__name__} is not arithmetic"
+NOISE = 1e-15  # relative error of a few operations on floats
+Number = int | Fraction | float  # only a float is inexact
+NUMBER = r"(?:\d[\d_]*\.?|\.\d)[\d_]*(?:[eE][+-]?\d+)?"
+TOKEN = re.compile(rf"({NUMBER})|([A-Za-z_]\w*)|(\S)", re.ASCII)
+ADVICE = {  # what means several things, or nothing here -> what to write instead
+    r"(?<![\w.])\d{1,3}([,']\d{3})+(?!\d)": "write 1234, not 1,234; several numbers as 1, 234",
+    # 17%5, 17 %5, 17 % 5 and 17 % (5) are remainders; everything else may be a percentage
+    r"%( ?of\b|(?![\w.])(?!(?<= %) [\w(.]))": "write 20/100 for 20%; a remainder: 17 % (-5)",
+    r"!(?!=)": "write factorial(5), not 5!",
+    r"\^": "^ is not a power here, write **",
+    r"[=<>!;]": "write one expression: nothing is assigned or compared",
+    r"[$\xa2-\xa5\u20a0-\u20cf]": "write amounts without a currency: 5, not $5",
+    r"[][{}]": "write ( ) for every kind of bracket",
+    r"\A([^(]*\(){101}": "more than 100 parentheses are too many",
+    r"(?<![\w.])(?<!\d )0\d": "write 12, not 012",
+    r"\d[eE][+-]?\d{4}": "the exponent is too large",
+    r"[^ -~]|[^\w +*/%().,-]": "the character {!a} is not arithmetic",
+}
 
 
 def calculate(expression: str) -> str:
     """The value of an arithmetic expression, or ToolError, in words and at once.
 
-    Integers are exact; other numbers show 10 significant digits. Python's rules hold: ** binds to
-    the right and before a sign, // rounds down, round(2.5) is 2.
+    Python's rules hold: ** binds to the right and before a sign, // rounds down, log is natural,
+    angles are in radians, round(2.5) is 2. Integers, decimals and fractions are exact (0.1 + 0.2 -
+    0.3 is 0), roots, logarithms and very long fractions are floats. An integer shows all its
+    digits, a decimal up to 15; everything else, such as 1/3, is rounded to 10 significant digits.
     """
     try:
-        return show(evaluate(parse(expression)))
+        text = read_expression(expression)
+        return show(evaluate(ast.parse(text, mode="eval").body, text))
     except ZeroDivisionError:
         raise ToolError("division by zero") from None
     except OverflowError:
-        raise ToolError(TOO_LARGE) from None
+        raise ToolError("the numbers become too large or too small") from None
+    except (SyntaxError, RecursionError, MemoryError):
+        raise ToolError("a number, a sign or a parenthesis is missing or too many") from None
 
 
-def show(value: float) -> str:
-    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
-        value = int(value)
+def read_expression(expression: str) -> str:
+    """The expression as Python writes it, or ToolError where it is not clear arithmetic."""
+    if len(expression) > MAX_CHARS:
+        raise ToolError(f"{len(expression)} characters are too many, {MAX_CHARS} are allowed")
+    text = expression.translate(str.maketrans("\u00d7\u00f7\u2212", "*/-"))
+    text = " ".join(text.split()).removesuffix("=").strip()  # 3 * 4 =
+    text = re.sub(r"\bmath\.(?=[a-z])", "", text)  # math.sqrt(2)
+    for pattern, advice in ADVICE.items():
+        if found := re.search(pattern, text, re.ASCII):
+            raise ToolError(advice.format(found[0]))
+    before = ""  # a number, a constant or a ) that an operator must follow
+    for number, name, sign in TOKEN.findall(text):
+        if before and (number or name or sign == "("):  # 3(4), 2 pi, 1 000, 5 km, a second line
+            between = f"between {cut(before, 20)} and {cut(number or name or sign, 20)}"
+            raise ToolError(f"no operator {between}: write *, or 1000 for 1 000; no units, no code")
+        if name and name not in FUNCTIONS and name not in CONSTANTS:
+            known = ", ".join([*FUNCTIONS, *CONSTANTS])
+            raise ToolError(f"{cut(name, 40)} is unknown; known are {known}")
+        before = number or (name if name in CONSTANTS else sign if sign == ")" else "")
+    return text
+
+
+def evaluate(node: ast.AST, text: str) -> Number:
+    """The value of one node of the syntax tree of ``text``; every number on the way is bounded."""
+    match node:
+        case ast.Constant(value=int() as value):
+            pass
+        case ast.Constant(value=float()):  # as it was written: 0.1 is a tenth
+            value = Fraction(text[node.col_offset : node.end_col_offset].replace("_", ""))
+        case ast.Name(id=name) if name in CONSTANTS:
+            value = CONSTANTS[name]
+        case ast.UnaryOp(op=op, operand=operand):
+            value = OPERATORS[type(op)](evaluate(operand, text))
+        case ast.BinOp(left=left, op=op, right=right):
+            a, b = evaluate(left, text), evaluate(right, text)
+            value = OPERATORS[type(op)](a, b)
+            if a and b and not value and isinstance(op, ast.Mult | ast.Div | ast.Pow):
+                raise OverflowError  # too small for a float
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]):
+            values = [evaluate(arg, text) for arg in args]
+            try:
+                value = FUNCTIONS[name](*values)
+            except (TypeError, ValueError) as error:  # too few, too many, or outside the domain
+                undefined = ToolError(f"{name} is not defined for these arguments")
+                raise error if isinstance(error, ToolError) else undefined from None
+        case ast.Tuple(elts=[_, *_]):
+            raise ToolError("a comma separates the arguments of a function: write 3.14, not 3,14")
+        case _:  # sqrt + 1, max(*1)
+            raise SyntaxError
+    return bounded(value)
+
+
+def bounded(value: Number | complex) -> Number:
+    """The value as an int if it is whole; raises where it is not real, or too long."""
+    if isinstance(value, complex):
+        raise ToolError("a root of a negative number is not a real number")
+    if isinstance(value, Fraction) and value.denominator.bit_length() > MAX_BITS // 8:
+        value = float(value) or math.inf  # longer ones take too long; 0: too small for a float
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise OverflowError
+        near = abs(value) < 1e15 and abs(value - round(value)) <= NOISE * abs(value)
+        return round(value) if near else value  # 64 ** (1/3) is 3.9999999999999996
+    if value.numerator.bit_length() > MAX_BITS:
+        raise OverflowError
+    return value.numerator if value.denominator == 1 else value
+
+
+def settled(value: Number, scale: Number) -> Number:
+    """The value; 0 if it is what rounding leaves of numbers of that scale: sin(pi / 6) - 0.5."""
+    return 0 if isinstance(value, float) and abs(value) <= NOISE * abs(scale) else value
+
+
+def divide(a: Number, b: Number) -> Number:
+    return a / b if isinstance(a, float) or isinstance(b, float) else Fraction(a, b)
+
+
+def power(base: Number, exponent: Number) -> Number:
+    if isinstance(exponent, int) and not isinstance(base, float):
+        bits = max(abs(base.numerator), base.denominator).bit_length() - 1
+        if bits * abs(exponent) <= MAX_BITS:
+            value = base ** abs(exponent)
+            return value if exponent >= 0 else divide(1, value)
+    return float(base) ** float(exponent)
+
+
+def circular(function: Callable[[float], float], angle: Number) -> Number:
+    """sin or cos; beyond a million radians ten digits would not be right."""
+    return settled(function(angle if abs(angle) <= 10**6 else math.nan), angle)
+
+
+def whole(value: Number, most: float = math.inf) -> int:
+    if not isinstance(value, int):
+        raise ToolError(f"{float(value):g} is not a whole number")
+    if abs(value) > most:
+        raise OverflowError
+    return value
+
+
+def comb(n: Number, k: Number) -> int:
+    n, k = whole(n), whole(k)
+    k = min(k, n - k) if k <= n else k
+    if k <= n and k * max(1, n.bit_length() - 1 - k.bit_length()) > MAX_BITS // 8:
+        raise OverflowError  # since comb(n, k) >= max(2, n / k) ** k
+    return math.comb(n, k)
+
+
+OPERATORS = {
+    ast.Add: lambda a, b: settled(a + b, a), ast.Sub: lambda a, b: settled(a - b, a),
+    ast.Mult: operator.mul, ast.Div: divide, ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod, ast.Pow: power, ast.UAdd: operator.pos, ast.USub: operator.neg,
+}  # fmt: skip
+FUNCTIONS = {
+    "sqrt": math.sqrt, "abs": abs, "min": min, "max": max, "floor": math.floor, "ceil": math.ceil,
+    "round": lambda x, digits=0: round(Fraction(x), whole(digits, MAX_DIGITS)),
+    "gcd": lambda *values: math.gcd(*map(whole, values)),
+    "lcm": lambda *values: reduce(lambda a, b: bounded(math.lcm(a, b)), map(whole, values), 1),
+    "factorial": lambda n: math.factorial(whole(n, MAX_BITS)),  # n! has more than n bits
+    "comb": comb, "exp": lambda x: math.exp(x) or math.inf,  # 0: too small for a float
+    "ln": lambda x: math.log(x), "log": math.log, "log2": math.log2, "log10": math.log10,
+    "sin": lambda x: circular(math.sin, x), "cos": lambda x: circular(math.cos, x),
+    "tan": lambda x: divide(circular(math.sin, x), circular(math.cos, x)),
+    "asin": math.asin, "acos": math.acos, "atan": math.atan,
+}  # fmt: skip
+CONSTANTS = {"pi": math.pi, "e": math.e}
+
+
+def show(value: Number) -> str:
     if isinstance(value, int):
         if abs(value) >= 10**MAX_DIGITS:
             raise ToolError(f"the result has more than {MAX_DIGITS} digits")
         return str(value)
-    if not 1e-9 <= abs(value) < 1e15:
-        return f"{value:.10g}"
-    decimals = max(0, 9 - math.floor(math.log10(abs(value))))
-    text = f"{value:.{decimals}f}"  # not 'g', which writes 0.00002 as 2e-05
+    rounded = float(value)
+    if not 1e-9 <= abs(rounded) < 1e15:
+        return f"{rounded:.10g}"
+    digits = 15 if Fraction(f"{rounded:.15g}") == value else 10
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(rounded))))
+    text = f"{rounded:.{decimals}f}"  # not 'g', which writes 0.00002 as 2e-05
     return text.rstrip("0").rstrip(".") if decimals else text
 
 
 # --- search ---------------------------------------------------------------------------------------
 
-K1, B = 1.5, 0.75
 MAX_QUERY_CHARS, MAX_QUERY_TERMS = 10_000, 32
-JSONL_LINE = '{"title": "...", "text": "..."}'
+PART = 2**18  # terms counted at a time
+# Thai, Lao, Burmese, Khmer, Japanese, Chinese: no spaces; Korean: particles follow the word.
+SPACELESS = "\u0e01-\u0e3a\u0e40-\u0e59\u0e81-\u0edf\u1000-\u1049\u1050-\u109d\u1780-\u17d3\u17d7"
+SPACELESS += "\u17dc-\u17e9\u3005-\u3007\u3041-\u309f\u30a1-\u30fa\u30fc-\u31ff\u3400-\u9fff"
+SPACELESS += "\U00020000-\U0003ffff\u1100-\u11ff\uac00-\ud7ff"
+WORD = re.compile(rf"([{SPACELESS}]+)|([^\W_{SPACELESS}]+)")
 
 
-@dataclass(frozen=True)
-class Document:
-    title: str
-    text: str
-
-
-def terms(text: str) -> list[str]:
-    return re.findall(r"[^\W_]+", text.lower())
+def terms(text: str, of_query: bool = False) -> list[str]:
+    """Words in lower case; of a run without spaces all pairs (of a document, characters, too)."""
+    if text.isascii():
+        return re.findall("[a-z0-9]+", text.lower())
+    found = []
+    for run, word in WORD.findall(unicodedata.normalize("NFKC", text).casefold()):
+        found += [word] if word else run if len(run) == 1 or not of_query else []
+        found += map("".join, pairwise(run))
+    return found
 
 
 class Search:
@@ -378,61 +436,38 @@ class Search:
     A term counts once however often q repeats it. The 1 + keeps idf above 0.
     """
 
-    def __init__(
-        self, documents: list[Document], k1=K1, b=B, top_k: int = 3, max_chars: int = 300
-    ) -> None:
+    def __init__(self, documents: list[Document], k1=1.5, b=0.75, top_k=3, max_chars=300) -> None:
         if k1 < 0 or not 0 <= b <= 1 or top_k < 1 or max_chars < 10 or not documents:
             raise ValueError(
                 f"{k1=}, {b=}, {top_k=}, {max_chars=}, {len(documents)} documents; legal are "
                 "k1 >= 0, 0 <= b <= 1, top_k >= 1, max_chars >= 10, at least one document"
             )
         self.documents, self.top_k, self.max_chars = documents, top_k, max_chars
-        lengths = np.zeros(len(documents))  # (N,)
-        occurrences = defaultdict(lambda: ([], []))  # term -> (documents, how often in each)
-        for i, document in enumerate(documents):
-            words = terms(f"{document.title} {document.text}")
-            lengths[i] = len(words)
-            for term, tf in Counter(words).items():
-                occurrences[term][0].append(i)
-                occurrences[term][1].append(tf)
-        norms = k1 * (1 - b + b * lengths / max(lengths.mean(), 1.0))  # (N,)
-        self.postings = {}  # term -> (documents, what the term adds to the score of each)
-        for term, (ids, tfs) in occurrences.items():
-            ids, tf = np.array(ids), np.array(tfs, dtype=float)
-            idf = math.log(1 + (len(documents) - len(ids) + 0.5) / (len(ids) + 0.5))
-            self.postings[term] = ids, idf * tf / (tf + norms[ids])
-
-    @classmethod
-    def from_jsonl(cls, path: str | Path, **settings) -> "Search":
-        """A search over a file with one {"title": "...", "text": "..."} per line.
-
-        Raises ValueError that names the file and the number of the first line that is different.
-        """
-        documents = []
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    entry = json.loads(line)
-                    document = Document(entry["title"], entry["text"])
-                    if not (isinstance(document.title, str) and isinstance(document.text, str)):
-                        raise TypeError
-                except (ValueError, KeyError, TypeError, RecursionError):
-                    message = f"{path}, line {number}: a line must look like {JSONL_LINE}"
-                    raise ValueError(message) from None
-                documents.append(document)
-        if not documents:
-            raise ValueError(f"{path} has no line like {JSONL_LINE}")
-        return cls(documents, **settings)
+        self.numbers, tokens, lengths = number_terms(documents)
+        n = sum(np.bincount(t, minlength=len(self.numbers)) for t, *_ in counted(tokens, lengths))
+        self.ends = np.cumsum(n)  # (V): where the postings of a term end
+        self.ids = np.empty(n.sum(), dtype=np.int32)  # (P) documents, of one term after the other
+        tf = np.empty(n.sum(), dtype=np.uint16)  # (P)
+        free = self.ends - n  # (V): where the next posting of a term goes
+        for t, d, times in counted(tokens, lengths):
+            here = np.bincount(t, minlength=len(n))
+            at = (free - np.cumsum(here) + here)[t] + np.arange(len(t))
+            self.ids[at], tf[at] = d, np.minimum(times, 2**16 - 1)
+            free += here
+        del tokens  # the weights need its memory
+        norms = k1 * (1 - b + b * lengths / max(lengths.mean(), 1.0))  # (N)
+        self.weights = np.repeat(np.log(1 + (len(documents) - n + 0.5) / (n + 0.5)), n)  # (P)
+        for i in range(0, len(tf), PART):
+            some = slice(i, i + PART)
+            self.weights[some] = self.weights[some] * tf[some] / (tf[some] + norms[self.ids[some]])
 
     def rank(self, query: str) -> list[tuple[float, Document]]:
         """(score, document), best first, equal scores in document order; at most ``top_k``."""
         scores = np.zeros(len(self.documents))
-        for term in list(dict.fromkeys(terms(query[:MAX_QUERY_CHARS])))[:MAX_QUERY_TERMS]:
-            if term in self.postings:
-                ids, weights = self.postings[term]
-                scores[ids] += weights
+        words = list(dict.fromkeys(terms(query[:MAX_QUERY_CHARS], of_query=True)))
+        for number in [self.numbers[w] for w in words[:MAX_QUERY_TERMS] if w in self.numbers]:
+            some = slice(self.ends[number - 1] if number else 0, self.ends[number])
+            scores[self.ids[some]] += self.weights[some]
         found = np.flatnonzero(scores)
         if len(found) > self.top_k:  # keep what reaches the k-th best, ties included
             found = found[scores[found] >= np.partition(scores[found], -self.top_k)[-self.top_k]]
@@ -449,21 +484,37 @@ class Search:
         return "\n".join(f"{i}. {line}" for i, line in enumerate(lines, start=1))
 
     def line(self, document: Document) -> str:
-        # More words than max_chars do not fit: a document may be a book.
-        title, text = (
-            " ".join(part.split(maxsplit=self.max_chars)[: self.max_chars])
-            for part in (document.title, document.text)
-        )
-        return cut(text if text.startswith(title) else f"{title}: {text}", self.max_chars)
+        n = self.max_chars  # more words than that do not fit: a document may be a book
+        title, text = (" ".join(part.split(maxsplit=n)[:n]) for part in document)
+        return cut(text if text.startswith(title) else f"{title}: {text}", n)
 
 
-def default_tools(
-    documents_path: str | Path, top_k: int, max_chars: int, k1: float = K1, b: float = B
-) -> dict[str, Tool]:
-    """The two tools of the mini-world, by name."""
-    search = Search.from_jsonl(documents_path, top_k=top_k, max_chars=max_chars, k1=k1, b=b)
-    tools = [
-        Tool("search", search, "words to look for in the documents"),
-        Tool("calculator", calculate, "an expression such as (12 + 3) * 4"),
-    ]
-    return {tool.name: tool for tool in tools}
+def number_terms(documents: list[Document]) -> tuple[dict[str, int], np.ndarray, np.ndarray]:
+    """A number for every term; those of the documents, in a row; terms in each document (N)."""
+    numbers = defaultdict(count().__next__)
+    tokens, lengths = array("i"), []
+    for document in tqdm(documents, "indexing", disable=len(documents) < 20_000):
+        words = terms(f"{document.title} {document.text}")
+        tokens.extend(map(numbers.__getitem__, words))
+        lengths.append(len(words))
+    return numbers, np.frombuffer(tokens, dtype=np.int32), np.array(lengths)
+
+
+def counted(tokens: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+    """Part after part of the documents: (terms, documents, how often), sorted by term."""
+    ends = np.cumsum(lengths)
+    borders = np.searchsorted(ends, np.arange(PART, ends[-1], PART))
+    for first, end in pairwise(np.unique([0, *borders, len(lengths)])):
+        documents = np.repeat(np.arange(first, end), lengths[first:end])
+        some = tokens[ends[end - 1] - len(documents) : ends[end - 1]].astype(np.int64)
+        pairs, times = np.unique(some << 32 | documents, return_counts=True)
+        yield pairs >> 32, pairs & (2**32 - 1), times
+
+
+def default_tools(documents_path: str | Path, results: int, chars: int) -> dict[str, Tool]:
+    """The two tools of the mini-world, by name; UserError for a file that cannot be read."""
+    search = Search(load_documents(documents_path), top_k=results, max_chars=chars)
+    return {
+        "search": Tool("search", search, "words to look for in the documents"),
+        "calculator": Tool("calculator", calculate, "an expression such as (12 + 3) * 4"),
+    }

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from tqdm import tqdm
 
@@ -282,7 +282,7 @@ def main(args: list[str], train: Callable, load_agent: Callable) -> int:
     except OSError as error:
         if error.filename is not None or error.errno not in SCREEN_GONE:
             raise  # files are read and written with words of their own: this is a bug
-        leave_screen()
+        leave(sys.stdout)
         if isinstance(error, BrokenPipeError):  # who read it wants no more
             return 141
         return complain(f"error: cannot write to the screen: {reason(error)}", 2)
@@ -293,12 +293,14 @@ SCREEN_GONE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EINVAL)
 
 
 def complain(words: str, code: int) -> int:
-    with contextlib.suppress(OSError):
-        print(words, file=sys.stderr)
+    try:
+        print(words, file=sys.stderr, flush=True)
+    except OSError:
+        leave(sys.stderr)
     return code
 
 
-def leave_screen() -> None:
-    """What is still to be written goes nowhere: Python would complain of it when it ends."""
+def leave(stream: TextIO) -> None:
+    """What is still to be written there goes nowhere: Python would complain of it at its end."""
     with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

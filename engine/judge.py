@@ -11,16 +11,20 @@ A number counts with or without its unit, but not with another unit; "50%" is 50
 pi. An expression counts as its value: 10^5 for 100000. Only words score between 0 and 1.
 """
 
-import logging
-import math
+import json
+import os
 import re
+import resource
+import signal
+import subprocess
 import sys
+import threading
 import unicodedata
 from collections import Counter
+from contextlib import suppress
 from difflib import SequenceMatcher
 from fractions import Fraction
 from functools import lru_cache
-from itertools import accumulate
 
 
 def judge_answer(prediction: str, answers: list[str]) -> float:
@@ -252,77 +256,39 @@ def words(text: str) -> list[str]:
 
 # ---- expressions --------------------------------------------------------------------------
 
-# What the policy writes is hostile. The parser evaluates some of it at once, in C, where nothing can
-# stop it: so length, nesting, commands and powers are bounded on the text (`is_safe`), and the
-# comparison, which is Python, by the number of its function calls. That works in any thread and, as
-# a clock would not, gives the same verdict on every machine.
-MAX_DEPTH = 8
-MAX_POWER = 2_500
-MAX_CALLS = 600_000  # about half a second
+# What the policy writes is hostile, and sympy computes some of it in C, where no exception can stop
+# it ("10^{10^{10}}" takes all memory). So a child process compares, one pair after the other, and
+# a timer ends it: that works in every thread, and the training process never imports sympy.
+MAX_SECONDS = 1.0  # of the child's CPU time for a pair; most take 1 to 80 ms
+MAX_MEMORY = 2**30  # bytes of the child
+LOCK = threading.Lock()
 LATEX = str.maketrans(
     {"π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "×": r"\times "}
     | {"·": r"\cdot ", "÷": "/", "±": r"\pm ", "\u222a": r"\cup ", "∩": r"\cap ", "∈": r"\in "}
     | {"θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "∅": r"\emptyset ", "°": "", "$": ""}
 )
-COMMANDS = set(  # without integrals, sums, substitutions and matrices of any size
-    f"{NAMES}|frac|cdot|times|div|pm|mp|le|leq|leqslant|ge|geq|geqslant|ne|neq|lt|gt|in|cup|cap"
-    "|emptyset|setminus|mathbb|binom|lfloor|rfloor|lceil|rceil|begin|end|alpha|beta|delta"
-    "|epsilon|lambda|mu|omega|phi|rho|sigma|tau|theta|varphi".split("|")
+NO_EXPRESSION = re.compile(
+    r"\d\s+\d|\d_|\)\s*_|[\"'~#]|\\l?dots|\\cdots"  # "63 64", 63_8: the library drops or joins these
+    r"|(?<![\\A-Za-z])[A-Za-z]\d|\A\d+(?:\s*[-:/.]\s*\d+)+\Z"  # U2; a score, a time, a date
+    r"|(?:[({]\s*){3}|\^[^-+=,()]*\^[^-+=,()]*\^|\^\W*\d{5}|\d{4}!|!!"  # known to use up the time
 )
-UNSAFE = re.compile(
-    r"\^\w+\^|\d\s+\d|\d_|\d[eE][-+]?\d|\)\s*_|\|\s*[_^]|[\"'~#]"  # 2^9^9, "63 64", 63_8
-    r"|(?<![\\A-Za-z])[A-Za-z]\d"  # U2
-    r"|\\binom(?!\s*\{\w{1,3}\}\s*\{\w{1,3}\})|\\sqrt\s*\[(?!\w{1,2}\])|[({]\s*[({]\s*[({]"
-    r"|\A\d+(?:\s*[-:/.]\s*\d+)+\Z"  # a score, a time, a date, a version
-)
-FACTORIAL = re.compile(r"(?<![\w.^}])(?:\d{1,3}|[a-z])!(?![!^])")
-POWER = re.compile(
-    r"(.?)\^(\{(?:[^{}]|\{[^{}]*\})*\}|\((?:[^()]|\([^()]*\))*\)|[-+]?\d+|[A-Za-z]|.*)", re.DOTALL
-)
-
-
-class TooLong(BaseException):
-    """No Exception: the library catches those."""
 
 
 def same_expression(prediction: str, answer: str) -> bool:
-    """What math-verify says in both directions; False where it is not safe to ask."""
+    """Does math-verify call the expressions equal? False, too, where that takes too long."""
+    if max(len(prediction), len(answer)) > MAX_LENGTH:
+        return False
     left, equals, right = prediction.rpartition("=")
     if equals and not re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", prediction)):
         return math_equal(left, right) and math_equal(right, answer)  # "2 + 3 = 5" for 5
     texts = as_latex(prediction), as_latex(answer)
     brackets = {re.match(r"\(|\\\{|", text)[0] for text in texts}
-    if not all(map(is_safe, texts)) or brackets == {"(", r"\{"}:  # a set is no pair
+    if brackets == {"(", r"\{"} or any(map(is_words, texts)):  # a set is no pair
         return False
-    # Imported here: sympy takes a moment, and most answers never need it.
-    from latex2sympy2_extended import NormalizationConfig
-    from math_verify import LatexExtractionConfig, parse, verify
-    from sympy.core.cache import clear_cache
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it has no time limit
-    # units=True would take the t of 2t for one
-    spelling = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
-    config = [LatexExtractionConfig(boxed_match_priority=-1, normalization_config=spelling)]
-    options = {"fallback_mode": "no_fallback", "parsing_timeout": None}
-    parsed = [parse(f"${text}$", config, **options) for text in texts]
-    clear_cache()  # what was judged before must not change the number of calls
-    calls = 0
-
-    def count(*event) -> None:
-        nonlocal calls
-        calls += 1
-        if calls > MAX_CALLS:
-            raise TooLong
-
-    options = {"allow_set_relation_comp": True, "timeout_seconds": None}
-    tracer = sys.gettrace()
-    sys.settrace(count)
-    try:  # in both directions: for "5" alone, "2x + 1 = 5" would be right
-        return all(parsed) and all(verify(*pair, **options) for pair in (parsed, parsed[::-1]))
-    except TooLong:
-        return False
-    finally:
-        sys.settrace(tracer)
+    for text in texts:
+        if not text.isascii() or not text.isprintable() or NO_EXPRESSION.search(text):
+            return False
+    return ask_child(json.dumps(texts))
 
 
 def as_latex(text: str) -> str:
@@ -334,35 +300,73 @@ def as_latex(text: str) -> str:
         return f"^{{{fraction}}}" if power else fraction
 
     text = " ".join(text.translate(LATEX).replace("**", "^").split())
-    text = (
-        text.replace("<=", r"\le ")
-        .replace(">=", r"\ge ")
-        .replace("!=", r"\ne ")
-        .replace("varnothing", "emptyset")
-    )
+    text = text.replace("<=", r"\le ").replace(">=", r"\ge ").replace("!=", r"\ne ")
     text = re.sub(r"(?:√|\\?\bsqrt) ?\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"(?:√|(?<!\\)\bsqrt) ?(\d+|[a-z](?![a-z]))", r"\\sqrt{\1}", text)
     text = re.sub(rf"(?<![\\A-Za-z])({NAMES})(?![A-Za-z])", r"\\\1 ", text)
-    return re.sub(r"(\^)?(\d*)\.(\d+)", exact, text)
+    return re.sub(r"(\^)?(\d*)\.(\d+)", exact, text.replace("varnothing", "emptyset"))
 
 
-def is_safe(text: str) -> bool:
-    """Is it an expression that is parsed and compared quickly?"""
-    if not (text.isascii() and text.isprintable() and len(text) <= MAX_LENGTH):
-        return False
-    depth = max(accumulate((c in "([{") - (c in ")]}") for c in text), default=0)
-    commands = set(re.findall(r"\\([A-Za-z]+)", text))
-    if depth > MAX_DEPTH or not commands <= COMMANDS or UNSAFE.search(text) or is_words(text):
-        return False
-    if len(FACTORIAL.findall(text)) < text.count("!"):
-        return False
-    largest = stacked = 1  # the exponents of an atom, and of a group, which may hold another power
-    for base, exponent in POWER.findall(text):
-        if re.search(r"[^A-Za-z]\^|\^.*\^|!", exponent):  # e^{x^2}, but no 2^{2^9}
-            return False
-        n = math.prod(max(1, int(digits)) for digits in re.findall(r"\d+", exponent))
-        largest, stacked = (largest, stacked * n) if base in ")]}" else (max(largest, n), stacked)
-    return largest * stacked <= (100 if "!" in text or "binom" in text else MAX_POWER)
+def ask_child(question: str) -> bool:
+    """One line to the child and one back. No line comes back when its time was up: then no."""
+    with LOCK:
+        child = start_child(os.getpid())
+        if child.poll() is not None:
+            start_child.cache_clear()
+            child = start_child(os.getpid())
+        reply = ""
+        try:
+            with suppress(BrokenPipeError):
+                print(question, file=child.stdin, flush=True)
+                reply = child.stdout.readline()
+        finally:
+            if not reply:  # also after Ctrl-C: a late reply must not answer the next question
+                child.kill()
+                child.communicate()
+                start_child.cache_clear()
+    return reply == "1\n"
+
+
+@lru_cache(maxsize=1)
+def start_child(parent: int) -> subprocess.Popen:
+    """A child for this process (`parent`: after a fork, not the one of another process)."""
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    command = [sys.executable, __file__]
+    child = subprocess.Popen(command, text=True, start_new_session=True, **options)
+    if child.stdout.readline() != "ready\n":
+        raise RuntimeError("math-verify cannot be imported: pip install -r requirements.txt")
+    return child
+
+
+def answer_questions() -> None:
+    """The child: pairs on stdin, 1 or 0 on stdout; it ends with its parent, or when time is up."""
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    # units=True would take the t of 2t for a unit
+    spelling = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
+    config = [LatexExtractionConfig(boxed_match_priority=-1, normalization_config=spelling)]
+
+    def equal(texts: list[str]) -> bool:
+        parsed = [
+            parse(f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=None)
+            for text in texts
+        ]  # both ways: for 5 alone, "2x + 1 = 5" would be right
+        options = {"allow_set_relation_comp": True, "timeout_seconds": None}
+        return all(parsed) and all(verify(*pair, **options) for pair in (parsed, parsed[::-1]))
+
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
+    replies, sys.stdout = sys.stdout, sys.stderr
+    print("ready", file=replies, flush=True)
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)  # nobody handles it: the process ends
+        verdict = equal(json.loads(line))
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(int(verdict), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    answer_questions()
 
 
 def measures(prediction: str | None, answers: list[str]) -> dict:

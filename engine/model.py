@@ -14,25 +14,15 @@ import warnings
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-# It reports a missing optional kernel while it is imported (by peft).
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
+import peft
 import torch
 import transformers
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    GenerationConfig,
-)
 
 import tools as toolbox
 from advantage import Segment
 from data.files import UserError, reason
+from engine.checks import refuse_windows, require_same_logprobs
 from engine.memory import Limits, OutOfMemory, fit
 
 # What the libraries say about themselves is not for the reader of this screen: loading bars,
@@ -48,6 +38,8 @@ To call a tool, write <think>why</think> and then one of
 Its result follows between <result> and </result>. You may call tools several times.
 To answer, write <think>why</think><answer>\\boxed{the answer alone}</answer> and stop."""
 
+HERE = "\ue000"  # stands in a chat template for the text that comes there
+RESULT_FRAME = tuple(toolbox.result_text(toolbox.ToolResult("", ok=True)).split())
 CHARS_A_TOKEN = 32  # more than a text has on average: what is longer is cut before it is counted
 
 log = logging.getLogger("arpo_mini")
@@ -57,58 +49,76 @@ log = logging.getLogger("arpo_mini")
 class Policy:
     """A causal language model with a LoRA adapter, its tokenizer, and what both need to speak."""
 
-    model: PeftModel
+    model: peft.PeftModel
     tokenizer: transformers.PreTrainedTokenizerBase
     system_prompt: str
-    eos_ids: list[int]
+    eos_ids: list[int]  # each ends what is written; first the one that the chat template writes
     pad_id: int
     closers: set[int]  # tokens whose text holds a '>': only they can complete a tag
     thinking: bool = True  # what the chat template is told; most ignore it
     limits: Limits = field(default_factory=Limits)  # how much of it is computed at once
+    markers: set[int] = field(default_factory=set)  # what begins or ends something: tags and such
+    folded: bool = False  # the user's turn begins with the system prompt
 
     def __post_init__(self) -> None:
         self.lm = self.model.get_base_model()  # the adapter's layers sit inside it and stay live
         self.device = self.lm.device
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]  # the adapter
+        self.turn_end = self.eos_ids[0]  # what a demonstration ends with
         shape = self.lm.config.get_text_config()
         self.vocab_size = shape.vocab_size
-        # Tokens of the longest text that the model was made for.
-        self.context = getattr(shape, "max_position_embeddings", None) or math.inf
+        self.context = getattr(shape, "max_position_embeddings", None) or math.inf  # in tokens
+
+    def frame(self) -> list[str]:
+        """The chat before a question, and after it up to where the policy begins to write."""
+        chat = [("system", self.system_prompt), ("user", HERE)]
+        if self.folded:
+            chat = [("user", f"{self.system_prompt}\n\n{HERE}")]
+        text = self.tokenizer.apply_chat_template(
+            [{"role": role, "content": text} for role, text in chat],
+            add_generation_prompt=True,
+            tokenize=False,
+            enable_thinking=self.thinking,
+        )
+        # Some templates open the think block for the model: here it is the policy's to write.
+        return re.sub(r"<think>\s*\Z", "", text).split(HERE)
 
     def prompt(self, question: str) -> list[int]:
         question = toolbox.readable(question)
-        for token in self.tokenizer.added_tokens_decoder.values():
-            if token.special or "<" in token.content:  # a question cannot end its own turn
+        for i, token in self.tokenizer.added_tokens_decoder.items():
+            if i in self.markers:  # a question cannot end its own turn
                 question = question.replace(token.content, toolbox.broken(token.content))
-        messages = [
-            {"role": "system", "content": self.system_prompt},
-            {"role": "user", "content": question},
-        ]
-        text = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, enable_thinking=self.thinking
-        )
-        # Some templates open the think block for the model: here it is the policy's to write.
-        text = re.sub(r"<think>\s*\Z", "", text)
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        before, after = self.frame()
+        return self.encode(before + question + after, (before, after), special=True)
 
-    def encode(self, text: str) -> list[int]:
-        """A tool's text: the spelling of a special token in it is no special token."""
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    def encode(self, text: str, frame: tuple = (), special: bool = False) -> list[int]:
+        """Token ids; the spelling of a special token is one only where it may be `special`.
+
+        Between the parts of a `frame`, what is before and after, no marker stays. Ids are looked
+        at: a tokenizer that normalises makes a marker of other letters, too.
+        """
+        split = {"add_special_tokens": False, "split_special_tokens": not special}
+        token_ids, *parts = [self.tokenizer.encode(part, **split) for part in (text, *frame)]
+        if not frame:
+            return token_ids
+        before, after = [sum(token in self.markers for token in part) for part in parts]
+        marks = [i for i, token in enumerate(token_ids) if token in self.markers]
+        forged = {*marks[before : len(marks) - after]}
+        return [token for i, token in enumerate(token_ids) if i not in forged]
 
     def encode_result(self, result: toolbox.ToolResult, most: int) -> list[int]:
         """A result in its tags, at most `most` tokens; " [cut]" stands where the rest was cut."""
-        longest = CHARS_A_TOKEN * most
-        if len(result.text) <= longest:
-            token_ids = self.encode(toolbox.result_text(result))
+        longest = min(len(result.text), CHARS_A_TOKEN * most)
+        if longest == len(result.text):
+            token_ids = self.encode(toolbox.result_text(result), RESULT_FRAME)
             if len(token_ids) <= most:
                 return token_ids
 
         def beginning(n: int) -> list[int]:
             cut = dataclasses.replace(result, text=result.text[:n] + " [cut]")
-            return self.encode(toolbox.result_text(cut))
+            return self.encode(toolbox.result_text(cut), RESULT_FRAME)
 
-        lengths = range(min(longest, len(result.text)))
-        too_long = bisect_right(lengths, most, key=lambda n: len(beginning(n)))
+        too_long = bisect_right(range(longest), most, key=lambda n: len(beginning(n)))
         return beginning(max(0, too_long - 1))
 
     def decode(self, token_ids: list[int]) -> str:
@@ -122,11 +132,15 @@ class Policy:
         return toolbox.policy_stop(self.decode(token_ids)) if closed else None
 
     def turns(self, leaf: Segment) -> list[tuple[str, str]]:
-        """(author, text) of every segment of a trajectory after its prompt, without the eos."""
+        """(author, text) of every segment after the prompt: no eos, nothing after a closed tag."""
         turns = []
         for segment in leaf.path()[1:]:
             token_ids = segment.token_ids[:-1] if segment.stop == "eos" else segment.token_ids
-            turns.append((segment.author, self.decode(token_ids)))
+            text = self.decode(token_ids)
+            if segment.stop in ("tool", "answer") and (closed := toolbox.last_closed(text)):
+                # One token may be `><`: what it carries beside the tag was never decided on.
+                text = "".join(text.rpartition(f"</{closed[0]}>")[:2])
+            turns.append((segment.author, text))
         return turns
 
 
@@ -135,10 +149,31 @@ class Policy:
 
 def load_policy(config, tools: dict[str, toolbox.Tool], trainable: bool) -> Policy:
     """The frozen model in 4-bit NF4 (or plain), with a fresh or a saved LoRA adapter on top."""
-    system_prompt = read_system_prompt(config.system_prompt, tools)
+    system_prompt, doing = read_system_prompt(config.system_prompt, tools), "load"
     try:
         lm, tokenizer = load_model(config)
-        saved = load_adapter(lm, config.adapter, trainable) if config.adapter else None
+        ends = end_tokens(lm, tokenizer)
+        refuse_windows(lm, config.max_total_tokens)
+        model = add_adapter(lm, config, trainable)
+        model.eval()  # no dropout anywhere: what is sampled is what is scored
+        for layer in lm.modules():
+            if hasattr(layer, "support_avx512bf16_for_cpu"):
+                # On such a CPU bitsandbytes would repack the weights for inference, and the packed
+                # product has no backward: every gradient below it would silently be missing.
+                layer.support_avx512bf16_for_cpu = False
+        vocabulary, pad_id = range(lm.config.get_text_config().vocab_size), tokenizer.pad_token_id
+        pad_id = pad_id if pad_id in vocabulary else ends[0]
+        # A model's own generation settings (Qwen3: top_k 20) would sample from another policy.
+        lm.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=pad_id)
+        lm.gradient_checkpointing_enable({"use_reentrant": False})  # while `recomputed` says so
+        closers = {i for token, i in tokenizer.get_vocab().items() if ">" in token}
+        policy = Policy(model, tokenizer, system_prompt, ends, pad_id, closers, config.thinking)
+        added, tag = tokenizer.added_tokens_decoder.items(), re.compile(r"[<\[{|\uff5c].*\w")
+        policy.markers.update(ends, (i for i, t in added if t.special or tag.search(t.content)))
+        fold_system_prompt(policy, config, tools)
+        doing = "compute trees with"
+        require_same_logprobs(policy, config)
+        policy.limits = fit(config, lm)
     except torch.OutOfMemoryError as error:
         words = f"does not fit into memory ({reason(error)})"
         lighter = "--load_in_4bit true or a smaller model takes less"
@@ -146,50 +181,25 @@ def load_policy(config, tools: dict[str, toolbox.Tool], trainable: bool) -> Poli
     except Exception as error:  # deliberately everything: a folder may hold anything
         names = f"--model_name {config.model_name} --adapter {config.adapter}"
         legal = "; --trust_remote_code true runs it" if "trust_remote_code" in str(error) else ""
-        raise UserError(f"cannot load {names}: {reason(error)}{legal}") from None
-    model = saved or fresh_adapter(lm, config.lora_rank)
-    model.eval()  # no dropout anywhere: what is sampled is what is scored
-    for layer in lm.modules():
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            # On such a CPU bitsandbytes would repack the weights for inference, and the packed
-            # product has no backward: every gradient below it would silently be missing.
-            layer.support_avx512bf16_for_cpu = False
-    eos = lm.generation_config.eos_token_id
-    eos_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    # A model's own generation settings (Qwen3: top_k 20) would sample from another policy.
-    lm.generation_config = GenerationConfig(eos_token_id=sorted(eos_ids), pad_token_id=pad_id)
-    refuse_unsupported(config.model_name, lm, tokenizer)
-    lm.gradient_checkpointing_enable({"use_reentrant": False})  # while `recomputed` says so
-    policy = Policy(
-        model=model,
-        tokenizer=tokenizer,
-        system_prompt=system_prompt,
-        eos_ids=sorted(eos_ids),
-        pad_id=pad_id,
-        closers={i for token, i in tokenizer.get_vocab().items() if ">" in token},
-        thinking=config.thinking,
-        limits=fit(config, lm),
-    )
+        raise UserError(f"cannot {doing} {names}: {reason(error)}{legal}") from None
     if config.max_total_tokens > policy.context:
         words = f"the model's context ends at {policy.context} tokens, and so do trajectories"
         log.warning("--max_total_tokens %d: %s", config.max_total_tokens, words)
     return policy
 
 
-def load_model(config) -> tuple[transformers.PreTrainedModel, Any]:
+def load_model(config) -> tuple:
     """The model and its tokenizer. What comes with them runs only with `trust_remote_code`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    nf4 = BitsAndBytesConfig(
+    nf4 = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
     )
-    name, trust = config.model_name, config.trust_remote_code
-    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=trust)
-    lm, found = AutoModelForCausalLM.from_pretrained(
+    name, trust = config.model_name, {"trust_remote_code": config.trust_remote_code}
+    lm, found = transformers.AutoModelForCausalLM.from_pretrained(
         name,
-        trust_remote_code=trust,
-        config=AutoConfig.from_pretrained(name, trust_remote_code=trust),
+        **trust,
+        config=transformers.AutoConfig.from_pretrained(name, **trust),
         attn_implementation="sdpa",  # and not a kernel of the hub, which a config can name
         use_safetensors=True,  # nothing is unpickled
         output_loading_info=True,
@@ -199,66 +209,92 @@ def load_model(config) -> tuple[transformers.PreTrainedModel, Any]:
     )
     if found["missing_keys"]:
         raise ValueError(f"the model has no {', '.join(sorted(found['missing_keys'])[:3])}")
-    return lm, tokenizer
+    return lm, transformers.AutoTokenizer.from_pretrained(name, padding_side="left", **trust)
 
 
-def fresh_adapter(lm, rank: int) -> PeftModel:
-    lora = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    model = get_peft_model(lm, lora)
-    lora.target_modules = sorted(lora.target_modules)  # a set: its order would change each run
-    return model
+# What an adapter may say of itself and add no more than B A x to the W x of a layer.
+PLAIN_LORA = """r lora_alpha lora_dropout use_rslora use_dora rank_pattern alpha_pattern task_type
+    target_modules target_parameters exclude_modules modules_to_save layers_to_transform revision
+    layers_pattern fan_in_fan_out inference_mode auto_mapping base_model_name_or_path peft_version
+"""
 
 
-def load_adapter(lm, folder: str, trainable: bool) -> PeftModel:
-    """A LoRA adapter of all the weights that it names; its folder runs no code."""
-    config = PeftConfig.from_pretrained(folder)
-    if not isinstance(config, LoraConfig) or config.megatron_config:  # that names code to import
-        raise ValueError("the adapter is not a plain LoRA")
+def add_adapter(lm, config, trainable: bool) -> peft.PeftModel:
+    """A fresh LoRA adapter, or a folder's with all the weights that it names; it runs no code."""
+    if not (folder := config.adapter):
+        sizes = {"r": config.lora_rank, "lora_alpha": 2 * config.lora_rank}
+        lora = peft.LoraConfig(**sizes, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = peft.get_peft_model(lm, lora)
+        lora.target_modules = sorted(lora.target_modules)  # a set: its order would change each run
+        return model
+    lora, usual = peft.PeftConfig.from_pretrained(folder), vars(peft.LoraConfig())
+    odd = {k for k, v in vars(lora).items() if v and v not in (usual.get(k), "gaussian")}
+    if odd := odd - {*PLAIN_LORA.split()}:
+        raise ValueError(f"the adapter is not a plain LoRA but has {', '.join(sorted(odd))}")
     if Path(folder).is_dir() and not Path(folder, "adapter_model.safetensors").exists():
         raise ValueError("the adapter has no adapter_model.safetensors")  # a .bin is a pickle
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="Found missing adapter keys")
-        return PeftModel.from_pretrained(lm, folder, config=config, is_trainable=trainable)
+    lora.inference_mode = not trainable
+    model = peft.PeftModelForCausalLM(lm, lora)
+    missing = model.load_adapter(folder, "default", is_trainable=trainable).missing_keys
+    own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    foreign = sorted(peft.load_peft_weights(folder, device="cpu").keys() - own.keys())
+    if missing or foreign:  # peft would write a foreign one over the base model, or drop it
+        raise ValueError(f"missing adapter keys: {missing[:3]}, foreign ones: {foreign[:3]}")
+    return model
 
 
 def refuse_long(policy: Policy, questions: list, path: str, config) -> None:
     """A prompt that leaves no room to answer is named before the work begins: UserError."""
     room = min(config.max_total_tokens, policy.context)
     for number, question in enumerate(questions, start=1):
-        tokens = len(policy.prompt(question.text))
-        if tokens >= room:
-            limit = "no room to answer within --max_total_tokens and the model's context"
-            raise UserError(
-                f"{path}, question {number}: a prompt of {tokens} tokens leaves {limit} ({room})"
-            )
+        if (n := len(policy.prompt(question.text))) >= room:
+            limit = f"no room to answer within --max_total_tokens and the model's context ({room})"
+            raise UserError(f"{path}, question {number}: a prompt of {n} tokens leaves {limit}")
 
 
 def read_system_prompt(path: str | None, tools: dict[str, toolbox.Tool]) -> str:
     """Ours, or that of the user's file, with the registered tools in the place of {tools}."""
-    text = SYSTEM_PROMPT
-    if path is not None:
-        try:
-            text = Path(path).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--system_prompt {path}: {reason(error)}") from None
     described = "\n".join(f"<{t.name}>{t.description}</{t.name}>" for t in tools.values())
+    try:
+        text = SYSTEM_PROMPT if path is None else Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--system_prompt {path}: {reason(error)}") from None
     return text.replace("{tools}", described)
 
 
-def refuse_unsupported(name: str, lm, tokenizer) -> None:
-    """Models that would train silently wrong, or cannot be asked: UserError."""
-    if not tokenizer.chat_template:
-        wanted = "an instruct model, or a folder with a chat_template.jinja, has one"
-        raise UserError(f"--model_name {name} has no chat template; {wanted}")
+# ---- the chat template ------------------------------------------------------
+
+
+def end_tokens(lm, tokenizer) -> list[int]:
+    """All tokens that end a turn, first the one that the chat template writes."""
+    V, ids = lm.config.get_text_config().vocab_size, lm.generation_config.eos_token_id
+    ids = [tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])]
+    ids = [token for token in ids if token is not None]
+    turns = [{"role": role, "content": HERE} for role in ("user", "assistant")]
+    text = "".join(tokenizer.apply_chat_template(turns, tokenize=False).split(HERE)[2:])
+    special = [*ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)]
+    after = [t for t in tokenizer.encode(text, add_special_tokens=False) if t in special]
+    ids = after[:1] + ids
+    if not ids or not all(type(token) is int and token in range(V) for token in ids):
+        raise ValueError(f"its eos_token_id is {ids}; legal: tokens from 0 to {V - 1}")
+    return list(dict.fromkeys(ids))
+
+
+def fold_system_prompt(policy: Policy, config, tools: dict[str, toolbox.Tool]) -> None:
+    """Where the chat template drops or refuses the system role, the user's turn begins with it.
+
+    But for our text and a tokenizer with all its tags as tokens: that model was made for it.
+    """
+    tags = {f"<{slash}{name}>" for name in (*toolbox.RESERVED, *tools) for slash in ("", "/")}
     try:
-        roles = [{"role": role, "content": role} for role in ("system", "user")]
-        tokenizer.apply_chat_template(roles, tokenize=False)
-    except Exception as error:  # deliberately everything: a template is a program
-        raise UserError(f"--model_name {name}: its chat template says: {reason(error)}") from None
-    scaled = ("final_logit_softcapping", "logits_scaling", "logit_scale")
-    odd = [key for key in scaled if getattr(lm.config, key, None) not in (None, 1)]
-    odd += sorted({*(getattr(lm.config, "layer_types", None) or [])} - {"full_attention"})
-    if odd:  # log-probs come from the bare head, and a tree is longer than one path
-        raise UserError(f"--model_name {name} has {', '.join(odd)}, which is not supported here")
+        said = " ".join("".join(policy.frame()).split())
+        heard = " ".join(policy.system_prompt.split()) in said
+        known = config.system_prompt is None and tags <= policy.tokenizer.get_vocab().keys()
+        policy.folded = not (heard or known)
+    except Exception:  # deliberately everything: a template is a program
+        policy.folded = True
+    if policy.folded:
+        words = "its chat template leaves the system prompt out: it begins the user's turn"
+        log.warning("--model_name %s: %s", config.model_name, words)
+    if len(policy.frame()) != 2:
+        raise ValueError("its chat template does not hold the question once")

@@ -71,9 +71,8 @@ class Writer:
         """Each draft to its end: `stop` becomes tool, answer, eos or length."""
         # From here on nothing starts at a result again, and nothing goes on from an ended path.
         # What stays is small but needed: a question may still begin paths at its prompt.
-        ended = [draft for draft in drafts if draft.stop not in (None, "tool")]
-        for segment in [*ended, *(node for node in self.kv if node.author == "tool")]:
-            self.kv.pop(segment, None)
+        open_paths = {draft for draft in drafts if draft.stop in (None, "tool")}
+        self.kv = {s: kv for s, kv in self.kv.items() if s.author == "prompt" or s in open_paths}
         self.write(drafts, limit=self.config.max_segment_tokens, ended_may_leave=True)
 
     def write(self, drafts: list[Segment], limit: int, ended_may_leave: bool) -> None:
@@ -84,7 +83,8 @@ class Writer:
     def generate(self, drafts: list[Segment], limit: int, ended_may_leave: bool) -> None:
         """One `generate` call: some more tokens for every draft, a row each."""
         R, V = len(drafts), self.policy.vocab_size
-        self.policy.limits.in_use = "rollout_rows", R
+        paths = max(R, len(self.kv))  # those that wait take memory, too
+        self.policy.limits.in_use = "rollout_rows", min(self.config.rollout_rows, paths)
         before = [len(draft.token_ids) for draft in drafts]
         ends = SegmentEnd(self, drafts, limit, LEAVE if ended_may_leave else 1.0)
         steps = max(end - n for end, n in zip(ends.limits, before, strict=True))
@@ -108,8 +108,8 @@ class Writer:
         # The cache has seen all but the token sampled last, and pads after the end of a row.
         columns, ended_at = torch.arange(S - 1), torch.tensor(added)[:, None]
         own = (columns < ended_at).to(mask.device)  # (R, S - 1)
-        keep = [not ended_may_leave or draft.stop in (None, "tool") for draft in drafts]
-        self.store(drafts, torch.cat([mask.bool(), own], dim=1), keep, out.past_key_values)
+        seen = torch.cat([mask.bool(), own], dim=1)  # (R, C + W + S - 1)
+        self.store(drafts, seen, out.past_key_values, begins=not ended_may_leave)
 
     def record(self, drafts, added: list[int], scores: tuple[Tensor, ...], sampled: Tensor) -> None:
         """Tell each draft what its new tokens were drawn with: log-prob and entropy, in nats."""
@@ -167,8 +167,12 @@ class Writer:
             self.kv[segment] = kv
         return [x[:most] for x in kv]
 
-    def store(self, drafts: list[Segment], seen: Tensor, keep: list[bool], cache) -> None:
-        """Take the rows to keep out of a cache, without what is not `seen`, (R, C)."""
+    def store(self, drafts: list[Segment], seen: Tensor, cache, begins: bool) -> None:
+        """Take the rows to keep out of a cache, without what is not `seen`, (R, C).
+
+        While segments begin, all of them and the nodes they began at; later those that go on.
+        """
+        keep = [begins or draft.stop in (None, "tool") for draft in drafts]
         rows = [draft for draft, kept in zip(drafts, keep, strict=True) if kept]
         if not rows:
             return
@@ -180,11 +184,11 @@ class Writer:
                 split.append(x.transpose(1, 2)[seen].split(lengths))  # (n, heads, d) a row
             layer.keys = layer.values = None
         for draft, kv in zip(rows, zip(*split, strict=True), strict=True):
-            self.kv[draft] = list(kv)
+            # A view keeps all the rows alive. What outlives them has its own copy: calls, prompts.
+            self.kv[draft] = [x.clone() for x in kv] if draft.stop == "tool" else list(kv)
             node = draft.parent
-            if node not in self.kv:
+            if begins and node not in self.kv:
                 n = node.depth()
-                # A prompt outlives its paths: a view would keep all their rows alive.
                 self.kv[node] = [x[:n].clone() if node.author == "prompt" else x[:n] for x in kv]
 
     def make_room(self, tokens: int) -> None:

@@ -4,8 +4,6 @@ Pure functions on plain numbers. An estimate is (mean, low, high), its 95 % inte
 are None where one value alone says nothing about its spread.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -46,16 +44,16 @@ def at_budget(spent: Sequence[float], accuracy: Sequence[float], budget: float) 
     return float(np.interp(budget, spent, accuracy))
 
 
-def ranks(values: Sequence[float]) -> np.ndarray:
-    """1 for the smallest; equal values share the mean of their ranks: (n,) -> (n,)."""
-    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts - 1) / 2)[index]
-
-
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
     """Correlation of the ranks, in [-1, 1]; nan where one of them never changes."""
+
+    def ranks(values: Sequence[float]) -> np.ndarray:
+        """Minus their mean; equal values share the mean of their ranks: (n,) -> (n,)."""
+        _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
+        found = (counts.cumsum() - (counts - 1) / 2)[index]
+        return found - found.mean()
+
     a, b = ranks(x), ranks(y)
-    a, b = a - a.mean(), b - b.mean()
     scale = np.sqrt((a * a).sum() * (b * b).sum())
     return float((a * b).sum() / scale) if scale else float("nan")
 
@@ -79,12 +77,3 @@ def bootstrap(
         return None
     low, high = np.percentile(again, [2.5, 97.5])
     return float(value), float(low), float(high)
-
-
-def bootstrap_ratio(sums: np.ndarray, draws: int = 2000) -> Estimate:
-    """Mean of all values, when each cluster gives (sum, count): (n, 2) -> (value, low, high)."""
-    total, n = sums.sum(axis=0), len(sums)
-    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=draws) @ sums
-    again = drawn[:, 0] / np.maximum(drawn[:, 1], 1)  # (draws,)
-    low, high = np.percentile(again[drawn[:, 1] > 0], [2.5, 97.5])
-    return float(total[0] / total[1]), float(low), float(high)

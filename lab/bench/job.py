@@ -1,57 +1,112 @@
-"""What is timed: real forward passes of a real model, on trajectories of a given size.
+"""What is timed: real training steps; and the instruments that watch them.
 
 A forced policy says what a script holds, whatever its weights, so that runs are comparable: every
 trajectory has the same turns and tokens. Only the last digit of its answer differs from row to row,
 and so do the rewards of a group: else there would be nothing to train.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import platform
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from random import Random
 from unittest import mock
 
-import bitsandbytes
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-import arpo_mini
+from app.config import DATA, Config
+from arpo_mini import Agent, load_agent, safe_step
 from data.formats import Question, load_questions
 from engine.model import Policy, load_policy
-from app.config import DATA, Config
-from app.screen import UserError
 from tools import Tool, ToolResult, result_text
 
-CALL = ("<think>", "</think><search>town</search>")  # before and after what is filled in
-ANSWER = ("<think>", "</think><answer>\\boxed{1}</answer>")
+
+@dataclass
+class Job:
+    """A policy and its tools with an optimizer, and what they are asked.
+
+    Its steps cost what they cost, but change nothing: every one of them meets the same policy.
+    """
+
+    agent: Agent
+    questions: list[Question]
+
+    def __post_init__(self):
+        parameters = self.agent.policy.parameters
+        self.optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
+
+    def asked(self, step: int) -> list[Question]:
+        n = self.agent.config.questions_per_step
+        return [self.questions[i % len(self.questions)] for i in range(step * n, (step + 1) * n)]
+
+    def step(self, number: int) -> dict:
+        """The figures of a training step."""
+        asked, config = self.asked(number), self.agent.config
+        return safe_step(self.agent, self.optimizer, asked, config, number)[0]
+
+
+def mini_world(config: Config) -> Job:
+    """What `train` asks with this configuration."""
+    questions = load_questions(config.dataset_path)
+    questions = Random(config.seed).sample(questions, len(questions))
+    return Job(load_agent(config, trainable=True), questions)
+
+
+# ---- a forced policy ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Size:
-    """Tokens of every trajectory: prompt, (segment, result) a turn, and a last segment."""
+    """Tokens of a forced trajectory: (segment, result) a turn, and a last segment."""
 
     turns: int
     segment: int
-    prompt: int
     result: int
 
-    @property
-    def context(self) -> int:
-        return self.prompt + self.turns * (self.segment + self.result) + self.segment
+    def prompt(self, context: int) -> int:
+        """What they leave of `context` tokens in all."""
+        return context - self.turns * (self.segment + self.result) - self.segment
 
 
-def size_of(turns: int, context: int, segment: int) -> Size:
-    """`context` tokens in all: what the segments leave goes to the prompt and the results."""
-    rest = context - (turns + 1) * segment
-    result = rest // (turns + 1)
-    if result < 16:
-        least = (turns + 1) * (segment + 16)
-        raise UserError(f"--context {context}: {turns} turns of {segment} need at least {least}")
-    return Size(turns, segment, prompt=rest - turns * result, result=result)
+def forced(config: Config, size: Size, shape: PretrainedConfig) -> Job:
+    """Trajectories of `max_total_tokens`; any weights of a `shape`, the tiny model's tokenizer.
+
+    A tree forks at every tool result while slots are left.
+    """
+    rule = {"branch_rule": "random", "branch_probability": 1.0, "max_tool_calls": size.turns}
+    model = {"model_name": str(DATA / "tiny-qwen3"), "max_segment_tokens": size.segment}
+    config = dataclasses.replace(config, **rule, **model)
+    with any_weights(shape):
+        policy = load_policy(config, {}, trainable=True)
+    prompt = [filler(policy)] * size.prompt(config.max_total_tokens)
+    policy.prompt = lambda question: prompt
+    force(policy.lm, len(prompt), script_of(policy, size))
+    tools = {"search": search_of(policy, size.result)}
+    return Job(Agent(policy, tools, config), [Question("forced", ["1"])])
+
+
+@contextmanager
+def any_weights(shape: PretrainedConfig) -> Iterator[None]:
+    """Within it `load_policy` gets a model of this shape, its weights all the same small number.
+
+    They take memory only as they are loaded, one after the other, quantised where that is asked.
+    """
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(shape)
+    weights = {k: torch.tensor(0.01).expand(v.shape) for k, v in empty.state_dict().items()}
+
+    def from_pretrained(name, config, trust_remote_code, **kwargs):
+        return type(empty).from_pretrained(None, config=shape, state_dict=weights, **kwargs)
+
+    with mock.patch.object(AutoModelForCausalLM, "from_pretrained", from_pretrained):
+        yield
 
 
 def filler(policy: Policy) -> int:
@@ -59,34 +114,25 @@ def filler(policy: Policy) -> int:
     return policy.encode(" the the the")[-1]
 
 
-def filled(policy: Policy, around: tuple[str, str], tokens: int) -> list[int]:
-    """A segment of exactly so many tokens."""
-    head, tail = (policy.encode(text) for text in around)
-    if len(head) + len(tail) > tokens:
-        raise UserError(f"--max_segment_tokens {tokens}: at least {len(head) + len(tail)} here")
-    return head + [filler(policy)] * (tokens - len(head) - len(tail)) + tail
-
-
 def search_of(policy: Policy, tokens: int) -> Tool:
     """A search whose result has exactly so many tokens, tags included."""
-    word = policy.decode([filler(policy)])
-    rest = tokens - len(policy.encode(result_text(ToolResult("", ok=True))))
-    text = word * rest
-    found = len(policy.encode(result_text(ToolResult(text, ok=True))))
-    if found != tokens:
-        raise ValueError(f"a result has {found} tokens, {tokens} were asked for")
+    tags = policy.encode(result_text(ToolResult("", ok=True)))
+    text = policy.decode([filler(policy)]) * (tokens - len(tags))
     return Tool("search", lambda query: text, "words to look for in the documents")
 
 
 def script_of(policy: Policy, size: Size) -> list[tuple[int, int]]:
     """What follows the prompt, for even rows and for odd ones: they differ in the answer only."""
-    call, answer = filled(policy, CALL, size.segment), filled(policy, ANSWER, size.segment)
+
+    def segment(end: str) -> list[int]:
+        head, tail = policy.encode("<think>"), policy.encode(f"</think>{end}")
+        return head + [filler(policy)] * (size.segment - len(head) - len(tail)) + tail
+
+    call, answer = segment("<search>town</search>"), segment("<answer>\\boxed{1}</answer>")
     tokens = (call + [0] * size.result) * size.turns + answer  # nobody samples a result
-    script = [(token, token) for token in tokens]
-    digits = [policy.encode(digit)[0] for digit in "12"]
-    last = max(i for i, token in enumerate(tokens) if token == digits[0])
-    script[last] = tuple(digits)
-    return script
+    one, two = (policy.encode(digit)[0] for digit in "12")
+    last = max(i for i, token in enumerate(tokens) if token == one)
+    return [(token, two if i == last else token) for i, token in enumerate(tokens)]
 
 
 def force(lm: PreTrainedModel, prompt: int, script: list[tuple[int, int]]) -> None:
@@ -106,117 +152,67 @@ def force(lm: PreTrainedModel, prompt: int, script: list[tuple[int, int]]) -> No
     lm.forward = forward
 
 
-# ---- random weights of a published shape --------------------------------------------------
+# ---- instruments --------------------------------------------------------------------------
 
 
-def random_model(
-    shape: PretrainedConfig, dtype: torch.dtype, device: str, quantization_config=None
-) -> PreTrainedModel:
-    """The real class with random weights, quantised a layer at a time: never whole in `dtype`."""
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(shape, dtype=dtype)
-    for module in list(lm.model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.Linear) and quantization_config is not None:
-                setattr(module, name, quantised(child, dtype, device, quantization_config))
-    for module in lm.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.is_meta:
-                value = torch.empty(parameter.shape, dtype=dtype, device=device)
-                value = value.fill_(1.0) if value.dim() == 1 else value.normal_(std=0.02)
-                setattr(module, name, nn.Parameter(value, requires_grad=False))
-    with torch.device(device):
-        lm.model.rotary_emb = type(lm.model.rotary_emb)(shape)  # its buffers are computed
-    lm.tie_weights()
-    lm.is_loaded_in_4bit = quantization_config is not None
-    lm.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0)  # the tiny tokenizer's
-    return lm.eval()
-
-
-def quantised(linear: nn.Linear, dtype: torch.dtype, device: str, how) -> nn.Module:
-    weight = torch.empty(linear.weight.shape, dtype=dtype, device=device).normal_(std=0.02)
-    with torch.device("meta"):
-        layer = bitsandbytes.nn.Linear4bit(
-            linear.in_features, linear.out_features, bias=False, compute_dtype=dtype
-        )
-    layer.weight = bitsandbytes.nn.Params4bit(
-        weight,
-        requires_grad=False,
-        quant_type=how.bnb_4bit_quant_type,
-        compress_statistics=how.bnb_4bit_use_double_quant,
-        module=layer,
-    ).to(device)  # which quantises it, also where it already is on that device
-    return layer
+def clock() -> float:
+    """Seconds: of this process alone on a CPU; on a GPU when it has done what it was told."""
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 @contextmanager
-def random_weights(
-    shape: PretrainedConfig, computed_in: torch.dtype | None = None
-) -> Iterator[None]:
-    """Within it `load_policy` gets a random model of this shape, and keeps its own tokenizer.
+def counted(policy: Policy) -> Iterator[Counter]:
+    """Counts, within it, the tokens that go through the model, padding included.
 
-    It computes in the dtype of the device (policy.load_model), unless another is asked for.
+    "rollout" and "update" in all, and "largest" in one pass of the update.
     """
+    seen: Counter = Counter()
 
-    def from_pretrained(name, dtype, device_map, quantization_config=None, **kwargs):
-        lm = random_model(shape, computed_in or dtype, device_map, quantization_config)
-        return lm, {"missing_keys": []}
+    def count(module, args, kwargs) -> None:
+        tokens = kwargs["input_ids"].numel()
+        seen["update" if torch.is_grad_enabled() else "rollout"] += tokens
+        seen["largest"] = max(seen["largest"], torch.is_grad_enabled() * tokens)
 
-    with mock.patch.object(AutoModelForCausalLM, "from_pretrained", from_pretrained):
-        yield
-
-
-# ---- jobs ---------------------------------------------------------------------------------
-
-
-@dataclass
-class Job:
-    """A policy with an optimizer, and what it is asked."""
-
-    config: Config
-    policy: Policy
-    tools: dict[str, Tool]
-    questions: list[Question]
-    optimizer: torch.optim.Optimizer
-
-    def asked(self, step: int) -> list[Question]:
-        return arpo_mini.questions_of_step(self.questions, step, self.config)
+    hook = policy.lm.get_decoder().register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        hook.remove()
 
 
-def make_job(config: Config, policy: Policy, tools: dict, questions: list[Question]) -> Job:
-    """Its steps cost what they cost, but change nothing: every run meets the same policy."""
-    parameters = [p for p in policy.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
-    return Job(config, policy, tools, questions, optimizer)
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most memory that tensors took at a time while it ran, beyond what was there before.
 
-
-def mini_world(config: Config) -> Job:
-    """What `train` asks with this configuration."""
-    tools = arpo_mini.make_tools(config)
-    torch.manual_seed(config.seed)
-    policy = load_policy(config, tools, trainable=True)
-    return make_job(config, policy, tools, load_questions(config.dataset_path))
-
-
-def forced(config: Config, size: Size, shape: PretrainedConfig | None = None) -> Job:
-    """Trajectories of this size; random weights of a `shape`, else the model of `config`.
-
-    A tree forks at every tool result while slots are left.
+    On a GPU as its allocator counted it; on a CPU from the allocations the profiler recorded.
     """
-    config = dataclasses.replace(
-        config,
-        model_name=str(DATA / "tiny-qwen3") if shape else config.model_name,  # its tokenizer
-        branch_rule="random",
-        branch_probability=1.0,
-        max_tool_calls=size.turns,
-        max_segment_tokens=size.segment,
-        max_total_tokens=size.context,
-    )
-    torch.manual_seed(config.seed)
-    with random_weights(shape) if shape else nullcontext():
-        policy = load_policy(config, {}, trainable=True)
-    prompt = [filler(policy)] * size.prompt
-    policy.prompt = lambda question: prompt
-    force(policy.lm, size.prompt, script_of(policy, size))
-    tools = {"search": search_of(policy, size.result)}
-    return make_job(config, policy, tools, [Question("forced", ["1"])] * config.questions_per_step)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as recorded:
+        work()
+    events = recorded.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    held = most = 0
+    for _, change in changes:
+        held += change
+        most = max(most, held)
+    return most
+
+
+def made_on(config: Config, **more) -> dict:
+    """What the figures were measured on, and with which settings other than the defaults."""
+    info, device = Path("/proc/cpuinfo"), platform.machine()
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    elif info.exists() and (found := re.search("model name.*: (.*)", info.read_text())):
+        device = found[1]
+    machine = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    defaults = dataclasses.asdict(Config())
+    changed = {k: v for k, v in dataclasses.asdict(config).items() if v != defaults[k]}
+    return {"machine": machine, "settings": changed | more}

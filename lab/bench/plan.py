@@ -1,63 +1,52 @@
-"""The predicted peak memory of a model, part by part, from its configuration alone.
+"""What fits which card, from the shapes of a model alone: nothing is loaded, no GPU is needed.
 
-b bytes a number is computed in (2: bfloat16), D hidden size, F width of the MLP, L layers, V words,
-r rank of the adapter, R rows decoded side by side, C columns of their cache, W tokens that each
-reads at once (a result), T tokens of one backward pass. Bytes:
+A run is planned as engine/memory plans it: how many paths are decoded side by side, and how many
+tokens one backward pass takes. In bytes, where b is 2 (bfloat16) and r the rank of the adapter:
 
-    weights   linear layers     0.5 + 4 / 64 a parameter: NF4, a float32 scale for every 64; else b
-              embedding, head   b V D, twice where the head is not tied to it
-              norms             b a parameter
-    adapter   LoRA and AdamW    16 r (in + out) of every linear layer: float32 weight, gradient and
-                                two moments
-    rollout   KV cache          R C 2 L (key-value heads) (head size) b, and a layer of it twice
-              scores            R V 4, as often as memory.SCORES says: one step is sampled
-              reading           R W ((4 b + 4) F + 4 b D): the MLP of one layer; R W C for the mask
-    update    activations       T memory.kept_bytes: all layers, or (gradient checkpointing) the
-                                inputs of all
-              mask of the tree  T T (b + 1)
-              head or layer     the larger of memory.LOGITS 4 V (chunk), the head applied to one
-                                chunk of what the policy wrote, and T memory.passing_bytes, the
-                                backward pass in one layer
-              one weight        b (in) (out) of the largest linear layer, dequantised
-
-    peak = weights + adapter + max(rollout, update)
-
-Beside it the CUDA context and fragmentation need room: RESERVE_GIB of a card is left to them.
+    weights   0.5 + 4 / 64 a parameter of a linear layer (NF4, a float32 scale for every 64; else
+              b), b for embedding, head and norms; a tied head is no second copy
+    adapter   16 r (in + out) of every linear layer: float32 weight, gradient, two moments of AdamW
+    rollout   memory.path_bytes of every path, and the scores that one call of `generate` returns
+    update    memory.kept_bytes and passing_bytes of every token, b T T for the mask of a tree of T
+              tokens, and the logits of one chunk
+    peak      weights + adapter + max(rollout, update)
 """
 
-from __future__ import annotations
-
-import dataclasses
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from rich import box
-from rich.table import Table
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Qwen3Config
 
-import engine.memory as memory
 from app.config import PRESETS, Config
-from app.screen import console
+from data.files import UserError, reason
+from engine import memory
+from engine.memory import GIB
 
-from .shapes import model_config
-
+PUBLISHED = json.loads(Path(__file__).with_name("shapes.json").read_text(encoding="utf-8"))
+NAMES = [name for name in PUBLISHED if "/" in name]
+SHORT = {name.partition("/")[2].lower(): name for name in NAMES}  # qwen3-4b -> Qwen/Qwen3-4B
 CARDS = ("8gb", "12gb", "16gb", "24gb")
-RESERVE_GIB = 0.4  # CUDA context, libraries, fragmentation
-BLOCK = 64  # weights that share a scale, which is a float32 number
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What is computed at once."""
+def model_config(name: str, flag: str = "--model_name") -> PretrainedConfig:
+    """The configuration of a published shape (either spelling), or of a folder with config.json.
 
-    rows: int  # R
-    columns: int  # C
-    read: int  # W
-    tokens: int  # T
-    scored: int  # those among them that the policy wrote
-    recompute: bool  # gradient checkpointing
+    Nothing is downloaded. Raises UserError, naming the legal ones, for any other name.
+    """
+    published = SHORT.get(name.lower(), name)
+    if published in NAMES:
+        return Qwen3Config(**PUBLISHED["common"], **PUBLISHED[published])
+    if not (Path(name) / "config.json").is_file():
+        legal = ", ".join(NAMES)
+        raise UserError(f"{flag} {name}: choose one of {legal}, or a folder with config.json")
+    try:
+        return AutoConfig.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {name}: {reason(error)}") from None
 
 
 @dataclass(frozen=True)
@@ -65,193 +54,68 @@ class Counts:
     """Parameters by the way they are stored, counted on the real class without its weights."""
 
     linear: list[tuple[int, int]]  # (in, out) of every layer that is quantised and adapted
-    embedding: int  # embedding and head; a tied head is not counted again
-    other: int  # norms
+    other: int  # embedding, head, norms; a tied head is not counted again
 
-    @property
-    def total(self) -> int:
-        return sum(a * b for a, b in self.linear) + self.embedding + self.other
+    def weight_bytes(self, load_in_4bit: bool, b: int) -> int:
+        """-(-n // m) rounds up: two parameters a byte, a scale for every 64."""
+        sizes = [m * n for m, n in self.linear]
+        nf4 = sum(-(-size // 2) + 4 * -(-size // 64) for size in sizes)
+        return b * self.other + (nf4 if load_in_4bit else b * sum(sizes))
+
+    def adapter(self, rank: int) -> int:
+        return sum(rank * (m + n) for m, n in self.linear)
 
 
 def count(shape: PretrainedConfig) -> Counts:
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(shape)
     head = lm.get_output_embeddings()
-    modules = [m for m in lm.modules() if isinstance(m, nn.Linear) and m is not head]
-    linear = [(m.in_features, m.out_features) for m in modules]
-    outer = {id(w): w.numel() for w in (lm.get_input_embeddings().weight, head.weight)}
-    total = sum(p.numel() for p in lm.parameters())
-    quantised = sum(m.weight.numel() for m in modules)
-    return Counts(linear, sum(outer.values()), total - quantised - sum(outer.values()))
-
-
-def nf4_bytes(parameters: int) -> int:
-    """Two parameters a byte, and the scale of every block, without double quantisation."""
-    return -(-parameters // 2) + 4 * -(-parameters // BLOCK)
-
-
-def weights(counts: Counts, load_in_4bit: bool, b: int) -> dict[str, int]:
-    sizes = [a * c for a, c in counts.linear]
-    return {
-        "linear layers": sum(map(nf4_bytes, sizes)) if load_in_4bit else b * sum(sizes),
-        "embedding, head": b * counts.embedding,
-        "norms": b * counts.other,
-    }
-
-
-def adapter_parameters(counts: Counts, rank: int) -> int:
-    return sum(rank * (a + c) for a, c in counts.linear)
-
-
-def rollout(shape: PretrainedConfig, sizes: Sizes, b: int) -> dict[str, int]:
-    D, F, V = shape.hidden_size, shape.intermediate_size, shape.vocab_size
-    cache = sizes.rows * sizes.columns * memory.cache_bytes(shape, b)
-    layer = (4 * b + 4) * F + 4 * b * D
-    return {
-        "KV cache": cache + cache // shape.num_hidden_layers,
-        "scores of a step": memory.SCORES * 4 * sizes.rows * V,
-        "reading a result": sizes.rows * sizes.read * (layer + sizes.columns),
-    }
-
-
-def update(
-    shape: PretrainedConfig, counts: Counts, sizes: Sizes, b: int, load_in_4bit: bool
-) -> dict[str, int]:
-    V, T = shape.vocab_size, sizes.tokens
-    chunk = min(sizes.scored, memory.head_chunk(V))
-    how = "checkpointed" if sizes.recompute else "all kept"
-    head = memory.LOGITS * 4 * V * chunk
-    return {
-        f"activations, {how}": T * memory.kept_bytes(shape, b, sizes.recompute),
-        "mask of the tree": T * T * (b + 1),
-        "head or layer": max(head, T * memory.passing_bytes(shape, b, sizes.recompute)),
-        "one weight": b * max(a * c for a, c in counts.linear) if load_in_4bit else 0,
-    }
+    linear = [m for m in lm.modules() if isinstance(m, nn.Linear) and m is not head]
+    other = sum(p.numel() for p in lm.parameters()) - sum(m.weight.numel() for m in linear)
+    return Counts([(m.in_features, m.out_features) for m in linear], other)
 
 
 def predict(
-    shape: PretrainedConfig, counts: Counts, config: Config, sizes: Sizes, b: int = 2
-) -> dict[str, dict[str, int]]:
-    """Bytes by part; `peak` is what they come to at most at one time."""
-    parts = {
-        "weights": weights(counts, config.load_in_4bit, b),
-        "adapter": {"LoRA and AdamW": 16 * adapter_parameters(counts, config.lora_rank)},
-        "rollout": rollout(shape, sizes, b),
-        "update": update(shape, counts, sizes, b, config.load_in_4bit),
-    }
-    sums = {name: sum(part.values()) for name, part in parts.items()}
-    always = sums["weights"] + sums["adapter"]
-    peaks = {name: always + sums[name] for name in ("rollout", "update")}
-    return parts | {"peak": peaks | {"both": max(peaks.values())}}
+    shape: PretrainedConfig, config: Config, rows: int, tokens: int, recompute: bool, b: int = 2
+) -> dict[str, float]:
+    """GiB by part: `rows` paths side by side, `tokens` a backward pass, b bytes a number."""
+    counts, V = count(shape), shape.vocab_size
+    each = memory.kept_bytes(shape, b, recompute) + memory.passing_bytes(shape, b, recompute)
+    logits = memory.LOGITS * 4 * V * min(tokens, max(1, memory.HEAD_BYTES // (4 * V)))
+    fixed = counts.weight_bytes(config.load_in_4bit, b), 16 * counts.adapter(config.lora_rank)
+    rollout = rows * memory.path_bytes(shape, b, config.max_total_tokens) + memory.SCORES_BYTES
+    update = tokens * each + b * tokens**2 + logits
+    peak = sum(fixed) + max(rollout, update)
+    names = ("weights GiB", "adapter GiB", "rollout GiB", "update GiB", "peak GiB")
+    return dict(zip(names, (x / GIB for x in (*fixed, rollout, update, peak)), strict=True))
 
 
-# ---- what a configuration asks for, and what a card takes ---------------------------------
-
-
-def sizes_asked(config: Config) -> Sizes:
-    """The most that these settings compute at once."""
-    rollouts = config.questions_per_step * config.group_size
-    tokens = min(int(config.micro_batch_tokens), rollouts * config.max_total_tokens)
-    return Sizes(
-        rows=min(int(config.rollout_rows), rollouts),
-        columns=config.max_total_tokens,
-        # about 4 characters a token
-        read=min(config.search_results * config.search_chars // 4 + 16, config.max_total_tokens),
-        tokens=tokens,
-        scored=tokens,
-        recompute=bool(config.gradient_checkpointing),
-    )
-
-
-def weightless(shape: PretrainedConfig, counts: Counts, config: Config) -> SimpleNamespace:
-    """What memory.fit asks of a model, without its weights."""
-    size = sum(weights(counts, config.load_in_4bit, b=2).values())
+def planned(shape: PretrainedConfig, config: Config) -> dict:
+    """What a run with these settings computes at once, and the memory that takes."""
+    counts = count(shape)
+    size = counts.weight_bytes(config.load_in_4bit, b=2)
     frozen = torch.empty(size, dtype=torch.uint8, device="meta")
-    adapter = torch.empty(adapter_parameters(counts, config.lora_rank), device="meta")
-    return SimpleNamespace(
-        parameters=lambda: [frozen, adapter.requires_grad_()],
-        device=torch.device("cpu"),
-        dtype=torch.bfloat16,
-        config=shape,
-    )
+    adapter = torch.empty(counts.adapter(config.lora_rank), device="meta", requires_grad=True)
+    cpu = {"device": torch.device("cpu"), "dtype": torch.bfloat16}  # no GPU is asked
+    lm = SimpleNamespace(parameters=lambda: [frozen, adapter], config=shape, **cpu)
+    limits, longest = memory.fit(config, lm), config.max_total_tokens
+    rollouts = config.questions_per_step * config.group_size
+    rows = int(min(config.rollout_rows, limits.rollout_rows, rollouts))
+    # a trajectory is never cut
+    tokens = min(config.micro_batch_tokens, limits.micro_batch_tokens, rollouts * longest)
+    tokens, recompute = int(max(longest, tokens)), limits.recompute
+    parts = predict(shape, config, rows, tokens, recompute)
+    limit = config.memory_gb
+    at_once = {"paths": rows, "tokens a pass": tokens, "recomputed": recompute}
+    fits = {"limit GiB": limit, "fits": limit is None or parts["peak GiB"] <= limit}
+    return {**at_once, **parts, **fits}
 
 
-def settled(
-    shape: PretrainedConfig, counts: Counts, config: Config, memory_gb: float, usable: float
-) -> Sizes:
-    """What a run comes to: memory.fit within `memory_gb`, then halves while `usable` is too little.
-
-    Both in GiB. A trajectory is never cut, so the result may still not fit.
-    """
-    config = dataclasses.replace(config, memory_gb=memory_gb)
-    chunks = memory.fit(config, weightless(shape, counts, config))
-    while True:
-        chunks.micro_batch_tokens = max(chunks.micro_batch_tokens, config.max_total_tokens)
-        sizes = sizes_asked(chunks.fitted(config))
-        peak = predict(shape, counts, config, sizes)["peak"]
-        if peak["rollout"] > usable * memory.GIB and sizes.rows > 1:
-            chunks.rollout_rows = sizes.rows // 2
-        elif peak["update"] > usable * memory.GIB and sizes.tokens > config.max_total_tokens:
-            chunks.micro_batch_tokens = sizes.tokens // 2
-        else:
-            return sizes
-
-
-def on_card(shape: PretrainedConfig, counts: Counts, config: Config, card: str) -> dict:
-    usable = int(card.removesuffix("gb")) - RESERVE_GIB
-    sizes = settled(shape, counts, config, PRESETS[card]["memory_gb"], usable)
-    peak = predict(shape, counts, config, sizes)["peak"]["both"]
-    found = {"usable_gib": usable, "fits": peak <= usable * memory.GIB, "peak_bytes": peak}
-    return found | dataclasses.asdict(sizes)
-
-
-def run(config: Config) -> dict:
-    """The plan of the settings as they are, cut to --memory_gb where that is given."""
+def run(config: Config, typed: dict) -> dict:
+    """The plan of the settings as they are, and of each card's preset with what was typed."""
     shape = model_config(config.model_name)
-    counts, limit = count(shape), config.memory_gb
-    sizes = settled(shape, counts, config, limit, limit) if limit else sizes_asked(config)
-    either = {
-        name: sizes.tokens * memory.kept_bytes(shape, 2, recompute)
-        for name, recompute in (("all kept", False), ("checkpointed", True))
-    }
-    return {
-        "model_name": config.model_name,
-        "parameters": counts.total,
-        "load_in_4bit": config.load_in_4bit,
-        "sizes": dataclasses.asdict(sizes),
-        "parts": predict(shape, counts, config, sizes),
-        "activations": either,
-        "cards": {card: on_card(shape, counts, config, card) for card in CARDS},
-    }
-
-
-def show(report: dict) -> None:
-    sizes, parts = report["sizes"], dict(report["parts"])
-    peak = parts.pop("peak")
-    bits = "4-bit" if report["load_in_4bit"] else "bfloat16"
-    console.print(
-        f"{report['model_name']}, {report['parameters'] / 1e9:.2f}B parameters in {bits}: "
-        f"{sizes['rows']} rows of {sizes['columns']} tokens, {sizes['tokens']} tokens a backward "
-        "pass",
-        markup=False,
-    )
-    table = Table("", "GiB", box=box.SIMPLE_HEAD)
-    for name, part in parts.items():
-        for line, size in part.items():
-            table.add_row(f"{name}: {line}", f"{size / memory.GIB:8.3f}")
-    for name, size in report["activations"].items():
-        if f"activations, {name}" not in parts["update"]:
-            table.add_row(f"[dim](activations, {name})[/]", f"[dim]{size / memory.GIB:8.3f}[/]")
-    for name, size in peak.items():
-        words = "peak" if name == "both" else f"peak of the {name}"
-        table.add_row(f"[bold]{words}[/]", f"[bold]{size / memory.GIB:8.3f}[/]")
-    console.print(table)
-    for card, figures in report["cards"].items():
-        console.print(f"{card:>5}: {card_words(figures)}", markup=False)
-
-
-def card_words(figures: dict) -> str:
-    peak = f"{figures['peak_bytes'] / memory.GIB:.2f} of {figures['usable_gib']:g} GiB"
-    recompute = ", gradient checkpointing" if figures["recompute"] else ""
-    at_once = f"{figures['rows']} rows, {figures['tokens']} tokens a backward pass{recompute}"
-    return f"{'fits' if figures['fits'] else 'does not fit'}: {peak} with {at_once}"
+    plans = {"as set": planned(shape, config)}
+    for card in CARDS:
+        cap = {"memory_gb": PRESETS[card]["memory_gb"]}
+        plans[card] = planned(shape, Config(**{**PRESETS[card], **typed, **cap}))
+    return {"model_name": config.model_name, "figures": plans}

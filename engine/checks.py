@@ -1,0 +1,64 @@
+"""Models that would train silently wrong: refused when they are loaded, by what they compute.
+
+A tree is written from a cache that forks and trained as one packed row. A layer that looks at more
+than the mask, the positions and the cache that it is given makes other numbers of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import torch
+
+from advantage import Segment
+from engine.packing import make_batch, make_row, token_logprobs
+
+
+def refuse_windows(lm, longest: int) -> None:
+    """In a batch, what is known of one path and unread of another are up to twice the longest."""
+    shape = lm.config.get_text_config()
+    odd = {*(getattr(shape, "layer_types", None) or [])}
+    odd = sorted(odd - {"full_attention", "sliding_attention", "chunked_attention"})
+    for name, size in vars(shape).items():
+        window = re.fullmatch(r"((sliding|attention)_)?(window|chunk)(_size)?", name)
+        if window and isinstance(size, int) and 0 < size < 2 * longest:
+            odd.append(f"{name} {size}, too small for --max_total_tokens {longest}")
+    if odd:
+        raise ValueError(f"the model has {', '.join(odd)}, which is not supported here")
+
+
+def require_same_logprobs(policy, config) -> None:
+    """A short tree: as it was sampled, in one packed row, in plain rows. ValueError if they differ.
+
+    Then a layer does not follow the mask, positions or cache that it is given, or the logits are
+    not the head's own (a cap, a scale). The head's logits are scaled to a spread of 100, for a
+    temperature of 100: random weights, too, then show a cap and draw among many tokens.
+    """
+    from engine.writer import Writer  # which imports this file
+
+    limits = {"max_segment_tokens": 1, "max_total_tokens": 64}
+    writer = Writer(policy, dataclasses.replace(config, temperature=100.0, top_p=1.0, **limits))
+    tokens, scale = policy.encode(" ".join(map(str, range(60)))), []
+    root = Segment("prompt", tokens[:8])
+    results = [Segment("tool", tokens[8:32], root), Segment("tool", tokens[32:40], root)]
+    policy.limits.recompute = True  # layers are told that they are in training: no noise may come
+
+    def louder(head, args, logits):
+        x = logits.float()
+        scale.append(100 / max(x.std().item(), x.abs().mean().item() / 100, 1e-9))
+        return scale[0] * logits
+
+    hook = policy.lm.get_output_embeddings().register_forward_hook(louder)
+    with hook, torch.random.fork_rng(), torch.no_grad():
+        drafts = writer.begin([root], 1) + writer.begin([*results, *results], 1)
+        credit = {draft: {draft: 1.0} for draft in drafts}
+        for trees in ([drafts], [[draft] for draft in drafts]):
+            rows = [make_row(leaves, credit) for leaves in trees]
+            batch = make_batch(rows, policy.pad_id, policy.device, policy.lm.dtype)
+            off = token_logprobs(policy, batch, temperature=100.0) - batch.sampled_logp  # (B, T)
+            off = off[~batch.sampled_logp.isnan()].abs().max().item()
+            # 0.001 in float32 and 0.27 in bfloat16, ten times what rounding makes of it.
+            if not off < 3 * torch.finfo(policy.lm.dtype).eps ** 0.5:
+                why = "a window, ALiBi, a recurrent layer, dropout or scaled logits do that"
+                raise ValueError(f"log-probs of a forked row are {off:.2g} off the sampled; {why}")

@@ -1,0 +1,219 @@
+"""One training step of ours beside another's, in turn, on the same questions and one policy.
+
+`plain`: course/one_page.py is the same algorithm with plain `generate`, nothing cached, nothing
+packed.
+
+`trl`: TRL's GRPOTrainer speaks through a chat template and parses calls out of an assistant
+message; both are written here for our transcript grammar, so that either side samples from one
+policy, stops at the same tags, runs the same tools and reads the same results. TRL's own limit on a
+trajectory is left wide; a turn has ours. Neither side quantises or has a reference model.
+"""
+
+import dataclasses
+import json
+import re
+import tempfile
+from pathlib import Path
+from statistics import median
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+
+import tools as toolbox
+from advantage import reward
+from app.config import Config
+from course import one_page
+from data.files import UserError
+from data.formats import Question
+from engine.judge import judge_answer
+from engine.memory import GIB
+
+from . import job as jobs
+from .job import Job, Size, clock, counted, force, made_on, mini_world
+
+# ---- plain --------------------------------------------------------------------------------
+
+
+def plain(config: Config, own) -> dict:
+    """Medians of steps taken in turn, after a first one of each that is watched for its memory."""
+    job = mini_world(config)
+    policy, tools = job.agent.policy, job.agent.tools
+
+    def on_one_page(number: int) -> dict:
+        asked = job.asked(number)
+        return one_page.train_step(policy, job.optimizer, asked, config, tools, number)
+
+    ways = {"one page": on_one_page, "ours": job.step}
+    peaks = [jobs.peak_bytes(lambda step=step: step(0)) for step in ways.values()]
+    runs: dict[str, list[dict]] = {name: [] for name in ways}
+    for number in range(1, own.repeats + 1):
+        for name, step in ways.items():
+            started = clock()
+            with counted(policy) as seen:
+                step(number)
+            tokens = {"tokens, rollout": seen["rollout"], "tokens, update": seen["update"]}
+            runs[name].append({"seconds": clock() - started, **tokens})
+    figures = {"peak GiB": [peak / GIB for peak in peaks]}
+    for key in runs["ours"][0]:
+        figures[key] = [median(run[key] for run in runs[name]) for name in ways]
+    rows = {key: {"one page": a, "ours": b, "share": b / a} for key, (a, b) in figures.items()}
+    return made_on(config, repeats=own.repeats) | {"figures": rows}
+
+
+# ---- TRL ----------------------------------------------------------------------------------
+
+# The chat template, and how an assistant message is read: every turn begins after the last result.
+TURNS = Path(__file__).with_name("trl.jinja").read_text(encoding="utf-8")
+RESPONSE = json.loads(Path(__file__).with_name("trl_response.json").read_text(encoding="utf-8"))
+STOPS = ("<|im_end|>", "</answer>", "</search>", "</calculator>")
+
+
+# forced: every trajectory is scripted; described: our system prompt describes the tools; schemas:
+# TRL's describes them as JSON, else it has the same prompt as ours
+MATCHES = {  # name: (forced, described, schemas)
+    "mini-world, short prompt": (False, False, False),
+    "forced, short prompt": (True, False, False),
+    "forced, our long prompt on both sides": (True, True, False),
+    "forced, our long prompt, TRL's JSON schemas": (True, True, True),
+}
+FORCED = Size(turns=2, segment=18, result=20)  # about the mini-world's mean trajectory
+
+
+def import_trl():
+    try:
+        import datasets
+        import trl
+    except ImportError as error:
+        raise UserError(f"{error.name} is missing; install it with: pip install trl") from None
+    return trl, datasets
+
+
+class InTurn(TrainerCallback):
+    """Times each step of TRL, generation included, and takes one of ours after it."""
+
+    def __init__(self, job: Job, folder: str):
+        self.job, self.folder, self.trl, self.ours = job, folder, [], []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.started = clock()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = clock()
+        self.trl.append(now - self.started)
+        self.job.step(state.global_step)
+        self.ours.append(clock() - now)
+
+
+def our_job(config: Config, forced: bool, described: bool) -> Job:
+    if forced:  # it forks at every second call, like the policy does on the mini-world
+        half = {"branch_rule": "random", "branch_probability": 0.5}
+        config = dataclasses.replace(config, **half)
+    job = mini_world(config)
+    policy = job.agent.policy
+    if described:
+        policy.tokenizer.chat_template = TURNS  # the model's own drops a system message
+    if forced:
+        job.agent.tools |= {"search": jobs.search_of(policy, FORCED.result)}
+        job.questions = [Question("Where does it lie?", ["1"])]
+        prompt = len(policy.prompt(job.questions[0].text))
+        force(policy.lm, prompt, jobs.script_of(policy, FORCED))
+    return job
+
+
+def trl_trainer(job: Job, system: str | None, schemas: bool, times: InTurn, steps: int):
+    """TRL's trainer of the same job, with `system` as its prompt."""
+    from peft import LoraConfig
+
+    trl, datasets = import_trl()
+    c, policy = job.agent.config, job.agent.policy
+    tokenizer = AutoTokenizer.from_pretrained(c.model_name)
+    tokenizer.padding_side = "left"
+    tokenizer.chat_template = TURNS
+    tokenizer.eos_token = "</answer>"  # TRL cuts what follows a call at the last one of these
+    tokenizer.response_template = RESPONSE
+    lm = AutoModelForCausalLM.from_pretrained(c.model_name, dtype=policy.lm.dtype)
+    lm.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(list(STOPS))
+    first = [{"role": "system", "content": system}] if system else []
+    rows = [
+        {"prompt": [*first, {"role": "user", "content": q.text}], "answers": q.answers}
+        for step in range(1, steps + 1)
+        for q in job.asked(step)
+    ]
+    still = {"learning_rate": 0.0, "lr_scheduler_type": "constant"}  # one policy at every step
+    quiet = {"report_to": "none", "logging_strategy": "no", "save_strategy": "no"}
+    plain = {"shuffle_dataset": False, "gradient_checkpointing": False, "disable_tqdm": True}
+    group = {"num_generations": c.group_size, "seed": c.seed, "beta": 0.0}
+    args = trl.GRPOConfig(
+        output_dir=times.folder,
+        max_steps=steps,
+        per_device_train_batch_size=c.questions_per_step * c.group_size,
+        max_completion_length=c.max_total_tokens,
+        max_tool_calling_iterations=c.max_tool_calls,
+        generation_kwargs={"max_new_tokens": c.max_segment_tokens},
+        chat_template_kwargs={"schemas": schemas},
+        bf16=torch.cuda.is_available(),
+        **(group | still | quiet | plain),
+    )
+    lora = {"r": c.lora_rank, "lora_alpha": 2 * c.lora_rank, "target_modules": "all-linear"}
+    trainer = trl.GRPOTrainer(
+        lm,
+        reward_function(tokenizer, set(job.agent.tools)),
+        args,
+        datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+        tools=[tool_of(job, name) for name in job.agent.tools],
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **lora),
+        callbacks=[times],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def tool_of(job: Job, name: str):
+    """A tool as TRL wants it: a function with its name, annotations and a docstring."""
+
+    def run(text: str) -> str:
+        return toolbox.result_text(toolbox.run_one(toolbox.ToolCall(name, text), job.agent.tools))
+
+    description = job.agent.tools[name].description
+    run.__name__, run.__doc__ = name, f"Call it.\n\nArgs:\n    text: {description}\n"
+    return run
+
+
+def reward_function(tokenizer, tools: set[str]):
+    def right(completion_ids, answers, **kwargs) -> list[float]:
+        rewards = []
+        for ids, gold in zip(completion_ids, answers, strict=True):
+            texts = re.split(r"(<result>.*?</result>)", tokenizer.decode(ids), flags=re.DOTALL)
+            turns = [("tool" if i % 2 else "policy", text) for i, text in enumerate(texts) if text]
+            used = len({name for name in tools for text in texts if f"</{name}>" in text})
+            rewards.append(reward(turns, gold, judge=judge_answer, tools_used=used).total)
+        return rewards
+
+    return right
+
+
+def play(config: Config, forced: bool, described: bool, schemas: bool, repeats: int) -> dict:
+    """Medians over the steps but the first of each side, which pays for what is made once."""
+    job = our_job(config, forced, described)
+    policy = job.agent.policy
+    system = policy.system_prompt if described and not schemas else None
+    with tempfile.TemporaryDirectory() as folder:
+        times = InTurn(job, folder)
+        trainer = trl_trainer(job, system, schemas, times, repeats + 1)
+        prompt = len(trainer._tokenize_prompts([trainer.train_dataset[0]["prompt"]])[0][0])
+        if forced:
+            force(trainer.model.get_base_model(), prompt, jobs.script_of(policy, FORCED))
+        trainer.train()
+    trl, ours = times.trl[1:], times.ours[1:]
+    prompts = {"prompt, TRL": prompt, "ours": len(policy.prompt(job.questions[0].text))}
+    seconds = {"seconds, TRL": median(trl), "seconds, ours": median(ours)}
+    faster = median(a / b for a, b in zip(trl, ours, strict=True))
+    return prompts | seconds | {"times as fast": faster}
+
+
+def trl(config: Config, own) -> dict:
+    library, _ = import_trl()
+    config = dataclasses.replace(config, load_in_4bit=False)
+    rows = {name: play(config, *match, own.repeats) for name, match in MATCHES.items()}
+    return made_on(config, trl=library.__version__, repeats=own.repeats) | {"figures": rows}

@@ -1,0 +1,59 @@
+"""What the commands of this folder share: flags in, an exit code out."""
+
+import copy
+import dataclasses
+import logging
+import signal
+import sys
+from collections.abc import Callable, Container
+from typing import Any
+
+from app.cli import Parser
+from app.config import Config, check
+from app.run_folder import Terminated, terminate
+from data.files import UserError
+
+# It says at its import that a kernel is missing which is optional.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+TRAIN = {item.name for item in dataclasses.fields(Config)}  # the flags of `train`
+
+
+def parse(
+    prog: str, text: str, args: list[str], own: type, names: Container[str] = TRAIN, **defaults
+) -> tuple[Any, dict]:
+    """A command's own settings, checked, and what was typed of those of Config in `names`.
+
+    `own` is a dataclass of fields like Config's; `defaults` are other ones for fields of Config.
+    """
+    parser = Parser(prog=prog, description=text.split("\n\n")[0], allow_abbrev=False)
+    mine = dataclasses.fields(own)
+    for item in [*mine, *(item for item in dataclasses.fields(Config) if item.name in names)]:
+        shown = copy.copy(item)
+        shown.default = defaults.get(item.name, item.default)
+        parser.add_field(shown)
+    values = parser.parse(args)
+    settings = own(**{item.name: values.pop(item.name) for item in mine if item.name in values})
+    check(settings)
+    return settings, {**defaults, **values}
+
+
+def exit_code(work: Callable[[], int | None]) -> int:
+    """How it ended: 0 done, 1 a number is inf or nan, 2 UserError, 130 Ctrl-C, 143 SIGTERM."""
+    # A script's `&` has SIGINT ignored, here and in all children.
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        return work() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"error: {error}; a lower --learning_rate may help", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as stop:
+        print("stopped", file=sys.stderr)
+        return 143 if isinstance(stop, Terminated) else 130
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
