@@ -128,11 +128,10 @@ class Screen:
 
 def run_one(call: ToolCall, tools: Mapping[str, Tool]) -> ToolResult:
     """Run one call right here; whatever goes wrong becomes an error result."""
-    names = ", ".join(tools)
-    if call.name not in tools:
-        return ToolResult(f"there is no tool named {call.name}; the tools are {names}", ok=False)
-    if not call.argument:
-        return ToolResult(f"the call of {call.name} is empty; the tools are {names}", ok=False)
+    if call.name not in tools or not call.argument:
+        wrong = f"the call of {call.name} is empty"
+        wrong = wrong if call.name in tools else f"there is no tool named {call.name}"
+        return ToolResult(f"{wrong}; the tools are {', '.join(tools)}", ok=False)
     try:
         text = tools[call.name].run(call.argument)
         if not isinstance(text, str):
@@ -236,7 +235,6 @@ ADVICE = {  # what means several things, or nothing here -> what to write instea
     r"\^": "^ is not a power here, write **",
     r"[=<>!;]": "write one expression: nothing is assigned or compared",
     r"[$\xa2-\xa5\u20a0-\u20cf]": "write amounts without a currency: 5, not $5",
-    r"[][{}]": "write ( ) for every kind of bracket",
     r"\A([^(]*\(){101}": "more than 100 parentheses are too many",
     r"(?<![\w.])(?<!\d )0\d": "write 12, not 012",
     r"\d[eE][+-]?\d{4}": "the exponent is too large",
@@ -247,10 +245,9 @@ ADVICE = {  # what means several things, or nothing here -> what to write instea
 def calculate(expression: str) -> str:
     """The value of an arithmetic expression, or ToolError, in words and at once.
 
-    Python's rules hold: ** binds to the right and before a sign, // rounds down, log is natural,
-    angles are in radians, round(2.5) is 2. Integers, decimals and fractions are exact (0.1 + 0.2 -
-    0.3 is 0), roots, logarithms and very long fractions are floats. An integer shows all its
-    digits, a decimal up to 15; everything else, such as 1/3, is rounded to 10 significant digits.
+    Python's rules hold: -2**2 is -4, // rounds down, log is natural, sin takes radians, round(2.5)
+    is 2. Integers, decimals and fractions are exact (0.1 + 0.2 - 0.3 is 0), roots and so on floats.
+    All digits of an integer are shown, up to 15 of a decimal, and of all else, as of 1/3, ten.
     """
     try:
         text = read_expression(expression)
@@ -276,11 +273,9 @@ def read_expression(expression: str) -> str:
     before = ""  # a number, a constant or a ) that an operator must follow
     for number, name, sign in TOKEN.findall(text):
         if before and (number or name or sign == "("):  # 3(4), 2 pi, 1 000, 5 km, a second line
-            between = f"between {cut(before, 20)} and {cut(number or name or sign, 20)}"
-            raise ToolError(f"no operator {between}: write *, or 1000 for 1 000; no units, no code")
+            raise ToolError(f"no operator after {before:.20}: write *; 1000 for 1 000; no units")
         if name and name not in FUNCTIONS and name not in CONSTANTS:
-            known = ", ".join([*FUNCTIONS, *CONSTANTS])
-            raise ToolError(f"{cut(name, 40)} is unknown; known are {known}")
+            raise ToolError(f"{name:.40} is unknown; known: {', '.join(FUNCTIONS | CONSTANTS)}")
         before = number or (name if name in CONSTANTS else sign if sign == ")" else "")
     return text
 
@@ -288,16 +283,17 @@ def read_expression(expression: str) -> str:
 def evaluate(node: ast.AST, text: str) -> Number:
     """The value of one node of the syntax tree of ``text``; every number on the way is bounded."""
     match node:
-        case ast.Constant(value=int() as value):
-            pass
-        case ast.Constant(value=float()):  # as it was written: 0.1 is a tenth
-            value = Fraction(text[node.col_offset : node.end_col_offset].replace("_", ""))
+        case ast.Constant(value=int() | float() as value):
+            if isinstance(value, float):  # as it was written: 0.1 is a tenth
+                value = Fraction(text[node.col_offset : node.end_col_offset].replace("_", ""))
         case ast.Name(id=name) if name in CONSTANTS:
             value = CONSTANTS[name]
         case ast.UnaryOp(op=op, operand=operand):
             value = OPERATORS[type(op)](evaluate(operand, text))
         case ast.BinOp(left=left, op=op, right=right):
             a, b = evaluate(left, text), evaluate(right, text)
+            if float in (type(a), type(b)) and isinstance(op, ast.FloorDiv | ast.Mod):
+                raise ToolError("// and % need exact numbers; there is floor(x)")
             value = OPERATORS[type(op)](a, b)
             if a and b and not value and isinstance(op, ast.Mult | ast.Div | ast.Pow):
                 raise OverflowError  # too small for a float
@@ -324,7 +320,7 @@ def bounded(value: Number | complex) -> Number:
     if isinstance(value, float):
         if not math.isfinite(value):
             raise OverflowError
-        near = abs(value) < 1e15 and abs(value - round(value)) <= NOISE * abs(value)
+        near = abs(value) < 1e9 and abs(value - round(value)) <= NOISE * abs(value)
         return round(value) if near else value  # 64 ** (1/3) is 3.9999999999999996
     if value.numerator.bit_length() > MAX_BITS:
         raise OverflowError
@@ -332,8 +328,12 @@ def bounded(value: Number | complex) -> Number:
 
 
 def settled(value: Number, scale: Number) -> Number:
-    """The value; 0 if it is what rounding leaves of numbers of that scale: sin(pi / 6) - 0.5."""
-    return 0 if isinstance(value, float) and abs(value) <= NOISE * abs(scale) else value
+    """The value; 0 if rounding alone leaves as much of numbers of that scale: sin(pi / 6) - 0.5."""
+    if isinstance(value, float) and abs(value) <= 1e-5 * abs(scale):
+        if abs(value) > NOISE * abs(scale):
+            raise ToolError("too few digits are left where nearly equal numbers cancel")
+        return 0
+    return value
 
 
 def divide(a: Number, b: Number) -> Number:
@@ -346,19 +346,19 @@ def power(base: Number, exponent: Number) -> Number:
         if bits * abs(exponent) <= MAX_BITS:
             value = base ** abs(exponent)
             return value if exponent >= 0 else divide(1, value)
+    if 0.5 < base < 2 and abs(exponent) > 1000:  # (1 + 1/n)**n: the float of 1 + 1/n is too coarse
+        return math.exp(exponent * math.log1p(base - 1))
     return float(base) ** float(exponent)
 
 
 def circular(function: Callable[[float], float], angle: Number) -> Number:
-    """sin or cos; beyond a million radians ten digits would not be right."""
+    """sin or cos; a float of more than a million radians is too coarse for ten digits."""
     return settled(function(angle if abs(angle) <= 10**6 else math.nan), angle)
 
 
-def whole(value: Number, most: float = math.inf) -> int:
+def whole(value: Number) -> int:
     if not isinstance(value, int):
         raise ToolError(f"{float(value):g} is not a whole number")
-    if abs(value) > most:
-        raise OverflowError
     return value
 
 
@@ -377,12 +377,13 @@ OPERATORS = {
 }  # fmt: skip
 FUNCTIONS = {
     "sqrt": math.sqrt, "abs": abs, "min": min, "max": max, "floor": math.floor, "ceil": math.ceil,
-    "round": lambda x, digits=0: round(Fraction(x), whole(digits, MAX_DIGITS)),
+    "round": lambda x, digits=0: round(Fraction(x), max(-2000, min(whole(digits), 2000))),
     "gcd": lambda *values: math.gcd(*map(whole, values)),
     "lcm": lambda *values: reduce(lambda a, b: bounded(math.lcm(a, b)), map(whole, values), 1),
-    "factorial": lambda n: math.factorial(whole(n, MAX_BITS)),  # n! has more than n bits
+    "factorial": lambda n: math.factorial(min(whole(n), 1000)),  # 1000! is too large already
     "comb": comb, "exp": lambda x: math.exp(x) or math.inf,  # 0: too small for a float
-    "ln": lambda x: math.log(x), "log": math.log, "log2": math.log2, "log10": math.log10,
+    "ln": lambda x: settled(math.log(x), 1), "log": lambda x, *b: settled(math.log(x, *b), 1),
+    "log2": lambda x: settled(math.log2(x), 1), "log10": lambda x: settled(math.log10(x), 1),
     "sin": lambda x: circular(math.sin, x), "cos": lambda x: circular(math.cos, x),
     "tan": lambda x: divide(circular(math.sin, x), circular(math.cos, x)),
     "asin": math.asin, "acos": math.acos, "atan": math.atan,
@@ -409,9 +410,8 @@ def show(value: Number) -> str:
 MAX_QUERY_CHARS, MAX_QUERY_TERMS = 10_000, 32
 PART = 2**18  # terms counted at a time
 # Thai, Lao, Burmese, Khmer, Japanese, Chinese: no spaces; Korean: particles follow the word.
-SPACELESS = "\u0e01-\u0e3a\u0e40-\u0e59\u0e81-\u0edf\u1000-\u1049\u1050-\u109d\u1780-\u17d3\u17d7"
-SPACELESS += "\u17dc-\u17e9\u3005-\u3007\u3041-\u309f\u30a1-\u30fa\u30fc-\u31ff\u3400-\u9fff"
-SPACELESS += "\U00020000-\U0003ffff\u1100-\u11ff\uac00-\ud7ff"
+SPACELESS = "\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0edf\u1000-\u1049\u1780-\u17d3\u3005-\u3007"
+SPACELESS += "\u3041-\u30fa\u30fc-\u31ff\u3400-\u9fff\U00020000-\U0003ffff\uac00-\ud7ff"
 WORD = re.compile(rf"([{SPACELESS}]+)|([^\W_{SPACELESS}]+)")
 
 

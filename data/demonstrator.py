@@ -5,12 +5,11 @@ calculating, misreads, stops early, looks again. That is what makes the entropy 
 result, and what ARPO has to unlearn.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from random import Random
 
-from data.make_world import Problem, Step
+from data.formats import Demonstration
+from data.make_world import DOMAINS, Maker, Problem, Step, make
 from tools import ToolCall, result_text, run_calls
 
 
@@ -116,3 +115,22 @@ def act(thought: str, step: Step) -> str:
 
 def answer(thought: str, value: str) -> str:
     return f"<think>{thought}</think><answer>\\boxed{{{value}}}</answer>"
+
+
+def demonstrations_of_the_world(
+    count: int, tools: dict, seed: int, hesitation: float
+) -> list[Demonstration]:
+    """Solutions of problems that no test question asks; right ones without `hesitation`.
+
+    With 1 the demonstrator hesitates as `UNSURE` says, between that by a share of its chances.
+    """
+    world, _, test = make()
+    maker = Maker(world, Random(seed), taken={problem.key for problem in test})
+    demonstrator = Demonstrator(world, tools, Random(seed), right_way=0.0)
+    unsure = Hesitation(*(hesitation * chance for chance in astuple(UNSURE)))
+    demonstrations = []
+    for i in range(count):
+        problem = maker.draw(DOMAINS[i % len(DOMAINS)])
+        turns = demonstrator.solve(problem, unsure)
+        demonstrations.append(Demonstration(problem.text, [(t.author, t.text) for t in turns]))
+    return demonstrations

@@ -68,13 +68,13 @@ def build_tokenizer(texts: list[str], vocab_size: int = 1280) -> PreTrainedToken
     )
     backend.train_from_iterator(texts, trainer)
     backend.add_tokens([f"<{slash}{tag}>" for tag in TAGS for slash in ("", "/")])
+    markers = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
         model_max_length=1024,
+        **markers,
     )
 
 
@@ -172,7 +172,7 @@ def train(model, data, steps: int) -> None:
         torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.05),
     ]
     average = None
-    for step in (bar := tqdm(range(steps), desc="cold start", disable=None)):
+    for step in (bar := tqdm(range(steps), desc="cold start")):
         ids, expected = next(data)
         rows, columns, targets = soft_targets(expected, model.config.vocab_size)
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)

@@ -187,6 +187,7 @@ def refuse_changed(path: Path, before: dict, now: dict) -> None:
 # ---- running one --------------------------------------------------------------------------
 
 PATIENCE = 15  # seconds that a process has to stop by itself
+RUN = [sys.executable, "-m", "lab.compare", "run"]
 
 
 @contextmanager
@@ -201,10 +202,6 @@ def locked(folder: Path) -> Iterator[None]:
         raise UserError(f"--output_dir {folder}: {words}") from None
     except OSError as error:
         raise UserError(f"--output_dir {folder}: {reason(error)}") from None
-
-
-def run_command(slot: Path) -> list[str]:
-    return [sys.executable, "-m", "lab.compare", "run", str(slot)]
 
 
 def start(settings: dict, slot: Path, threads: int) -> subprocess.Popen:
@@ -223,7 +220,7 @@ def start(settings: dict, slot: Path, threads: int) -> subprocess.Popen:
     alone = {"cwd": ROOT, "env": {**os.environ, **limits}, "start_new_session": True}
     with (slot / "log.txt").open("w", encoding="utf-8") as log:
         streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-        return subprocess.Popen(run_command(slot), **alone, **streams)
+        return subprocess.Popen([*RUN, str(slot)], **alone, **streams)
 
 
 def play(slot: Path) -> int:
@@ -378,9 +375,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Flags:
-    """Beside those of `train`."""
-
+class Flags:  # beside those of `train`
     methods: str = option("main", f"of {', '.join([*METHODS, *FAMILIES])}, all")
     seeds: int = option(5, "runs of each method, with the seeds 0, 1, ..", 1)
     final_samples: int = option(8, "of each test question, when a run is trained", 1)

@@ -1,17 +1,16 @@
-"""Figures of a comparison, each as SVG and PNG. Needs matplotlib; nothing else here imports it.
-
-The colours are those of Okabe and Ito, which stay apart for colour-blind readers.
-"""
+"""Figures of a comparison, each as SVG and PNG. Needs matplotlib; nothing else here imports it."""
 
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from lab import verdict
 from lab.intervals import t_interval
 
+# of Okabe and Ito, which stay apart for colour-blind readers
 COLOURS = "#000000 #E69F00 #0072B2 #009E73 #D55E00 #CC79A7 #56B4E9 #8C6D31".split()
 STYLES = ("-", "--", ":")
 AXES = {
@@ -22,7 +21,7 @@ AXES = {
 }
 GRID = 60  # points on a curve whose seeds were not evaluated at the same place
 LOOK = {"svg.hashsalt": "arpo_mini", "font.size": 10, "axes.spines.top": False}
-LOOK = {**LOOK, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+LOOK |= {"axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
 
 
 def drawn(stem: Path, size: tuple[float, float], shape: tuple[int, int], draw, sharey=False):
@@ -41,10 +40,8 @@ def band(runs: dict[str, dict], name: str) -> tuple[np.ndarray, np.ndarray]:
     same = all(xs == spent[0] for xs in spent)
     x = np.array(spent[0]) if same else np.linspace(0, min(xs[-1] for xs in spent), GRID)
     curves = np.array([np.interp(x, xs, ys) for xs, ys in zip(spent, right, strict=True)])
-    estimates = [t_interval(column) for column in curves.T]
-    return x, np.array(
-        [[mean, *(mean if e is None else e for e in ends)] for mean, *ends in estimates]
-    )
+    estimates = np.array([t_interval(column) for column in curves.T], dtype=float)  # None: nan
+    return x, np.where(np.isnan(estimates), estimates[:, :1], estimates)
 
 
 def accuracy(results: dict, methods: list[str], stem: Path) -> None:
@@ -60,17 +57,13 @@ def accuracy(results: dict, methods: list[str], stem: Path) -> None:
                 ax.fill_between(x, 100 * e[:, 1], 100 * e[:, 2], alpha=0.15, lw=0, color=colour)
             ax.set_xlabel(label)
             ax.set_xlim(left=0)
-            ax.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(short))
+            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
             if ax.get_subplotspec().is_first_col():
                 ax.set_ylabel("test accuracy of samples, %")
         handles, labels = ax.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
 
     drawn(stem, (9, 7), (2, 2), draw, sharey=True)
-
-
-def short(value: float, _) -> str:
-    return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"
 
 
 def entropy(result: dict, stem: Path) -> None:

@@ -50,10 +50,7 @@ H, H_INITIAL, SPREAD = (COLUMNS.index(c) for c in ("H", "H_initial", "spread"))
 def continue_from(
     agent: Agent, nodes: list[Segment], k: int, config: Config, seed: int
 ) -> list[list[Segment]]:
-    """k independent continuations of every node to their ends, as leaves: [[Segment] * k] * n.
-
-    A node is a prompt or a tool result.
-    """
+    """k independent continuations of every prompt or tool result to their ends: k leaves each."""
 
     def work(fitted: Config) -> list[Segment]:
         transformers.set_seed(seed)
@@ -81,9 +78,8 @@ def measure(agent: Agent, questions: list[Question], k: int, config: Config) -> 
     figure_1 = {place: np.zeros((len(questions), FAR, 2)) for place in ("start", "result")}
     for at in tqdm(range(0, len(questions), AT_ONCE), unit_scale=AT_ONCE, disable=None):
         seed = config.seed + 1000 * at
-        roots = [
-            Segment("prompt", agent.policy.prompt(q.text)) for q in questions[at : at + AT_ONCE]
-        ]
+        asked = questions[at : at + AT_ONCE]
+        roots = [Segment("prompt", agent.policy.prompt(question.text)) for question in asked]
         groups = continue_from(agent, roots, k, config, seed)
         results = {  # node -> what the branch rule would see there: the first trajectory's own
             draft.parent: (i, draft.entropy, leaves[0].path()[1].entropy)

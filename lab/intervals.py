@@ -37,10 +37,8 @@ def paired(ours: dict, theirs: dict, of: Callable = lambda a, b: a - b) -> Estim
 
 def at_budget(spent: Sequence[float], accuracy: Sequence[float], budget: float) -> float:
     """Accuracy where `budget` was spent, on the straight line between two evaluations."""
-    if list(spent) != sorted(spent):
-        raise ValueError(f"what was spent cannot fall: {list(spent)}")
-    if not spent[0] <= budget <= spent[-1]:
-        raise ValueError(f"a budget of {budget} is outside {spent[0]} to {spent[-1]}")
+    if [*spent] != sorted(spent) or not spent[0] <= budget <= spent[-1]:
+        raise ValueError(f"{budget} is outside what was spent, or that falls: {[*spent]}")
     return float(np.interp(budget, spent, accuracy))
 
 

@@ -24,7 +24,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 import sys
 import time
 from collections import Counter
@@ -40,16 +39,15 @@ from app.config import Config, option
 from app.run_folder import new_folder
 from app.screen import say
 from arpo_mini import MAX_GRAD_NORM, make_tools
-from data.demonstrator import UNSURE, Demonstrator, Hesitation
+from data.demonstrator import demonstrations_of_the_world
 from data.files import UserError
 from data.formats import Demonstration, load_demonstrations
-from data.make_world import DOMAINS, Maker, make
-from engine.judge import as_number
+from data.python_calls import with_calculator
 from engine.memory import snapshot
 from engine.model import Policy, load_policy
 from engine.packing import Row, make_batch, make_row, micro_batches, require_finite, token_logprobs
 from lab.command import TRAIN, exit_code, parse
-from tools import ToolError, ToolResult, calculate, result_text
+from tools import ToolResult, result_text
 
 
 def same(name: str) -> dataclasses.Field:
@@ -103,20 +101,6 @@ class Settings:
 # ---- demonstrations -----------------------------------------------------------------------
 
 
-def from_mini_world(count: int, tools: dict, seed: int, hesitation: float) -> list[Demonstration]:
-    """Solutions with the real tools, right without `hesitation`; none asks a test question."""
-    world, _, test = make()
-    maker = Maker(world, Random(seed), taken={problem.key for problem in test})
-    demonstrator = Demonstrator(world, tools, Random(seed), right_way=0.0)
-    unsure = Hesitation(*(hesitation * chance for chance in dataclasses.astuple(UNSURE)))
-    demonstrations = []
-    for i in range(count):
-        problem = maker.draw(DOMAINS[i % len(DOMAINS)])
-        turns = demonstrator.solve(problem, unsure)
-        demonstrations.append(Demonstration(problem.text, [(t.author, t.text) for t in turns]))
-    return demonstrations
-
-
 def from_file(path: str, python_calls: str) -> tuple[list[Demonstration], Counter]:
     """Those of a file as a rollout would spell them, and why others were left out."""
     kept, left_out = [], Counter()
@@ -134,32 +118,6 @@ def from_file(path: str, python_calls: str) -> tuple[list[Demonstration], Counte
     return kept, left_out
 
 
-PYTHON = re.compile(r"<python>((?:(?!<python>).)*)</python>\s*$", re.DOTALL)
-
-
-def with_calculator(turns: list[tuple[str, str]]) -> list[tuple[str, str]] | None:
-    """<python> calls as <calculator> calls; None where one of them is no single expression.
-
-    The calculator must come to the number that python printed.
-    """
-    turns = list(turns)
-    for i, (author, text) in enumerate(turns):
-        code = PYTHON.search(text) if author == "policy" else None
-        if code is None:
-            continue
-        expression = re.sub(r"^print\((.*)\)$", r"\1", code[1].strip())
-        printed = turns[i + 1][1].strip() if i + 1 < len(turns) else None
-        try:
-            value = calculate(expression)
-        except ToolError:
-            return None
-        if printed is None or as_number(value) is None or as_number(value) != as_number(printed):
-            return None
-        turns[i] = ("policy", f"{text[: code.start()]}<calculator>{expression}</calculator>")
-        turns[i + 1] = ("tool", value)
-    return turns
-
-
 def demonstration_row(policy: Policy, demonstration: Demonstration) -> Row:
     """Every token with its author: those of the policy weigh 1, its eos among them; others 0."""
     node = Segment("prompt", policy.prompt(demonstration.question))
@@ -170,17 +128,14 @@ def demonstration_row(policy: Policy, demonstration: Demonstration) -> Row:
 
 
 def end_of_turn(policy: Policy) -> int:
-    """Of a model's end tokens the one that its chat template writes after an answer.
-
-    Qwen3 has two, and the other one ends a document.
-    """
+    """Of a model's end tokens (Qwen3 has two) the one that its chat template ends a turn with."""
     said = "an answer that no template has"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
     text = policy.tokenizer.apply_chat_template(turns, tokenize=False)
     after = policy.tokenizer.encode(text.rpartition(said)[2], add_special_tokens=False)
     own = policy.tokenizer.eos_token_id
-    known = [*(token for token in after if token in policy.eos_ids), own, *policy.eos_ids]
-    return next(token for token in known if token is not None)
+    known = [token for token in (*after, own) if token in policy.eos_ids] + policy.eos_ids
+    return known[0]
 
 
 # ---- training -----------------------------------------------------------------------------
@@ -216,7 +171,7 @@ def fine_tune(settings: Settings) -> None:
         demonstrations, left_out = from_file(settings.data, settings.python_calls)
     else:
         which = (settings.demonstrations, tools, settings.seed, settings.hesitation)
-        demonstrations, left_out = from_mini_world(*which), Counter()
+        demonstrations, left_out = demonstrations_of_the_world(*which), Counter()
     torch.manual_seed(settings.seed)  # the fresh adapter
     policy = load_policy(config, tools, trainable=True)
     rows = [demonstration_row(policy, demonstration) for demonstration in demonstrations]
@@ -226,10 +181,9 @@ def fine_tune(settings: Settings) -> None:
     if not kept:
         raise UserError(f"{settings.data or 'the mini-world'}: no demonstration is left: {whys}")
     folder = new_folder(settings.output_dir)
-    say(f"writing to {folder}")
+    say(f"{folder}: {len(kept)} demonstrations{whys and f'; left out: {whys}'}")
     text = json.dumps(dataclasses.asdict(settings), indent=2)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-    say(f"{len(kept)} demonstrations{whys and f'; left out: {whys}'}")
     try:
         train(policy, kept, settings, folder / "metrics.jsonl")
     finally:  # whatever ended it, the steps that were made are kept

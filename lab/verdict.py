@@ -1,8 +1,7 @@
 """From the results of a comparison to its table: means over seeds, differences to GRPO by seed.
 
 A run is {"wish_rate", "points": {"step": [..], "sampled": [..], ..}}; a point is an evaluation, and
-what was spent on training up to it. A difference pairs runs of one seed: they are asked the same
-questions in the same order.
+what was spent on training up to it. Runs of one seed are asked the same questions in one order.
 """
 
 from dataclasses import dataclass

@@ -32,9 +32,7 @@ from . import against, gpu, plan
 
 
 @dataclass(frozen=True)
-class Flags:
-    """Beside those of `train`."""
-
+class Flags:  # beside those of `train`
     preset: str | None = option(None, "settings to start from", choices=tuple(PRESETS))
     json: str | None = option(None, "write the figures to this file")
 

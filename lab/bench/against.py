@@ -1,18 +1,19 @@
 """One training step of ours beside another's, in turn, on the same questions and one policy.
 
-`plain`: course/one_page.py is the same algorithm with plain `generate`, nothing cached, nothing
-packed.
+`plain`: course/one_page.py, the same algorithm with plain `generate`, nothing cached or packed.
 
 `trl`: TRL's GRPOTrainer speaks through a chat template and parses calls out of an assistant
-message; both are written here for our transcript grammar, so that either side samples from one
-policy, stops at the same tags, runs the same tools and reads the same results. TRL's own limit on a
-trajectory is left wide; a turn has ours. Neither side quantises or has a reference model.
+message; both are written for our transcript grammar (trl.jinja, trl_response.json), so that either
+side samples from one policy, stops at the same tags, runs the same tools and reads the same
+results. TRL's limit on a trajectory is left wide; a turn has ours. Neither side quantises.
 """
 
 import dataclasses
 import json
 import re
 import tempfile
+from importlib import import_module
+from operator import truediv
 from pathlib import Path
 from statistics import median
 
@@ -44,9 +45,9 @@ def plain(config: Config, own) -> dict:
         return one_page.train_step(policy, job.optimizer, asked, config, tools, number)
 
     ways = {"one page": on_one_page, "ours": job.step}
-    peaks = [jobs.peak_bytes(lambda step=step: step(0)) for step in ways.values()]
+    peaks = [jobs.peak_bytes(lambda step=step: step(1)) for step in ways.values()]
     runs: dict[str, list[dict]] = {name: [] for name in ways}
-    for number in range(1, own.repeats + 1):
+    for number in range(2, own.repeats + 2):
         for name, step in ways.items():
             started = clock()
             with counted(policy) as seen:
@@ -69,7 +70,7 @@ STOPS = ("<|im_end|>", "</answer>", "</search>", "</calculator>")
 
 
 # forced: every trajectory is scripted; described: our system prompt describes the tools; schemas:
-# TRL's describes them as JSON, else it has the same prompt as ours
+# TRL's describes them as JSON, else it has the same prompt as ours.
 MATCHES = {  # name: (forced, described, schemas)
     "mini-world, short prompt": (False, False, False),
     "forced, short prompt": (True, False, False),
@@ -81,11 +82,9 @@ FORCED = Size(turns=2, segment=18, result=20)  # about the mini-world's mean tra
 
 def import_trl():
     try:
-        import datasets
-        import trl
+        return import_module("trl"), import_module("datasets")
     except ImportError as error:
         raise UserError(f"{error.name} is missing; install it with: pip install trl") from None
-    return trl, datasets
 
 
 class InTurn(TrainerCallback):
@@ -208,8 +207,7 @@ def play(config: Config, forced: bool, described: bool, schemas: bool, repeats: 
     trl, ours = times.trl[1:], times.ours[1:]
     prompts = {"prompt, TRL": prompt, "ours": len(policy.prompt(job.questions[0].text))}
     seconds = {"seconds, TRL": median(trl), "seconds, ours": median(ours)}
-    faster = median(a / b for a, b in zip(trl, ours, strict=True))
-    return prompts | seconds | {"times as fast": faster}
+    return {**prompts, **seconds, "times as fast": median(map(truediv, trl, ours))}
 
 
 def trl(config: Config, own) -> dict:

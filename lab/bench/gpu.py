@@ -5,7 +5,6 @@ begins with nothing on the GPU. The most important come first: time on a GPU may
 """
 
 import dataclasses
-import gc
 import json
 import re
 import time
@@ -17,7 +16,7 @@ from app.cli import refuse_unwritable, write_text
 from app.config import PRESETS, Config
 from app.screen import say
 from data.files import UserError
-from engine.memory import GIB, OutOfMemory, weight_bytes
+from engine.memory import GIB, OutOfMemory, free_memory, weight_bytes
 
 from . import plan
 from .job import Size, clock, counted, forced, made_on, peak_bytes
@@ -50,13 +49,14 @@ def measure(name: str, settings: dict, config: Config) -> dict:
     few = {"initial_rollouts": 2, "questions_per_step": 1}
     config = dataclasses.replace(config, **few, **settings)
     shape, steps = plan.model_config(name), []
-    result = config.max_total_tokens // 4 - 64  # three results, and a prompt of about that length
-    job = forced(config, Size(turns=3, segment=64, result=result), shape)
+    # three results, and a prompt of about that length
+    size = Size(turns=3, segment=64, result=config.max_total_tokens // 4 - 64)
+    job = forced(config, size, shape)
     policy = job.agent.policy
     held = torch.cuda.memory_allocated() if torch.cuda.is_available() else weight_bytes(policy.lm)
     with counted(policy) as seen:
-        peak = held + peak_bytes(lambda: job.step(0))
-    for number in range(1, REPEATS + 1):
+        peak = held + peak_bytes(lambda: job.step(1))
+    for number in range(2, REPEATS + 2):
         started = clock()
         steps.append(job.step(number) | {"seconds": clock() - started})
     m = {name: median(step[name] for step in steps) for name in FIGURES}
@@ -79,9 +79,8 @@ def measured(name: str, settings: dict, config: Config) -> dict:
     except (torch.OutOfMemoryError, OutOfMemory) as error:
         return {"error": str(error).splitlines()[0]}
     finally:
-        gc.collect()
+        free_memory()
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()
             torch.cuda.set_per_process_memory_fraction(1.0)
 
 

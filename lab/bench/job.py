@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
+from typing import NamedTuple
 from unittest import mock
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from app.config import DATA, Config
+from app.records import questions_of_step
 from arpo_mini import Agent, load_agent, safe_step
 from data.formats import Question, load_questions
 from engine.model import Policy, load_policy
@@ -43,8 +44,7 @@ class Job:
         self.optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
 
     def asked(self, step: int) -> list[Question]:
-        n = self.agent.config.questions_per_step
-        return [self.questions[i % len(self.questions)] for i in range(step * n, (step + 1) * n)]
+        return questions_of_step(self.questions, step, self.agent.config)
 
     def step(self, number: int) -> dict:
         """The figures of a training step."""
@@ -54,25 +54,18 @@ class Job:
 
 def mini_world(config: Config) -> Job:
     """What `train` asks with this configuration."""
-    questions = load_questions(config.dataset_path)
-    questions = Random(config.seed).sample(questions, len(questions))
-    return Job(load_agent(config, trainable=True), questions)
+    return Job(load_agent(config, trainable=True), load_questions(config.dataset_path))
 
 
 # ---- a forced policy ----------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Size:
+class Size(NamedTuple):
     """Tokens of a forced trajectory: (segment, result) a turn, and a last segment."""
 
     turns: int
     segment: int
     result: int
-
-    def prompt(self, context: int) -> int:
-        """What they leave of `context` tokens in all."""
-        return context - self.turns * (self.segment + self.result) - self.segment
 
 
 def forced(config: Config, size: Size, shape: PretrainedConfig) -> Job:
@@ -85,7 +78,8 @@ def forced(config: Config, size: Size, shape: PretrainedConfig) -> Job:
     config = dataclasses.replace(config, **rule, **model)
     with any_weights(shape):
         policy = load_policy(config, {}, trainable=True)
-    prompt = [filler(policy)] * size.prompt(config.max_total_tokens)
+    rest = config.max_total_tokens - size.segment - size.turns * (size.segment + size.result)
+    prompt = [filler(policy)] * rest
     policy.prompt = lambda question: prompt
     force(policy.lm, len(prompt), script_of(policy, size))
     tools = {"search": search_of(policy, size.result)}
@@ -165,10 +159,7 @@ def clock() -> float:
 
 @contextmanager
 def counted(policy: Policy) -> Iterator[Counter]:
-    """Counts, within it, the tokens that go through the model, padding included.
-
-    "rollout" and "update" in all, and "largest" in one pass of the update.
-    """
+    """Tokens through the model: "rollout", "update", and the "largest" pass of an update."""
     seen: Counter = Counter()
 
     def count(module, args, kwargs) -> None:

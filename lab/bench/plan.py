@@ -32,21 +32,18 @@ SHORT = {name.partition("/")[2].lower(): name for name in NAMES}  # qwen3-4b -> 
 CARDS = ("8gb", "12gb", "16gb", "24gb")
 
 
-def model_config(name: str, flag: str = "--model_name") -> PretrainedConfig:
-    """The configuration of a published shape (either spelling), or of a folder with config.json.
-
-    Nothing is downloaded. Raises UserError, naming the legal ones, for any other name.
-    """
+def model_config(name: str) -> PretrainedConfig:
+    """Of a published shape (either spelling) or of a folder; UserError names the legal ones."""
     published = SHORT.get(name.lower(), name)
     if published in NAMES:
         return Qwen3Config(**PUBLISHED["common"], **PUBLISHED[published])
     if not (Path(name) / "config.json").is_file():
         legal = ", ".join(NAMES)
-        raise UserError(f"{flag} {name}: choose one of {legal}, or a folder with config.json")
+        raise UserError(f"--model_name {name}: choose one of {legal}, or a folder with config.json")
     try:
         return AutoConfig.from_pretrained(name, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {name}: {reason(error)}") from None
+        raise UserError(f"--model_name {name}: {reason(error)}") from None
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ def predict(
     rollout = rows * memory.path_bytes(shape, b, config.max_total_tokens) + memory.SCORES_BYTES
     update = tokens * each + b * tokens**2 + logits
     peak = sum(fixed) + max(rollout, update)
-    names = ("weights GiB", "adapter GiB", "rollout GiB", "update GiB", "peak GiB")
+    names = [f"{part} GiB" for part in ("weights", "adapter", "rollout", "update", "peak")]
     return dict(zip(names, (x / GIB for x in (*fixed, rollout, update, peak)), strict=True))
 
 
@@ -105,10 +102,9 @@ def planned(shape: PretrainedConfig, config: Config) -> dict:
     tokens = min(config.micro_batch_tokens, limits.micro_batch_tokens, rollouts * longest)
     tokens, recompute = int(max(longest, tokens)), limits.recompute
     parts = predict(shape, config, rows, tokens, recompute)
-    limit = config.memory_gb
     at_once = {"paths": rows, "tokens a pass": tokens, "recomputed": recompute}
-    fits = {"limit GiB": limit, "fits": limit is None or parts["peak GiB"] <= limit}
-    return {**at_once, **parts, **fits}
+    fits = config.memory_gb is None or parts["peak GiB"] <= config.memory_gb
+    return {**at_once, **parts, "limit GiB": config.memory_gb, "fits": fits}
 
 
 def run(config: Config, typed: dict) -> dict:
