@@ -19,22 +19,13 @@ from app.config import PRESETS, Config
 from app.evaluation import evaluate, summary
 from app.page.page import Run, page
 from app.page.read import report
+from app.page.text_tree import draw_tree, print_tree
 from app.page.trees import tree
 from app.records import tree_record
 from app.run_folder import Terminated, resumed
-from app.screen import draw_tree, evaluation_tables, one_line, print_table, print_tree, say
+from app.screen import evaluation_tables, one_line, print_table, say
 from data.files import UserError, reason
 from data.formats import Question, load_questions
-
-USAGE = """\
-arpo_mini: ARPO (arXiv 2507.19849) in one file, to read and to run.
-
-    python arpo_mini.py train     train a policy: roll out, branch where uncertain, credit, update
-    python arpo_mini.py eval      answers to a file of questions: how many are right
-    python arpo_mini.py show      one question's rollout, drawn as a tree
-    python arpo_mini.py report    a page about one or more runs, for a browser
-
---help after one of them lists its flags."""
 
 
 class Algorithm(NamedTuple):
@@ -118,7 +109,7 @@ def train_command(algorithm: Algorithm, config: Config, resume: Path | None) -> 
 def eval_command(
     algorithm: Algorithm, config: Config, samples: int, pass_k: int | None, json_path: str | None
 ) -> None:
-    """Answers to a file of questions, sampled and greedy: how many are right, and what they took.
+    """Answer a file of questions, sampled and greedy: how many are right, and what they took.
 
     Settings of the paper: --temperature 0.6 --top_p 0.95 --samples 5. Measures: app/evaluation.py.
     """
@@ -126,7 +117,7 @@ def eval_command(
     if not 1 <= k <= samples <= 10_000:
         words = "it must be 1 <= pass_k <= samples <= 10000"
         raise UserError(f"--samples {samples} --pass_k {k}: {words}")
-    if json_path:
+    if json_path is not None:
         refuse_unwritable("--json", json_path)
     questions = load_questions(config.eval_path)
     agent = algorithm.load_agent(config)
@@ -137,7 +128,7 @@ def eval_command(
         with tqdm(total=len(questions), desc=name, leave=False, disable=None) as bar:
             records = evaluate(agent, questions, asked, n, bar.update)
         figures[name] = {**summary(records, min(k, n)), "records": records}
-    if json_path:  # before anything is printed: a pipe may be closed
+    if json_path is not None:  # before anything is printed: a pipe may be closed
         value = {"config": dataclasses.asdict(config), **figures}
         write_text("--json", json_path, json.dumps(value, indent=2) + "\n")
     for name, values in figures.items():
@@ -155,12 +146,12 @@ def show_command(
 ) -> None:
     """Roll out one question and draw its tree: entropy, tool results, decisions, rewards."""
     question = question_to_show(config, text, answer, example)
-    if html:
+    if html is not None:
         refuse_unwritable("--html", html)
     agent = algorithm.load_agent(config)
     (leaves,), (rewards,) = agent.roll_out([question], config, config.seed)
     record = tree_record(agent.policy, question, leaves, rewards, config)
-    if html:
+    if html is not None:
         settings = dataclasses.asdict(config)
         run = Run("show", settings, trees=[tree(record, settings)])
         write_text("--html", html, page("arpo_mini: a rollout", [run]))
@@ -232,7 +223,10 @@ def parse_command(args: list[str]) -> Callable[[Algorithm], None]:
     """The command that was asked for, with its settings, ready to run."""
     name = args[0] if args else "--help"
     if name in ("-h", "--help"):
-        print(USAGE)
+        print("arpo_mini: ARPO (arXiv 2507.19849) in one file, to read and to run.\n")
+        for each, (command, _) in COMMANDS.items():
+            print(f"    python arpo_mini.py {each:8}{command.__doc__.splitlines()[0]}")
+        print("\n--help after one of them lists its flags.")
         raise SystemExit(0 if args else 2)
     if name not in COMMANDS:
         raise UserError(f"unknown command {name}; the commands are {', '.join(COMMANDS)}")
@@ -272,7 +266,7 @@ def main(args: list[str], train: Callable, load_agent: Callable) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         parse_command(args)(Algorithm(train, load_agent))
-        sys.stdout.flush()
+        print(end="", flush=True)
     except UserError as error:
         return complain(f"error: {one_line(str(error))}", 2)
     except FloatingPointError as error:

@@ -80,9 +80,11 @@ class Config:
     seed: int = option(0, "of everything that is drawn", 0, 2**32 - 1)
     output_dir: str = option("runs/arpo", "folder of the run; an existing one is not touched")
     save_every: int = option(10, "steps between checkpoints; --resume needs one", 1, STEPS)
-    # every evaluation before and after training asks all questions
     eval_every: int = option(50, "steps between evaluations while training; 0: none", 0, STEPS)
-    eval_part: int = option(20, "questions a domain in those; 0: no evaluation at all", 0, 10**9)
+    # before and after training all questions are asked
+    eval_part: int = option(
+        20, "questions a domain in those (others: all); 0: never evaluate", 0, 10**9
+    )
 
     def __post_init__(self):
         check(self)

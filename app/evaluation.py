@@ -131,7 +131,8 @@ def summary(records: list[dict], k: int | None = None) -> dict:
 
     def figures(some: list[dict]) -> dict:
         n = len(some[0]["accuracy"])
-        right = [sum(map(is_right, record["accuracy"], record["math_equal"])) for record in some]
+        pairs = [zip(r["accuracy"], r["math_equal"], strict=True) for r in some]
+        right = [sum(a == 1 or equal == 1 for a, equal in pair) for pair in pairs]
         accuracy = mean([count / n for count in right])
         calls = mean([record["tool_calls"] / n for record in some])
         official = mean([mean(r["math_equal" if r["domain"] == "math" else "f1"]) for r in some])
@@ -153,10 +154,6 @@ def summary(records: list[dict], k: int | None = None) -> dict:
     domains = sorted({record["domain"] for record in records})
     by_domain = {d: figures([r for r in records if r["domain"] == d]) for d in domains}
     return {**figures(records), "domains": by_domain}
-
-
-def is_right(accuracy: float, equal: float) -> bool:
-    return accuracy == 1 or equal == 1
 
 
 def official_productivity(accuracy: float, calls: float) -> float:

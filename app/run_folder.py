@@ -28,7 +28,6 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,8 +39,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from app.config import Config
-from app.page.read import Line, read_log
-from app.screen import with_interval
+from app.page.read import LOGS, Line, lacks_figures, read_log
 from data.files import UserError, reason
 
 VERSION = "0.4"  # of arpo_mini; a change after which a step gives other numbers raises it
@@ -56,15 +54,6 @@ CHECKPOINT = (  # its files beside checkpoint.json
     "optimizer.safetensors",
     "state.json",
 )
-LOGS = {  # and the numbers that a line must hold to be summed up and shown again
-    "metrics.jsonl": (
-        *("groups", "equal_groups", "accuracy", "well_formed", "entropy", "clip_fraction"),
-        *("short_answers", "prefill_tokens", "reread_tokens"),
-        *("train_tokens", "train_tokens_unpacked"),
-    ),
-    "evaluations.jsonl": ("questions", "accuracy", "well_formed", "tool_calls"),
-    "rollouts.jsonl": (),
-}
 logger = logging.getLogger("arpo_mini")
 
 
@@ -134,20 +123,6 @@ def to_json(value: Any) -> bytes:
 
 def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def problem(name: str, row: dict) -> str:
-    """What is wrong with the row of a log, or nothing."""
-    missing = [key for key in LOGS[name] if type(row.get(key)) not in (int, float)]
-    if missing:
-        return f"{', '.join(missing)}: it must be a number"
-    if name == "evaluations.jsonl":
-        try:
-            for figures in (row, *row["domains"].values()):
-                with_interval(figures)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            return f"no figures of an evaluation: {reason(error)}"
-    return ""
 
 
 # ---- a checkpoint -------------------------------------------------------------------------
@@ -350,7 +325,7 @@ class RunFolder:
         try:
             if self.folder:  # what is in it changes in `start`, when all is checked
                 self.hold()
-                self.logs = {n: read_log(self.folder / n, partial(problem, n)) for n in LOGS}
+                self.logs = {n: read_log(self.folder / n, lacks_figures) for n in LOGS}
                 self.checkpoint = self.choose_checkpoint()
             if self.checkpoint:
                 refuse_difference(self.checkpoint, self.made_by)
@@ -436,7 +411,7 @@ class RunFolder:
                 if step_of(path) > done and killed:  # while it was written
                     shutil.rmtree(path)
                 elif step_of(path) > done:
-                    logger.info(f"not whole and not used: checkpoints/{set_aside(path)}")
+                    logger.info(f"a checkpoint is not used and set aside: {set_aside(path)}")
             put(self.folder / "config.json", to_json(dataclasses.asdict(self.config)))
             self.metrics, self.evaluations, _ = [self.cut_log(name, done) for name in LOGS]
         lost = sorted(set(range(1, done + 1)) - {row["step"] for row in self.metrics})
@@ -449,7 +424,7 @@ class RunFolder:
         """The rows up to step `done`, which stay. What cannot be read goes, and is said."""
         lines, path = self.logs[name], self.folder / name
         kept = [line for line in lines if line.row and line.row["step"] <= done]
-        # A last line cut short is what a killed process leaves; its step is made again.
+        # A last line cut short is what a killed process leaves; a later step is made again.
         damaged = [x for x in lines if not x.row and (x.cut_short is None or x.cut_short <= done)]
         if damaged:
             where = f"{name}, line {damaged[0].number}: {damaged[0].wrong}"

@@ -1,4 +1,4 @@
-"""The screen: plain figures become log lines, tables and a tree. Nothing here is the algorithm.
+"""The screen: plain figures become log lines and tables. Nothing here is the algorithm.
 
 A narrow terminal wraps lines, but nothing is cut off: a figure without its last digits is wrong.
 """
@@ -10,11 +10,10 @@ import re
 from collections.abc import Callable, Iterable
 
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-from rich.tree import Tree
 
 
 class Screen(Console):
@@ -69,25 +68,27 @@ def progress_bar() -> Progress:
 # ---- log lines ----------------------------------------------------------------------------
 
 
-def print_log_head() -> None:
-    """The names of the figures in `print_log_line`.
-
-    trained: tokens of the update, and those of every trajectory as a row of its own
-    """
-    names = "step  reward  right  calls  forks  H start  H tool  clipped    trained  seconds"
-    console.print(names, style="dim", soft_wrap=True)
+# trained: tokens of the update, and those of every trajectory as a row of its own
+LOG_HEAD = "step  reward  right  calls  forks  H start  H tool  clipped    trained  seconds"
 
 
-def print_log_line(step: int, m: dict, remarks: Iterable[str] = ()) -> None:
-    """The figures of a step, and below them what needs to be said about it."""
+def log_line(step: int, m: dict) -> str:
     H_tool = "     -" if m["entropy_after_tool"] is None else f"{m['entropy_after_tool']:6.4f}"
     trained = "/".join(f"{m[k] / 1000:.1f}k" for k in ("train_tokens", "train_tokens_unpacked"))
-    line = (
+    return (
         f"{step:4d}  {m['reward']:6.3f}  {m['accuracy']:5.0%}  {m['tool_calls']:5d}  "
         f"{m['forks']:5d}  {m['entropy_initial']:7.4f}  {H_tool}  {m['clip_fraction']:7.1%}  "
         f"{trained:>9}  {m['seconds_rollout'] + m['seconds_update']:7.2f}"
     )
-    console.print(line, soft_wrap=True)
+
+
+def print_log_head() -> None:
+    console.print(LOG_HEAD, style="dim", soft_wrap=True)
+
+
+def print_log_line(step: int, metrics: dict, remarks: Iterable[str] = ()) -> None:
+    """The figures of a step, and below them what needs to be said about it."""
+    console.print(log_line(step, metrics), soft_wrap=True)
     for words in remarks:
         console.print(f"      {words}", style="yellow", markup=False, soft_wrap=True)
 
@@ -157,66 +158,3 @@ def evaluation_tables(name: str, figures: dict) -> list[Table]:
             table.add_row(Text(plain(domain)), *cells)
         tables.append(table)
     return tables
-
-
-# ---- a tree -------------------------------------------------------------------------------
-
-
-class Wide:
-    """Something drawn `width` columns wide at least, even where the terminal has fewer."""
-
-    def __init__(self, content: RenderableType, width: int):
-        self.content, self.width = content, width
-
-    def __rich_console__(self, console, options):
-        width = max(self.width, options.max_width)
-        yield from console.render(self.content, options.update(width=width))
-
-
-def print_tree(tree: Tree) -> None:
-    def depth(tree: Tree) -> int:
-        return 1 + max(map(depth, tree.children), default=0)
-
-    console.print(Wide(tree, 4 * depth(tree) + 30), crop=False)
-
-
-def draw_tree(record: dict) -> Tree:
-    """One question's rollout: tokens shaded by entropy, every decision in words, every reward."""
-    nodes = record["nodes"]
-    leaves = {leaf["node"]: (i, leaf) for i, leaf in enumerate(record["leaves"])}
-    hottest = max((h for node in nodes for h in node["token_entropy"] or []), default=0) or 1
-    drawn = {0: Tree(Text(plain(record["question"]), style="bold"), guide_style="dim")}
-    for i, node in enumerate(nodes[1:], start=1):  # parents come before children
-        text = tool_text(node) if node["author"] == "tool" else policy_text(node, hottest)
-        drawn[i] = drawn[node["parent"]].add(text)
-        if i in leaves:
-            drawn[i].add(leaf_text(*leaves[i], known=bool(record["answers"])))
-    return drawn[0]
-
-
-def policy_text(node: dict, hottest: float) -> Text:
-    text = Text()
-    for token, h in zip(node["tokens"], node["token_entropy"], strict=True):
-        pale = int(255 * (1 - min(1.0, h / hottest)))
-        style = f"black on rgb(255,{pale},{pale})" if h > 0.05 * hottest else ""
-        text.append(plain(token.replace("\n", " ")), style=style)
-    return text
-
-
-def tool_text(node: dict) -> Text:
-    text = Text(plain("".join(node["tokens"]).replace("\n", " ")), style="cyan")
-    d = node["decision"]
-    if d:
-        forks = f"{d['granted']} of {d['forks']} forks" if d["forks"] else "no fork"
-        figures = f"H {d['H']:.3f}  H_initial {d['H_initial']:.3f}  gain {d['gain']:+.3f}"
-        text.append(f"\n{figures}  P {d['probability']:.3f}  -> {forks}", style="magenta")
-    return text
-
-
-def leaf_text(number: int, leaf: dict, known: bool) -> Text:
-    right = leaf["accuracy"] == 1
-    words = "right" if right else "wrong" if known else "its right answer is not known"
-    words = words if leaf["well_formed"] else "not well-formed"
-    style = "bold green" if right else "bold red" if known else "bold"
-    figures = f"reward {leaf['total']:.2f}, advantage {leaf['advantage']:+.2f}"
-    return Text(f"leaf {number}: {words}, {figures}", style=style)

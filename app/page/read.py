@@ -5,20 +5,30 @@ from __future__ import annotations
 import json
 import math
 import re
+import reprlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from app.page.page import MOST_RUNS, Run, page
 from app.page.trees import tree
+from app.screen import with_interval
 from data.files import UserError, reason
 
-# What a line of each log must hold to be drawn, beside its step.
-NEEDED = {
-    "metrics.jsonl": (),
-    "evaluations.jsonl": ("decoding", "questions", "accuracy", "domains"),
-    "rollouts.jsonl": ("question", "nodes", "leaves"),
-}
+LOGS = ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl")
+# What a line of each must hold to be drawn, beside its step.
+DRAWN = ((), ("decoding", "questions", "accuracy", "domains"), ("question", "nodes", "leaves"))
+# Numbers that it must hold to be summed up and shown again when a run goes on.
+SUMMED = (
+    (
+        *("groups", "equal_groups", "accuracy", "well_formed", "entropy", "clip_fraction"),
+        *("short_answers", "prefill_tokens", "reread_tokens"),
+        *("train_tokens", "train_tokens_unpacked"),
+    ),
+    ("questions", "accuracy", "well_formed", "tool_calls"),
+    (),
+)
 
 # ---- a log --------------------------------------------------------------------------------
 
@@ -31,15 +41,16 @@ class Line(NamedTuple):
     cut_short: float | None = None  # a last line without an end: its step, inf if that is lost too
 
 
-def read_log(path: Path, problem: Callable[[dict], str]) -> list[Line]:
-    """The lines of a log. `problem(row)` says what is wrong with a row; no file has no lines."""
+def read_log(path: Path, problem: Callable[[str, dict], str]) -> list[Line]:
+    """The lines of a log. `problem(name, row)` says what is wrong; no file has no lines."""
     try:
         *whole, rest = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
     except OSError as error:  # a folder, or not ours to read
         return [Line(0, b"", None, reason(error))]
-    lines = [read_line(n, text, problem) for n, text in enumerate(whole, 1) if text.strip()]
+    check = partial(problem, path.name)
+    lines = [read_line(n, text, check) for n, text in enumerate(whole, 1) if text.strip()]
     if rest:
         step = re.match(rb'{"step": (\d{1,12})\b', rest)
         at = int(step[1]) if step else math.inf
@@ -53,14 +64,41 @@ def read_line(number: int, text: bytes, problem: Callable[[dict], str]) -> Line:
     except (ValueError, RecursionError) as error:
         return Line(number, text, None, f"no JSON: {reason(error)}")
     if not isinstance(row, dict):
-        wrong = f"it must be an object, {{...}}, not {str(row)[:20]!r}"
+        wrong = f"it must be an object, {{...}}, not {reprlib.repr(row)}"
     elif "step" not in row:
         wrong = "step is missing"
     elif type(row["step"]) is not int or not 0 <= row["step"] < 10**12:
-        wrong = f"step {str(row['step'])[:20]!r}: it must be a whole number"
+        wrong = f"step {reprlib.repr(row['step'])}: it must be a whole number"
     else:
         wrong = problem(row)
     return Line(number, text, None if wrong else row, wrong)
+
+
+def lacks_parts(name: str, row: dict) -> str:
+    """What keeps this from being drawn as a row of its log."""
+    keys = DRAWN[LOGS.index(name)]
+    if missing := [key for key in keys if key not in row]:
+        return f"{', '.join(missing)} is missing"
+    domains = row.get("domains", {})
+    if not isinstance(domains, dict) or not all(isinstance(d, dict) for d in domains.values()):
+        return f"domains {domains!r}: it must hold figures by domain"
+    return ""
+
+
+def lacks_figures(name: str, row: dict) -> str:
+    """What keeps this from being summed up and shown again."""
+    if wrong := lacks_parts(name, row):
+        return wrong
+    keys = SUMMED[LOGS.index(name)]
+    if missing := [key for key in keys if type(row.get(key)) not in (int, float)]:
+        return f"{', '.join(missing)}: it must be a number"
+    if name == "evaluations.jsonl":
+        try:
+            for figures in (row, *row["domains"].values()):
+                with_interval(figures)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            return f"no figures of an evaluation: {reason(error)}"
+    return ""
 
 
 # ---- a run, to be drawn -------------------------------------------------------------------
@@ -74,7 +112,7 @@ def read_run(folder: Path, name: str) -> Run:
         raise UserError(f"{folder} holds no config.json, so it is no run; a run's folder has one")
     config = read_config(folder / "config.json")
     notes: list[str] = []
-    metrics, evaluations, trees = (read_rows(folder / log, notes) for log in NEEDED)
+    metrics, evaluations, trees = (read_rows(folder / log, notes) for log in LOGS)
     path = folder / "rollouts.jsonl"
     drawn = [draw(record, config, f"{path}, line {i}") for i, record in enumerate(trees, start=1)]
     if not metrics:
@@ -95,13 +133,13 @@ def read_config(path: Path) -> dict:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: no JSON: {reason(error)}") from None
     if not isinstance(config, dict):
-        raise UserError(f"{path}: it must be an object, {{...}}, not {str(config)[:20]!r}")
+        raise UserError(f"{path}: it must be an object, {{...}}, not {reprlib.repr(config)}")
     return config
 
 
 def read_rows(path: Path, notes: list[str]) -> list[dict]:
     """The rows of a log; a last line that is still being written is left out."""
-    lines = read_log(path, lambda row: problem(row, NEEDED[path.name]))
+    lines = read_log(path, lacks_parts)
     if lines and lines[-1].cut_short is not None:
         notes.append(f"The last line of {path.name} is not complete; it was left out.")
         lines.pop()
@@ -109,16 +147,6 @@ def read_rows(path: Path, notes: list[str]) -> list[dict]:
         if line.wrong:
             raise UserError(f"{path}, line {line.number}: {line.wrong}")
     return [line.row for line in lines]
-
-
-def problem(row: dict, keys: tuple[str, ...]) -> str:
-    """What keeps this from being a row of its log."""
-    if missing := [key for key in keys if key not in row]:
-        return f"{', '.join(missing)} is missing"
-    domains = row.get("domains", {})
-    if not isinstance(domains, dict) or not all(isinstance(d, dict) for d in domains.values()):
-        return f"domains {domains!r}: it must hold figures by domain"
-    return ""
 
 
 def names_of(folders: list[Path]) -> list[str]:
