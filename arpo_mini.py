@@ -86,12 +86,9 @@ def train_step(
     rolled_out = time.perf_counter()
     rows = [row for pair in zip(groups, rewards, strict=True) for row in credit(*pair, config)]
     figures = update(policy, optimizer, rows, config)
-    figures |= {
-        "prefill_tokens": writer.prefill_tokens,
-        "seconds_rollout": rolled_out - started,
-        "seconds_update": time.perf_counter() - rolled_out,
-    }
-    return figures, groups, rewards
+    seconds = {"rollout": rolled_out - started, "update": time.perf_counter() - rolled_out}
+    figures |= {f"seconds_{part}": value for part, value in seconds.items()}
+    return figures | {"prefill_tokens": writer.prefill_tokens}, groups, rewards
 
 
 def grow(

@@ -193,10 +193,10 @@ def readable(text: str) -> str:
 def escape(text: str) -> str:
     """Readable text that cannot pass for a tag or a chat marker. Escaping twice changes nothing.
 
-    A '<', or a look-alike that a tokenizer may turn into one (NFKC), stays only where it can mean
-    "less than".
+    A '<', or a look-alike that a tokenizer may turn into one (NFKC, or NFD without accents), stays
+    only where it can mean "less than". A control character is no space: it may be dropped.
     """
-    return re.sub(r"[<\uff1c\ufe64](?![\s\d=.+-]|$)", "&lt;", readable(text))
+    return re.sub(r"[<\uff1c\ufe64\u226e](?![ \t\r\n\d=.+-]|$)", "&lt;", readable(text))
 
 
 def broken(marker: str) -> str:

@@ -32,7 +32,7 @@ class Algorithm(NamedTuple):
     """What arpo_mini.py hands in: nothing here imports it."""
 
     train: Callable  # train(config, resume=folder)
-    load_agent: Callable  # load_agent(config): a policy that rolls out, see docs of evaluation.py
+    load_agent: Callable  # load_agent(config): see evaluation.py
 
 
 # ---- flags --------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ class Config:
     search_results: int = option(1, "documents a search returns (3 is usual elsewhere)", 1, 1000)
     tool_time_limit: float = option(5.0, "seconds a tool may take", 0.01, 86_400)
     max_result_tokens: int = option(256, "tokens of a tool result, others are cut off", 32, TOKENS)
-    max_tool_calls: int = option(6, "calls a trajectory may make", 0, 300)
+    max_tool_calls: int = option(6, "calls a trajectory may make", 0, 500)
     max_segment_tokens: int = option(64, "tokens the policy may write at a time", 1, TOKENS)
     max_total_tokens: int = option(512, "tokens of a trajectory, prompt included", 1, TOKENS)
     # the rollout; what is said of accuracy: lab/results/compare, 5 seeds; k, N = 4, rate, weight: 2
@@ -76,7 +76,7 @@ class Config:
     official_rewards: bool = option(False, "score like the official code, quirks included")
     micro_batch_tokens: int = option(8192, "tokens of one forward and backward pass", 1, 10**9)
     # the run
-    memory_gb: float | None = option(None, "GiB to use; none: the GPU's", above=0, high=10**6)
+    memory_gb: float | None = option(None, "GiB to use; none: all there is", above=0, high=10**6)
     seed: int = option(0, "of everything that is drawn", 0, 2**32 - 1)
     output_dir: str = option("runs/arpo", "folder of the run; an existing one is not touched")
     save_every: int = option(10, "steps between checkpoints; --resume needs one", 1, STEPS)

@@ -11,27 +11,65 @@ A number counts with or without its unit, but not with another unit; "50%" is 50
 pi. An expression counts as its value: 10^5 for 100000. Only words score between 0 and 1.
 """
 
-import json
-import os
 import re
-import resource
-import signal
-import subprocess
-import sys
-import threading
 import unicodedata
 from collections import Counter
-from contextlib import suppress
 from difflib import SequenceMatcher
 from fractions import Fraction
 from functools import lru_cache
 
+from engine.expressions import FUNCTIONS, MAX_LENGTH, same_expression
+
 
 def judge_answer(prediction: str, answers: list[str]) -> float:
     """In [0, 1], the best over the answers: 1 for an exact match, F1 where the answer is words."""
-    if any(exact_match(prediction, answer) for answer in answers):
+    p, best = plain(prediction), 0.0
+    for answer in answers:
+        a = plain(answer)
+        if p is None or a is None:
+            score = judge_other(prediction, answer)
+        else:  # most answers are found here, at once
+            words_both = isinstance(p, list) and isinstance(a, list)
+            score = overlap(p, a) if words_both else float(p == a)
+        best = max(best, score)
+    return best
+
+
+# At least four letters each: no article, no yes or no; and no name of a function.
+PLAIN_WORDS = re.compile(
+    rf"(?!.*\b(?:true|false|{FUNCTIONS})\b)[a-z]{{4,}}(?: [a-z]{{4,}})*", re.IGNORECASE
+)
+
+
+def plain(text: str) -> Fraction | list[str] | None:
+    """The value of a plain number, the words of plain words, None of all else."""
+    number = as_number(text)
+    if number is None and PLAIN_WORDS.fullmatch(text):
+        return text.lower().split()
+    return number
+
+
+def overlap(p: list[str], a: list[str]) -> float:
+    """2 |shared words| / (|p| + |a|)."""
+    return 2 * (Counter(p) & Counter(a)).total() / max(len(p) + len(a), 1)
+
+
+def judge_other(prediction: str, answer: str) -> float:
+    """What is neither a plain number nor plain words."""
+    if exact_match(prediction, answer):
         return 1.0
-    return max((f1_score(prediction, a) for a in answers if is_words(a)), default=0.0)
+    return f1_score(prediction, answer) if is_words(answer) else 0.0
+
+
+def measures(prediction: str | None, answers: list[str]) -> dict:
+    """What an evaluation reports, each the best over the answers; None: nothing was answered."""
+    given = answers if prediction is not None else []
+    return {
+        "prediction": prediction,
+        "em": float(any(exact_match(prediction, answer) for answer in given)),
+        "f1": judge_answer(prediction, given) if given else 0.0,
+        "math_equal": float(any(math_equal(prediction, answer) for answer in given)),
+    }
 
 
 def exact_match(prediction: str, answer: str) -> bool:
@@ -47,6 +85,8 @@ def math_equal(prediction: str, answer: str) -> bool:
     if None not in numbers:
         return numbers[0] == numbers[1]
     p, a = clean(prediction), clean(answer)
+    if not p or not a:
+        return False
     if bool(NAME.match(p)) != bool(NAME.match(a)):  # "x = 63" for "63", but not for "y = 63"
         p, a = NAME.sub("", p), NAME.sub("", a)
     quantities = quantity(p), quantity(a)
@@ -55,9 +95,14 @@ def math_equal(prediction: str, answer: str) -> bool:
     choices = CHOICE.fullmatch(p), CHOICE.fullmatch(a)
     if None not in choices:  # "(B)" for "B"
         return choices[0][1].lower() == choices[1][1].lower()
-    if squeeze(p) == squeeze(a) != "":
+    if squeeze(p) == squeeze(a):
         return True
-    return not is_words(p) and not is_words(a) and same_expression(p, a)
+    if is_words(p) or is_words(a) or (any(quantities) and not all(map(DIGIT.search, (p, a)))):
+        return False
+    left, equals, right = p.rpartition("=")
+    if equals and "=" not in left and not re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", p)):
+        return math_equal(left, right) and math_equal(right, a)  # "2 + 3 = 5" for 5
+    return same_expression(p, a)
 
 
 def f1_score(prediction: str, answer: str) -> float:
@@ -71,9 +116,8 @@ def f1_score(prediction: str, answer: str) -> float:
     if any(map(UNSPACED.match, a)):
         blocks = SequenceMatcher(None, p[:1000], a, autojunk=False).get_matching_blocks()
         shared = sum(block.size for block in blocks)
-    else:
-        shared = (Counter(p) & Counter(a)).total()
-    return 2 * shared / max(len(p) + len(a), 1)
+        return 2 * shared / max(len(p) + len(a), 1)
+    return overlap(p, a)
 
 
 # ---- one spelling -------------------------------------------------------------------------
@@ -87,6 +131,7 @@ SILENT = re.compile(r"\\(?:left|right|[Bb]igg?[lr]?|f?boxed|displaystyle)(?![a-z
 WRAPPED = re.compile(r"\A(?:\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}|\*\*(.*)\*\*)\Z", re.DOTALL)
 EDGES = " \t\r\n`\"'“”\u2018\u2019«»「」『』《》"
 NAME = re.compile(r"\A\\?[A-Za-z][\w\\{} ]*(?:\([^()=]*\))?=\s*(?=[^=]+\Z)")
+DIGIT = re.compile(r"\d")
 CHOICE = re.compile(r"\(?\s*([A-Za-z])\s*[).:]?")
 
 
@@ -120,7 +165,6 @@ def squeeze(text: str) -> str:
 
 # ---- numbers ------------------------------------------------------------------------------
 
-MAX_LENGTH = 150  # characters of a number or an expression
 DECIMAL = r"(?:\d{1,3}(?:[, ]\d{3})+|\d*)(?:\.\d+)?(?:[eE][-+]?\d{1,3})?"
 NUMBER = re.compile(rf"[-+]?(?:{DECIMAL}|\d+/\d+)")
 FRACTION = re.compile(r"\\frac\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))")
@@ -222,18 +266,17 @@ TOKEN = re.compile(rf"[{SPACELESS}]|[^\s{SPACELESS}]+")
 GREEK = re.compile("[\u0370-\u03ff]")
 PUNCTUATION = re.compile(r"((?<=\d)['.:/-](?=\d)|(?<=\w)-(?!\w))|[^\w\s]")
 ARTICLE = re.compile(r"\b(?:(?:an|the)(?=\s+\S)|a(?=\s+\w\w))(?=\s)")
-NAMES = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|infty"
 NO_WORD = re.compile(
-    rf"\\(?:begin|end)\s*\{{[a-z]*\}}|\\[A-Za-z]+|(?<![A-Za-z])(?:{NAMES}|and|or)(?![A-Za-z])"
+    rf"\\(?:begin|end)\s*\{{[a-z]*\}}|\\[A-Za-z]+|(?<![A-Za-z])(?:{FUNCTIONS}|and|or)(?![A-Za-z])"
 )
 MATHS = re.compile(r"\\[A-Za-z]|[\^=<>+*|√π∞≤≥≠×÷±\u222a∩∈]|\d[a-z](?![a-z])")
 
 
 def is_words(text: str) -> bool:
     """No number and no expression: "Apollo 11", "yes", "U.S.", but not "18 cm", "2x" or "3-4"."""
-    text = clean(text)
-    if quantity(text) is not None:
+    if as_number(text) is not None or quantity(clean(text)) is not None:
         return False
+    text = clean(text)
     runs = re.findall(r"[^\W\d_]+", NO_WORD.sub(" ", text.replace(".", "")))
     if any(len(run) > 3 or not (run.isascii() or GREEK.fullmatch(run)) for run in runs):
         return True
@@ -252,129 +295,3 @@ def words(text: str) -> list[str]:
     text = re.sub(r"(?<=\d)\s*-\s*(?=\d)", "-", text)
     text = re.sub(r"(?<![\d,])\d{1,3}(?:,\d{3})+(?![\d,])", lambda n: n[0].replace(",", ""), text)
     return TOKEN.findall(ARTICLE.sub(" ", PUNCTUATION.sub(keep, text)))
-
-
-# ---- expressions --------------------------------------------------------------------------
-
-# What the policy writes is hostile, and sympy computes some of it in C, where no exception can stop
-# it ("10^{10^{10}}" takes all memory). So a child process compares, one pair after the other, and
-# a timer ends it: that works in every thread, and the training process never imports sympy.
-MAX_SECONDS = 1.0  # of the child's CPU time for a pair; most take 1 to 80 ms
-MAX_MEMORY = 2**30  # bytes of the child
-LOCK = threading.Lock()
-LATEX = str.maketrans(
-    {"π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "×": r"\times "}
-    | {"·": r"\cdot ", "÷": "/", "±": r"\pm ", "\u222a": r"\cup ", "∩": r"\cap ", "∈": r"\in "}
-    | {"θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "∅": r"\emptyset ", "°": "", "$": ""}
-)
-NO_EXPRESSION = re.compile(
-    r"\d\s+\d|\d_|\)\s*_|[\"'~#]|\\l?dots|\\cdots"  # "63 64", 63_8: the library drops or joins these
-    r"|(?<![\\A-Za-z])[A-Za-z]\d|\A\d+(?:\s*[-:/.]\s*\d+)+\Z"  # U2; a score, a time, a date
-    r"|(?:[({]\s*){3}|\^[^-+=,()]*\^[^-+=,()]*\^|\^\W*\d{5}|\d{4}!|!!"  # known to use up the time
-)
-
-
-def same_expression(prediction: str, answer: str) -> bool:
-    """Does math-verify call the expressions equal? False, too, where that takes too long."""
-    if max(len(prediction), len(answer)) > MAX_LENGTH:
-        return False
-    left, equals, right = prediction.rpartition("=")
-    if equals and not re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", prediction)):
-        return math_equal(left, right) and math_equal(right, answer)  # "2 + 3 = 5" for 5
-    texts = as_latex(prediction), as_latex(answer)
-    brackets = {re.match(r"\(|\\\{|", text)[0] for text in texts}
-    if brackets == {"(", r"\{"} or any(map(is_words, texts)):  # a set is no pair
-        return False
-    for text in texts:
-        if not text.isascii() or not text.isprintable() or NO_EXPRESSION.search(text):
-            return False
-    return ask_child(json.dumps(texts))
-
-
-def as_latex(text: str) -> str:
-    """Plain text as LaTeX, decimals as exact fractions."""
-
-    def exact(found: re.Match) -> str:
-        power, whole, digits = found.groups()
-        fraction = rf"\frac{{{int(whole + digits)}}}{{{10 ** len(digits)}}}"
-        return f"^{{{fraction}}}" if power else fraction
-
-    text = " ".join(text.translate(LATEX).replace("**", "^").split())
-    text = text.replace("<=", r"\le ").replace(">=", r"\ge ").replace("!=", r"\ne ")
-    text = re.sub(r"(?:√|\\?\bsqrt) ?\(([^()]*)\)", r"\\sqrt{\1}", text)
-    text = re.sub(r"(?:√|(?<!\\)\bsqrt) ?(\d+|[a-z](?![a-z]))", r"\\sqrt{\1}", text)
-    text = re.sub(rf"(?<![\\A-Za-z])({NAMES})(?![A-Za-z])", r"\\\1 ", text)
-    return re.sub(r"(\^)?(\d*)\.(\d+)", exact, text.replace("varnothing", "emptyset"))
-
-
-def ask_child(question: str) -> bool:
-    """One line to the child and one back. No line comes back when its time was up: then no."""
-    with LOCK:
-        child = start_child(os.getpid())
-        if child.poll() is not None:
-            start_child.cache_clear()
-            child = start_child(os.getpid())
-        reply = ""
-        try:
-            with suppress(BrokenPipeError):
-                print(question, file=child.stdin, flush=True)
-                reply = child.stdout.readline()
-        finally:
-            if not reply:  # also after Ctrl-C: a late reply must not answer the next question
-                child.kill()
-                child.communicate()
-                start_child.cache_clear()
-    return reply == "1\n"
-
-
-@lru_cache(maxsize=1)
-def start_child(parent: int) -> subprocess.Popen:
-    """A child for this process (`parent`: after a fork, not the one of another process)."""
-    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    command = [sys.executable, __file__]
-    child = subprocess.Popen(command, text=True, start_new_session=True, **options)
-    if child.stdout.readline() != "ready\n":
-        raise RuntimeError("math-verify cannot be imported: pip install -r requirements.txt")
-    return child
-
-
-def answer_questions() -> None:
-    """The child: pairs on stdin, 1 or 0 on stdout; it ends with its parent, or when time is up."""
-    from latex2sympy2_extended import NormalizationConfig
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    # units=True would take the t of 2t for a unit
-    spelling = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
-    config = [LatexExtractionConfig(boxed_match_priority=-1, normalization_config=spelling)]
-
-    def equal(texts: list[str]) -> bool:
-        parsed = [
-            parse(f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=None)
-            for text in texts
-        ]  # both ways: for 5 alone, "2x + 1 = 5" would be right
-        options = {"allow_set_relation_comp": True, "timeout_seconds": None}
-        return all(parsed) and all(verify(*pair, **options) for pair in (parsed, parsed[::-1]))
-
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
-    replies, sys.stdout = sys.stdout, sys.stderr
-    print("ready", file=replies, flush=True)
-    for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)  # nobody handles it: the process ends
-        verdict = equal(json.loads(line))
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        print(int(verdict), file=replies, flush=True)
-
-
-if __name__ == "__main__":
-    answer_questions()
-
-
-def measures(prediction: str | None, answers: list[str]) -> dict:
-    """Exact match, F1 and mathematical equality, the best over the answers; None: no answer."""
-    given = answers if prediction is not None else []
-    return {
-        "prediction": prediction,
-        "em": float(any(exact_match(prediction, answer) for answer in given)),
-        "f1": judge_answer(prediction, given) if given else 0.0,
-        "math_equal": float(any(math_equal(prediction, answer) for answer in given)),
-    }

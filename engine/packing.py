@@ -55,16 +55,14 @@ def make_row(leaves: list[Segment], advantages: dict[Segment, dict[Segment, floa
         plus, minus = [a for a in credit if a > 0], [a for a in credit if a < 0]
         parent = last.get(segment.parent, -1)
         depth = row.position_ids[parent] + 1 if parent >= 0 else 0
-        for i, token in enumerate(segment.token_ids):
-            row.input_ids.append(token)
-            row.position_ids.append(depth + i)
-            row.parent.append(parent if i == 0 else len(row) - 2)
-            row.weight.append(len(credit))
-            row.A_plus.append(sum(plus, 0.0))
-            row.A_minus.append(sum(minus, 0.0))
-            row.n_plus.append(len(plus))
-            row.n_minus.append(len(minus))
-            row.sampled_logp.append(segment.logp[i] if i < len(segment.logp) else math.nan)
+        n, before = len(segment.token_ids), len(row)
+        row.input_ids += segment.token_ids
+        row.position_ids += range(depth, depth + n)
+        row.parent += [parent, *range(before, before + n - 1)]
+        row.sampled_logp += segment.logp or [math.nan] * n
+        counts = {"weight": len(credit), "n_plus": len(plus), "n_minus": len(minus)}
+        for name, value in {**counts, "A_plus": sum(plus, 0.0), "A_minus": sum(minus, 0.0)}.items():
+            getattr(row, name).extend([value] * n)  # the same for every token of a segment
         last[segment] = len(row) - 1
     return row
 
@@ -151,14 +149,12 @@ def token_logprobs(policy, batch: Batch, temperature: float) -> Tensor:
     """
     policy.limits.in_use = "micro_batch_tokens", batch.input_ids.numel()
     with recomputed(policy.lm) if policy.limits.recompute else nullcontext():
-        hidden = policy.lm.get_decoder()(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-        ).last_hidden_state  # (B, T, D)
+        read = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        out = policy.lm.get_decoder()(**read, position_ids=batch.position_ids, use_cache=False)
     b, t = batch.weight.nonzero(as_tuple=True)  # (n,)
-    hidden = hidden[b, batch.parent[b, t]]  # (n, D) what predicts token t: the only shift there is
+    hidden = out.last_hidden_state[
+        b, batch.parent[b, t]
+    ]  # (n, D) what predicts token t: the only shift there is
     target = batch.input_ids[b, t]  # (n,)
 
     def logp_of(hidden: Tensor, target: Tensor) -> Tensor:

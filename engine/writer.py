@@ -29,6 +29,8 @@ from entropy import token_entropy
 STEPS = 16  # tokens of one `generate` call at most
 LEAVE = 0.4  # a call ends when this share of its rows has: they would be decoded for nothing
 
+LEFT = {"batch_first": True, "padding_side": "left"}
+
 KV = list[Tensor]  # keys and values of a path, layer by layer: (n, heads, d) each, never changed
 
 
@@ -46,14 +48,10 @@ class Writer:
         self.prefill_tokens = self.decode_steps = 0
         # One temperature and no top_k; training: the whole distribution, the one it scores.
         drawn = {"temperature": config.temperature, "top_k": 0, "top_p": config.top_p}
-        self.sampling = GenerationConfig(
-            do_sample=config.temperature > 0,
-            **(drawn if config.temperature > 0 else {}),
-            eos_token_id=policy.eos_ids,
-            pad_token_id=policy.pad_id,
-            output_scores=True,
-            return_dict_in_generate=True,
-        )
+        rule = {"do_sample": True, **drawn} if config.temperature > 0 else {"do_sample": False}
+        ids = {"eos_token_id": policy.eos_ids, "pad_token_id": policy.pad_id}
+        wanted = {"output_scores": True, "return_dict_in_generate": True}
+        self.sampling = GenerationConfig(**rule, **ids, **wanted)
 
     @torch.inference_mode()
     def begin(self, nodes: list[Segment], k: int) -> list[Segment]:
@@ -90,15 +88,10 @@ class Writer:
         steps = max(end - n for end, n in zip(ends.limits, before, strict=True))
         steps = min(steps, STEPS, max(1, SCORES_BYTES // (4 * R * V)))
         input_ids, mask, cache = self.batch(drafts, steps)  # (R, W), (R, C + W)
-        out = self.policy.lm.generate(
-            input_ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            generation_config=self.sampling,
-            max_new_tokens=steps,
-            logits_processor=[Finite(drafts)],
-            stopping_criteria=[ends],
-        )
+        known = {"attention_mask": mask, "past_key_values": cache}
+        hooks = {"logits_processor": [Finite(drafts)], "stopping_criteria": [ends]}
+        limits = {"generation_config": self.sampling, "max_new_tokens": steps}
+        out = self.policy.lm.generate(input_ids, **known, **hooks, **limits)
         S = len(out.scores)
         self.decode_steps += S
         added = [len(draft.token_ids) - n for draft, n in zip(drafts, before, strict=True)]
@@ -131,7 +124,8 @@ class Writer:
             known.append(self.known(draft, len(tokens) - 1))  # one token must give the logits
         lengths = [len(kv[0]) if kv else 0 for kv in known]
         unread = [tokens[n:] for tokens, n in zip(paths, lengths, strict=True)]
-        C, W = max(lengths), max(map(len, unread))
+        news, pad = [len(tokens) for tokens in unread], self.policy.pad_id
+        C, W = max(lengths), max(news)
         for draft, tokens in zip(drafts, unread, strict=True):
             self.prefill_tokens += read_by(draft, len(tokens))
         self.make_room(len(drafts) * (C + W + steps))
@@ -141,19 +135,15 @@ class Writer:
             parts = []
             for j in (i, i + 1):  # keys, values
                 rows = [kv[j] if kv else template[j][:0] for kv in known]
-                parts.append(pad_sequence(rows, batch_first=True, padding_side="left"))
+                parts.append(pad_sequence(rows, **LEFT))
                 for kv in known:
                     if kv:
                         kv[j] = None  # a path that goes on is never held twice
             cache.update(*(part.transpose(1, 2) for part in parts), i // 2)  # (R, heads, C, d)
-        pad = self.policy.pad_id
-        ids = [[pad] * (W - len(tokens)) + tokens for tokens in unread]
-        mask = [
-            [0] * (C - n) + [1] * n + [0] * (W - len(tokens)) + [1] * len(tokens)
-            for n, tokens in zip(lengths, unread, strict=True)
-        ]
+        ids = pad_sequence([torch.tensor(tokens) for tokens in unread], **LEFT, padding_value=pad)
+        mask = [pad_sequence([torch.ones(n) for n in some], **LEFT) for some in (lengths, news)]
         device = self.policy.device
-        return torch.tensor(ids, device=device), torch.tensor(mask, device=device), cache
+        return ids.to(device), torch.cat(mask, dim=1).long().to(device), cache
 
     def known(self, draft: Segment, most: int) -> KV | None:
         """Keys and values of at most so many first tokens of a path, as far as they are known."""
@@ -228,11 +218,8 @@ class SegmentEnd(StoppingCriteria):
         self.limits = [min(room, limit) for room in self.room]
 
     def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
-        newest = input_ids[:, -1].tolist()
-        done = []
-        for draft, token, limit, room in zip(
-            self.drafts, newest, self.limits, self.room, strict=True
-        ):
+        done, rows = [], zip(self.drafts, self.limits, self.room, strict=True)
+        for token, (draft, limit, room) in zip(input_ids[:, -1].tolist(), rows, strict=True):
             if draft.stop is None and len(draft.token_ids) < limit:
                 draft.token_ids.append(token)
                 draft.stop = self.policy.why_ended(draft.token_ids)

@@ -44,7 +44,7 @@ from data.files import UserError
 from data.formats import Demonstration, load_demonstrations
 from data.python_calls import with_calculator
 from engine.memory import snapshot
-from engine.model import Policy, load_policy
+from engine.model import RESULT_FRAME, Policy, load_policy
 from engine.packing import Row, make_batch, make_row, micro_batches, require_finite, token_logprobs
 from lab.command import TRAIN, exit_code, parse
 from tools import ToolResult, result_text
@@ -122,20 +122,10 @@ def demonstration_row(policy: Policy, demonstration: Demonstration) -> Row:
     """Every token with its author: those of the policy weigh 1, its eos among them; others 0."""
     node = Segment("prompt", policy.prompt(demonstration.question))
     for author, text in demonstration.turns:
-        node = Segment(author, policy.encode(text), parent=node)
-    node.token_ids.append(end_of_turn(policy))
+        frame = RESULT_FRAME if author == "tool" else ()
+        node = Segment(author, policy.encode(text, frame), parent=node)
+    node.token_ids.append(policy.turn_end)
     return make_row([node], {s: {node: 1.0} for s in node.path() if s.author == "policy"})
-
-
-def end_of_turn(policy: Policy) -> int:
-    """Of a model's end tokens (Qwen3 has two) the one that its chat template ends a turn with."""
-    said = "an answer that no template has"
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
-    text = policy.tokenizer.apply_chat_template(turns, tokenize=False)
-    after = policy.tokenizer.encode(text.rpartition(said)[2], add_special_tokens=False)
-    own = policy.tokenizer.eos_token_id
-    known = [token for token in (*after, own) if token in policy.eos_ids] + policy.eos_ids
-    return known[0]
 
 
 # ---- training -----------------------------------------------------------------------------

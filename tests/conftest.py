@@ -1,19 +1,29 @@
-"""What several tests need: the tiny Qwen3 in float32 and NF4, the tools, questions."""
+"""What several tests need: the embedded Qwen3, a tiny random one, their tools and questions."""
 
+import contextlib
 import dataclasses
 import json
 import os
-import random
 import signal
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.configuration import set_hypothesis_home_dir
+from peft import LoraConfig, get_peft_model
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
-import arpo_mini
-from arpo_mini import Rollout, make_tools
-from data.formats import load_questions
-from engine.model import load_policy
+from advantage import Segment
 from app.config import Config
+from app.evaluation import first_per_domain
+from arpo_mini import make_tools, open_writer, rollout
+from data.formats import Question, load_questions
+from engine.memory import Limits
+from engine.model import Policy, load_policy
+from tools import Tool, ToolResult
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, whose threads would only wait
     torch.set_num_threads(1)
@@ -22,33 +32,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, whose threa
 # A shell's & has it ignored, here and in all children: then no test could press Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-
-@pytest.fixture(scope="session")
-def config():
-    """Two paths of eight begun, no quantisation; a whole segment is measured (k = 64).
-
-    Two calls at most: a rollout takes as long as its paths are deep. `groups` has deep ones.
-    """
-    few = {"initial_rollouts": 2, "max_branches": 1, "max_tool_calls": 2}
-    return Config(load_in_4bit=False, entropy_tokens=64, **few)
+set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")  # not in the repository
+quiet = {"database": None, "deadline": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("same cases every time", derandomize=True, **quiet)
+settings.load_profile("same cases every time")
 
 
-@pytest.fixture(scope="session")
-def tools(config):
-    return make_tools(config)
-
-
-@pytest.fixture(scope="session")
-def policy(config, tools):
-    torch.manual_seed(0)
-    return with_random_adapter(load_policy(config, tools, trainable=True))
-
-
-@pytest.fixture(scope="session")
-def policy_4bit(config, tools):
-    torch.manual_seed(0)
-    nf4 = dataclasses.replace(config, load_in_4bit=True)
-    return with_random_adapter(load_policy(nf4, tools, trainable=True))
+def roll_out(policy, config, tools, questions, seed=0):
+    return rollout(open_writer(policy, config), questions, config, tools, seed)
 
 
 def with_random_adapter(policy):
@@ -60,26 +51,50 @@ def with_random_adapter(policy):
     return policy
 
 
+# ---- the embedded model -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def config():
+    few = {"initial_rollouts": 2, "max_branches": 1, "max_tool_calls": 2}  # soon over
+    return Config(load_in_4bit=False, entropy_tokens=64, **few)
+
+
+@pytest.fixture(scope="session")
+def tools(config):
+    return make_tools(config)
+
+
+def load(config, tools):
+    torch.manual_seed(0)
+    return with_random_adapter(load_policy(config, tools, trainable=True))
+
+
+@pytest.fixture(scope="session")
+def policy(config, tools):
+    return load(config, tools)
+
+
+@pytest.fixture(scope="session")
+def policy_4bit(config, tools):
+    return load(dataclasses.replace(config, load_in_4bit=True), tools)
+
+
 @pytest.fixture(scope="session")
 def questions():
     """Two of each domain, of different lengths."""
-    return arpo_mini.part_of(load_questions(Config().eval_path), per_domain=2)
+    return first_per_domain(load_questions(Config().eval_path), 2)
 
 
 @pytest.fixture(scope="session")
-def groups(policy, config, tools, questions):
-    """The leaves of one rollout with forks and several turns."""
-    return roll_out(policy, dataclasses.replace(config, max_tool_calls=6), tools, questions)
+def groups_4bit(policy_4bit, config, tools, questions):
+    """The leaves of two questions, with forks, written by the embedded model as it is shipped."""
+    return roll_out(policy_4bit, dataclasses.replace(config, group_size=4), tools, questions[2:4])
 
 
-def roll_out(policy, config, tools, questions, seed=0):
-    torch.manual_seed(seed)
-    return Rollout(policy, config, tools, random.Random(seed)).run(questions)
-
-
-def write_questions(path, domains=3):
-    """A test question of each of some domains as a file, so that an evaluation takes a moment."""
-    some = arpo_mini.part_of(load_questions(Config().eval_path), per_domain=1)[:domains]
+def write_questions(path, domains=3, each=1):
+    """Test questions of some domains as a file, so that an evaluation takes a moment."""
+    some = first_per_domain(load_questions(Config().eval_path), each)[: domains * each]
     lines = [{"question": q.text, "answer": q.answers, "domain": q.domain} for q in some]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(path)
@@ -87,3 +102,93 @@ def write_questions(path, domains=3):
 
 def lines_of(folder, name):
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+# ---- a tiny model without text ------------------------------------------------------------
+# Its tokens are the grammar: 0 is eos, some complete a call and some an answer. So a random model
+# calls, answers and stops, and a rollout takes a tenth of a second.
+
+ENDS = {0: "eos", **dict.fromkeys(range(1, 9), "tool"), **dict.fromkeys(range(9, 12), "answer")}
+ECHO = {"echo": Tool("echo", lambda text: text, "anything")}
+
+
+class TinyPolicy(Policy):
+    def prompt(self, question: str) -> list[int]:
+        return [30 + ord(character) % 20 for character in question]
+
+    def encode_result(self, result: ToolResult, most: int) -> list[int]:
+        n = int(result.text)
+        return [50 + (n + i) % 10 for i in range(1 + n % 4)]
+
+    def why_ended(self, token_ids: list[int]) -> str | None:
+        return ENDS.get(token_ids[-1])
+
+    def encode(self, text: str) -> list[int]:
+        return [0] * len(text)
+
+    def decode(self, token_ids: list[int]) -> str:
+        answers = ENDS.get((token_ids or [0])[-1]) == "answer"
+        text = "<answer>\\boxed{%d}</answer>" if answers else "<echo>%d</echo>"
+        return "<think>a</think>" + text % sum(token_ids)
+
+
+def small_policy(kind=Policy, vocab_size=60, layers=2, **changes):
+    """A random Qwen3 with a random adapter; large weights, so that what it reads matters."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "head_dim": 16}
+    shape |= {"num_key_value_heads": 1, "num_hidden_layers": layers, "vocab_size": vocab_size}
+    lm = Qwen3ForCausalLM(Qwen3Config(initializer_range=0.3, **{**shape, **changes}))
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(lm, lora).eval()
+    lm.gradient_checkpointing_enable({"use_reentrant": False})
+    return with_random_adapter(kind(model, None, "", eos_ids=[0], pad_id=0, closers=set()))
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    return small_policy(TinyPolicy)
+
+
+TINY = Config(entropy_tokens=3, max_segment_tokens=12, max_tool_calls=3, max_branches=2)
+TINY_QUESTIONS = [Question("abc", ["141"]), Question("a longer one", ["7"])]  # left padding
+
+
+@pytest.fixture(scope="session")
+def tiny_groups(tiny):
+    """The leaves of one rollout of the tiny model, with forks wherever one is possible."""
+    eager = dataclasses.replace(TINY, branch_probability=0.9, initial_rollouts=3)
+    return roll_out(tiny, eager, ECHO, TINY_QUESTIONS)
+
+
+@contextlib.contextmanager
+def kept(parameters):
+    """Their values are afterwards what they were before."""
+    values = [p.detach().clone() for p in parameters]
+    yield
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.data, parameter.grad = value, None
+
+
+@pytest.fixture
+def restored(tiny):
+    """The tiny model, whose adapter a test may train."""
+    with kept(tiny.parameters):
+        yield tiny
+    tiny.limits = Limits()
+
+
+@st.composite
+def random_trees(draw):
+    """The leaves of a tree: forks at the question and after results, segments of any length."""
+    token = st.integers(1, 59)
+    root = Segment("prompt", draw(st.lists(token, min_size=1, max_size=4)))
+    nodes, leaves = [root], []
+    for _ in range(draw(st.integers(2, 7))):
+        node = nodes[draw(st.integers(0, len(nodes) - 1))]
+        policy = Segment("policy", draw(st.lists(token, min_size=1, max_size=5)), node)
+        if draw(st.booleans()):
+            nodes.append(Segment("tool", draw(st.lists(token, min_size=1, max_size=3)), policy))
+        else:
+            leaves.append(policy)
+    read = {segment for leaf in leaves for segment in leaf.path()}
+    return leaves + [Segment("policy", [7, 0], node) for node in nodes if node not in read]

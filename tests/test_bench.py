@@ -2,300 +2,146 @@
 
 import dataclasses
 import json
-from pathlib import Path
+import re
 
 import pytest
 import torch
-from conftest import roll_out
-from transformers import AutoTokenizer, DynamicCache
+from transformers import AutoTokenizer
 
-import engine.memory as memory
-import policy as policy_module
-from advantage import shared_by
-from arpo_mini import train_step
-from lab.bench import against_trl, compare, gpu, plan, weights
-from lab.bench.__main__ import main
-from lab.bench.job import forced, random_weights, size_of
-from lab.bench.measure import compared, frozen_bytes, peak_bytes
-from lab.bench.shapes import NAMES, model_config
-from engine.model import Policy, load_policy
 from app.config import DATA, PRESETS, Config
+from engine import memory, model
+from lab.bench import against, gpu, job, plan
+from lab.bench.__main__ import measured
+from lab.command import exit_code
 from tools import ToolResult, result_text
 
 TINY = str(DATA / "tiny-qwen3")
-README = Path(__file__).parent.parent / "README.md"
-SMALL = Config(questions_per_step=1, group_size=4, max_segment_tokens=16, entropy_tokens=8)
+SIZE = job.Size(turns=2, segment=16, result=20)
+SMALL = Config(questions_per_step=1, group_size=4, max_total_tokens=130, entropy_tokens=8)
+
+
+def main(args):
+    return exit_code(lambda: measured(args))
+
 
 # ---- plan ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("name", "billions", "outside_the_embedding"),
-    [*zip(NAMES, (0.6, 1.7, 4.0, 8.2, 14.8), (0.44, 1.4, 3.6, 6.95, 13.2), strict=True)],
+    ("name", "billions"), [*zip(plan.NAMES, (0.6, 1.72, 4.02, 8.19, 14.77), strict=True)]
 )
-def test_the_shapes_have_the_parameters_of_the_model_cards(name, billions, outside_the_embedding):
-    counts = plan.count(model_config(name))
-    assert counts.total / 1e9 == pytest.approx(billions, abs=0.06)
-    assert (counts.total - counts.embedding) / 1e9 == pytest.approx(outside_the_embedding, abs=0.06)
-
-
-def test_both_spellings_and_a_folder_name_a_shape():
-    assert model_config("qwen3-4b").hidden_size == model_config("Qwen/Qwen3-4B").hidden_size == 2560
-    assert model_config(TINY).hidden_size == 128
+def test_the_shapes_have_the_parameters_of_the_model_cards(name, billions):
+    shape = plan.model_config(name)
+    assert plan.model_config(name.partition("/")[2].lower()) == shape  # the short spelling
+    assert plan.count(shape).weight_bytes(False, b=1) / 1e9 == pytest.approx(billions, abs=0.01)
 
 
 def test_predicted_weights_are_those_of_the_loaded_model(policy, policy_4bit, config):
-    counts = plan.count(model_config(TINY))
+    counts = plan.count(plan.model_config(TINY))
     for loaded, four in ((policy, False), (policy_4bit, True)):
-        predicted = plan.weights(counts, four, b=4)
-        assert sum(predicted.values()) == frozen_bytes(loaded.lm)
-        frozen = [p for p in loaded.lm.parameters() if not p.requires_grad]
-        scales = [p.quant_state.absmax.nbytes for p in frozen if hasattr(p, "quant_state")]
-        assert len(scales) == (28 if four else 0)
-        assert sum(predicted.values()) == sum(p.nbytes for p in frozen) + sum(scales)
-        trained = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
-        assert plan.adapter_parameters(counts, config.lora_rank) == trained
-
-
-def test_predicted_cache_is_that_of_a_forward_pass(policy):
-    cache = DynamicCache()
-    with torch.no_grad():
-        policy.lm(input_ids=torch.zeros(3, 50, dtype=torch.long), past_key_values=cache)
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    shape = model_config(TINY)
-    sizes = plan.Sizes(rows=3, columns=50, read=0, tokens=0, scored=0, recompute=False)
-    predicted = plan.rollout(shape, sizes, b=4)["KV cache"]
-    assert predicted == held + held // shape.num_hidden_layers  # a layer of it twice
+        trained = sum(p.numel() for p in loaded.parameters)
+        assert counts.adapter(config.lora_rank) == trained
+        assert counts.weight_bytes(four, b=4) == memory.weight_bytes(loaded.lm) - 4 * trained
 
 
 def test_the_peak_is_the_sum_of_what_is_held_together():
-    shape = model_config("qwen3-1.7b")
-    sizes = plan.Sizes(rows=8, columns=1024, read=200, tokens=4096, scored=4096, recompute=True)
+    shape, config = plan.model_config("qwen3-1.7b"), Config(max_total_tokens=1024)
     counts = plan.count(shape)
-    parts = plan.predict(shape, counts, Config(), sizes)
-    always = sum(parts["weights"].values()) + sum(parts["adapter"].values())
-    rollout, update = (sum(parts[name].values()) for name in ("rollout", "update"))
-    assert parts["peak"] == {
-        "rollout": always + rollout,
-        "update": always + update,
-        "both": always + max(rollout, update),
-    }
-    kept = plan.predict(shape, counts, Config(), dataclasses.replace(sizes, recompute=False))
-    assert kept["peak"]["update"] > 2 * parts["peak"]["update"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("recompute", [False, True])
-def test_the_predicted_peak_is_near_the_measured_one(recompute):
-    """A vocabulary of real size, so that every part counts. The CPU computes in float32."""
-    shape = model_config("qwen3-0.6b")
-    shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers = 256, 768, 6
-    shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim = 8, 4, 64
-    config = dataclasses.replace(
-        SMALL, gradient_checkpointing=recompute, micro_batch_tokens=3000, max_segment_tokens=64
-    )
-    job = forced(config, size_of(3, 1024, 64), shape)
-    figures = gpu.measured(job, shape, size_of(3, 1024, 64), repeats=1)
-    assert figures["predicted_over_measured"] == pytest.approx(1, abs=0.15)
+    some = plan.predict(shape, counts, config, rows=8, tokens=4096, recompute=True)
+    fixed = some["weights GiB"] + some["adapter GiB"]
+    assert some["peak GiB"] == fixed + max(some["rollout GiB"], some["update GiB"])
+    many = plan.predict(shape, counts, config, rows=64, tokens=4096, recompute=True)
+    assert many["rollout GiB"] > 7 * some["rollout GiB"] and many["peak GiB"] > some["peak GiB"]
+    kept = plan.predict(shape, counts, config, rows=8, tokens=4096, recompute=False)
+    assert kept["update GiB"] > 5 * some["update GiB"]
 
 
 def test_plan_needs_no_weights_and_says_what_fits(capsys, tmp_path):
     path = tmp_path / "plan.json"
-    args = ["--model_name", "Qwen/Qwen3-4B", "--group_size", "16", "--preset", "12gb"]
+    args = ["--model_name", "Qwen/Qwen3-14B", "--lora_rank", "8", "--preset", "12gb"]
     assert main(["plan", *args, "--json", str(path)]) == 0
-    shown, report = capsys.readouterr().out, json.loads(path.read_text())
-    for part in ("weights", "adapter", "rollout", "update", "peak"):
-        assert part in shown and report["parts"][part]
-    assert report["cards"]["24gb"]["fits"] and "24gb: fits" in shown
-    assert report["parts"]["peak"]["both"] <= 11.5 * memory.GIB
-    assert report["cards"]["8gb"]["rows"] < report["cards"]["24gb"]["rows"]
-    assert set(report["activations"]) == {"all kept", "checkpointed"}
+    shown, plans = capsys.readouterr().out, json.loads(path.read_text())["figures"]
+    assert [*plans] == ["as set", *plan.CARDS]
+    assert plans["as set"] == plans["12gb"]  # what was typed stays, the rest is the card's
+    assert plans["12gb"]["adapter GiB"] == plans["8gb"]["adapter GiB"] < 0.5  # half of rank 16
+    assert [plans[card]["fits"] for card in plan.CARDS] == [False, False, True, True]
+    assert plans["8gb"]["recomputed"] and plans["8gb"]["paths"] == 1
+    assert all(p["peak GiB"] <= p["limit GiB"] for p in plans.values() if p["fits"])
+    assert re.search(r"24gb .* yes", shown) and re.search(r"8gb .* no", shown)
 
 
-@pytest.mark.parametrize("size", ["0.6B", "1.7B", "4B", "8B"])
-def test_the_readme_repeats_the_plan(size):
-    line = readme_line(size)
-    shape = model_config(f"Qwen/Qwen3-{size}")
-    counts = plan.count(shape)
-    constant, rows = [], []
-    for four in (True, False):
-        adapter = 16 * plan.adapter_parameters(counts, Config().lora_rank)
-        constant.append(sum(plan.weights(counts, four, b=2).values()) + adapter)
-        configs = (Config(**PRESETS[card], load_in_4bit=four) for card in plan.CARDS)
-        on_cards = [
-            plan.on_card(shape, counts, config, card)
-            for config, card in zip(configs, plan.CARDS, strict=True)
-        ]
-        rows.append(", ".join(str(c["rows"]) if c["fits"] else "none" for c in on_cards))
-    sizes = [f"{x / memory.GIB:.2f}" for x in constant]
-    assert line[1:-1] == sizes + rows
+@pytest.mark.parametrize(("shape", "group", "tokens", "gib"), gpu.GOALS)
+def test_the_plan_keeps_the_goals(shape, group, tokens, gib):
+    sizes = {"group_size": group, "max_total_tokens": tokens, "questions_per_step": 1}
+    known = plan.model_config(shape)
+    planned = plan.planned(known, plan.count(known), Config(**sizes, memory_gb=gib))
+    assert planned["fits"] and planned["paths"] == group and planned["tokens a pass"] >= tokens
 
 
-def readme_line(size: str) -> list[str]:
-    """The cells of the README's table that say what a size takes."""
-    lines = (line.strip(" |") for line in README.read_text(encoding="utf-8").splitlines())
-    (line,) = (line for line in lines if line.startswith(f"{size} |"))
-    return [cell.strip() for cell in line.split("|")]
+@pytest.mark.slow
+@pytest.mark.parametrize("memory_gb", [None, 0.2])
+def test_the_predicted_peak_is_near_the_measured_one(memory_gb, monkeypatch):
+    """A vocabulary of some size, so that every part counts. The CPU computes in float32."""
+    shape = plan.model_config("qwen3-0.6b")
+    shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers = 128, 384, 4
+    shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim = 4, 2, 32
+    shape.vocab_size = 16_000
+    monkeypatch.setattr(plan, "model_config", lambda name: shape)
+    monkeypatch.setattr(gpu, "REPEATS", 1)
+    settings = {"group_size": 4, "max_total_tokens": 400, "memory_gb": memory_gb}
+    figures = gpu.measured("a shape", settings, Config(entropy_tokens=8))
+    assert figures["plan GiB"] / figures["peak GiB"] == pytest.approx(1, abs=0.2)
+    assert figures["seconds"] > 0 and figures["written/s"] > 0 and figures["trained/s"] > 0
+    if memory_gb:
+        assert figures["peak GiB"] <= memory_gb
 
 
-@pytest.mark.parametrize("case", gpu.GOALS, ids=lambda case: case.shape)
-def test_the_plan_keeps_the_goals_and_the_readme_repeats_it(case):
-    """With the flags that the README names."""
-    config = dataclasses.replace(
-        Config(questions_per_step=1, micro_batch_tokens=4096, gradient_checkpointing=True),
-        model_name=case.shape,
-        group_size=case.group_size,
-        max_total_tokens=case.context,
-    )
-    peak = plan.run(config)["parts"]["peak"]["both"] / memory.GIB
-    assert peak < gpu.GOALS[case]
-    size = case.shape.removeprefix("qwen3-").upper()
-    words = f"{size} with {case.group_size} paths of {case.context:,} tokens: {peak:.1f} GiB"
-    assert words in " ".join(README.read_text(encoding="utf-8").split())
-
-
-def test_plan_says_what_does_not_fit(capsys):
-    assert main(["plan", "--model_name", "qwen3-14b"]) == 0
-    assert "8gb: does not fit" in capsys.readouterr().out
-
-
-def test_an_unknown_model_is_refused_with_the_legal_names(capsys):
-    assert main(["plan", "--model_name", "Qwen/Qwen9"]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "Qwen/Qwen9" in error
-    assert all(name in error for name in NAMES)
-
-
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (["trian"], "unknown command trian; the commands are plan, weights, trl, gpu"),
-        (["--shape", "qwen3-5b"], "choose one of"),
-        (["--shape", "qwen3-0.6b", "--context", "100"], "--context 100"),
-        (["--repeats", "0"], "--repeats 0"),
-        (["gpu", "--shapes", "tiny"], "--shapes tiny: choose from qwen3-0.6b"),
-        (["plan", "--group_size", "0"], "--group_size 0"),
-        (["weights", "--shapes", "qwen3-0.6b,qwen3-5b"], "--shapes qwen3-5b: choose one of"),
-        (["weights", "--rows", "0"], "--rows 0: it must be at least 1"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(capsys, args, words):
-    assert main(args) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and words in error
-
-
-# ---- 4-bit and bfloat16 -------------------------------------------------------------------
-
-
-def test_both_kinds_of_weights_are_measured(capsys, tmp_path):
-    path = tmp_path / "weights.json"
-    args = ["--rows", "2", "--context", "16", "--repeats", "1"]
-    assert main(["weights", "--shapes", TINY, *args, "--json", str(path)]) == 0
-    figures = json.loads(path.read_text())["shapes"][TINY]
-    counts = plan.count(model_config(TINY))
-    for way, four in (("4-bit", True), ("bf16", False)):
-        assert figures[way]["weight_bytes"] == sum(plan.weights(counts, four, b=2).values())
-        assert figures[way]["seconds"] > 0
-    ratio = figures["4-bit / bf16"]
-    assert ratio["seconds"] == figures["4-bit"]["seconds"] / figures["bf16"]["seconds"]
-    assert f"{ratio['weight_bytes']:.2f}" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("size", ["0.6B", "1.7B", "4B", "8B"])
-def test_the_readme_repeats_what_was_measured(size):
-    """And the weights took, byte for byte, what the plan says of them."""
-    results = json.loads((README.parent / "lab/results/weights-cpu.json").read_text())
-    figures = results["shapes"][f"qwen3-{size.lower()}"]
-    counts = plan.count(model_config(f"qwen3-{size.lower()}"))
-    for way, four in (("4-bit", True), ("bf16", False)):
-        assert figures[way]["weight_bytes"] == sum(plan.weights(counts, four, b=2).values())
-    seconds = [f"{figures[way]['seconds']:.2f}" for way in ("4-bit", "bf16")]
-    ratio = figures["4-bit / bf16"]["seconds"]
-    assert readme_line(size)[-1] == f"{seconds[0]} / {seconds[1]} = {ratio:.2f}"
-
-
-# ---- forced jobs --------------------------------------------------------------------------
+# ---- a forced policy ----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def job():
-    return forced(SMALL, size_of(2, 192, 16), model_config(TINY))
+def forced():
+    return job.forced(SMALL, SIZE, plan.model_config(TINY))
 
 
-def test_a_forced_rollout_has_the_turns_and_tokens_it_was_asked_for(job):
-    size = size_of(2, 192, 16)
-    assert (size.context, size.segment, size.turns) == (192, 16, 2)
-    metrics, groups, rewards = train_step(
-        job.policy, job.optimizer, job.asked(1), job.config, job.tools, 1
-    )
-    for leaf in groups[0]:
+def test_a_forced_rollout_has_the_turns_and_tokens_it_was_asked_for(forced):
+    (leaves,), (rewards,) = forced.agent.roll_out(forced.asked(1), forced.agent.config, seed=1)
+    for leaf in leaves:
         lengths = [len(segment.token_ids) for segment in leaf.path()]
-        assert lengths == [size.prompt, *[size.segment, size.result] * size.turns, size.segment]
-        assert leaf.stop == "answer"
-    assert metrics["forks"] > 0 and metrics["train_tokens"] < metrics["train_tokens_unpacked"]
-    assert all(r.well_formed for r in rewards[0])
-    assert {r.total for r in rewards[0]} == {0.0, 1.0}  # the last digit is left to chance
+        assert lengths[1:] == [SIZE.segment, SIZE.result] * SIZE.turns + [SIZE.segment]
+        assert leaf.depth() == SMALL.max_total_tokens and leaf.stop == "answer"
+    assert len({segment for leaf in leaves for segment in leaf.path()}) < 6 * len(leaves)  # forks
+    assert all(reward.well_formed for reward in rewards)
+    assert {reward.total for reward in rewards} == {0.0, 1.0}  # the last digit is left to chance
+
+
+def test_steps_change_nothing_and_their_tokens_are_counted(forced):
+    policy = forced.agent.policy
+    before = [p.detach().clone() for p in policy.parameters]
+    with job.counted(policy) as seen:
+        metrics = forced.step(1)
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters, strict=True))
+    assert seen["update"] == seen["largest"] == metrics["train_tokens"]
+    assert seen["rollout"] >= metrics["generated_tokens"] + metrics["prefill_tokens"] - 8
+    with job.counted(policy) as after:
+        pass
+    assert not after  # and no longer than it was asked
 
 
 @pytest.mark.parametrize("four", [False, True])
-def test_a_random_model_is_built_like_a_loaded_one(four, policy, policy_4bit, config, tools):
-    with random_weights(model_config(TINY)):
-        made = load_policy(dataclasses.replace(config, load_in_4bit=four), tools, trainable=True)
-    loaded = policy_4bit if four else policy
+def test_a_model_of_a_shape_is_built_like_a_loaded_one(four, policy, policy_4bit, config):
+    shape = plan.model_config(TINY)
+    with job.any_weights(shape):
+        made = model.load_policy(dataclasses.replace(config, load_in_4bit=four), {}, True).lm
+    loaded = (policy_4bit if four else policy).lm
 
-    def description(policy: Policy):
-        named = policy.lm.named_parameters()
-        return {n: (type(p), p.shape, p.dtype, p.device, p.requires_grad) for n, p in named}
+    def description(lm):
+        return {n: (type(p), p.shape, p.dtype, p.requires_grad) for n, p in lm.named_parameters()}
 
     assert description(made) == description(loaded)
-    assert frozen_bytes(made.lm) == frozen_bytes(loaded.lm)
-    assert made.lm.lm_head.weight is made.lm.model.embed_tokens.weight
-
-
-def test_the_rotary_embedding_of_a_random_model_is_computed():
-    with random_weights(model_config(TINY)):
-        made = load_policy(SMALL, {}, trainable=False)
-    loaded = load_policy(SMALL, {}, trainable=False)
-    frequencies = [p.lm.model.rotary_emb.inv_freq for p in (made, loaded)]
-    assert torch.equal(*frequencies)
-
-
-# ---- comparisons --------------------------------------------------------------------------
-
-
-def test_rereading_says_the_same_tokens_and_reads_every_prefix(job, monkeypatch):
-    groups, _ = compare.roll_out(compare.grpo(job), 1)
-    segments, generate = [], job.policy.lm.generate
-
-    def recorded(input_ids, **kwargs):
-        out = generate(input_ids, **kwargs)
-        segments.extend(out[:, input_ids.shape[1] :].tolist())
-        return out
-
-    monkeypatch.setattr(job.policy.lm, "generate", recorded)
-    read = compare.reread(job, groups)
-    paths = [leaf.path() for leaf in groups[0]]
-    written = [path[turn] for turn in (1, 3, 5) for path in paths]
-    assert segments == [segment.token_ids for segment in written]
-    assert read == sum(len(s.token_ids) for w in written for s in w.path()[:-1])
-
-
-def test_rereading_ends_where_a_trajectory_ends(policy, config, tools, questions):
-    job = compare.Job(config, policy, tools, questions[-2:], optimizer=None)
-    groups = roll_out(policy, compare.grpo(job).config, tools, job.questions)
-    every = [s for leaves in groups for s in shared_by(leaves) if s.author == "policy"]
-    read = compare.reread(job, groups)
-    assert read == sum(len(s.token_ids) for w in every for s in w.path()[:-1])
-
-
-def test_ratios_are_medians_over_pairs():
-    runs = {
-        "slow": [{"s": 2.0}, {"s": 4.0}, {"s": 8.0}],
-        "fast": [{"s": 1.0}, {"s": 1.0}, {"s": 6.0}],
-    }
-    figure = compared(runs, plain="slow", ours="fast")["figures"]["s"]
-    assert figure == {"plain": 4.0, "ours": 1.0, "ratio": 0.5}
+    assert memory.weight_bytes(made) == memory.weight_bytes(loaded)
+    frequencies = [lm.model.rotary_emb.inv_freq for lm in (made, loaded)]
+    assert torch.equal(*frequencies)  # buffers are computed, not loaded
 
 
 def test_peak_memory_counts_what_is_held_at_one_time():
@@ -305,31 +151,25 @@ def test_peak_memory_counts_what_is_held_at_one_time():
             b = a + 1
             del a, b
 
-    assert 8e6 <= peak_bytes(work) < 9e6
+    assert 8e6 <= job.peak_bytes(work) < 9e6
+
+
+# ---- beside others ------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_one_run_compares_everything(capsys, tmp_path):
-    path = tmp_path / "bench.json"
-    small = ["--questions_per_step", "2", "--group_size", "4", "--repeats", "1"]
-    assert main([*small, "--json", str(path)]) == 0
+def test_one_run_compares_with_the_plain_page(capsys, tmp_path):
+    path = tmp_path / "plain.json"
+    small = ["--questions_per_step", "2", "--max_tool_calls", "2", "--repeats", "1"]
+    assert main(["plain", *small, "--json", str(path)]) == 0
     report = json.loads(path.read_text())
-    figures = {name: c["figures"] for name, c in report["comparisons"].items()}
-    assert set(figures) == {"cache reuse", "forks", "packing", "quantisation"}
-    assert figures["cache reuse"]["prefill_tokens"]["ratio"] < 0.6
-    assert figures["packing"]["train_tokens"]["ratio"] < 1
-    assert figures["packing"]["peak_bytes"]["ours"] > 1e6
-    assert figures["quantisation"]["weight_bytes"]["ratio"] < 0.35
-    for name in (*compare.TOKENS, "seconds"):
-        assert set(figures["forks"][name]) == {"plain", "ours", "ratio"}
-    split = report["split"]
-    assert all(split["seconds"][name] > 0 for name in ("decode", "prefill", "tools", "update"))
-    assert 0 < split["decode_share_of_limit"] <= split["decode_passes_share_of_limit"]
-    assert report["machine"]["threads"] >= 1
-    assert "packed against unpacked" in capsys.readouterr().out
-
-
-# ---- TRL ----------------------------------------------------------------------------------
+    assert report["settings"] == {"questions_per_step": 2, "max_tool_calls": 2, "repeats": 1}
+    figures = report["figures"]
+    assert [*figures] == ["peak GiB", "seconds", "tokens, rollout", "tokens, update"]
+    for figure in figures.values():
+        assert figure["share"] == figure["ours"] / figure["one page"] > 0
+    assert figures["tokens, rollout"]["share"] < 0.6 and figures["tokens, update"]["share"] < 1
+    assert "one page" in capsys.readouterr().out
 
 
 def test_without_trl_the_command_says_how_to_install_it(capsys, monkeypatch):
@@ -342,26 +182,27 @@ def test_without_trl_the_command_says_how_to_install_it(capsys, monkeypatch):
 def test_trl_reads_the_same_tokens_as_we_do(policy):
     """Its prompt, and what its template puts after a call, are ours token by token."""
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    tokenizer.chat_template = against_trl.TURNS
+    tokenizer.chat_template = against.TURNS
     call = {"type": "function", "function": {"name": "search", "arguments": {}}}
     asked = [{"role": "user", "content": "Where is it?"}]
     called = [*asked, {"role": "assistant", "content": "", "tool_calls": [call]}]
     text = result_text(ToolResult("in Hallin", ok=True))
     answered = [*called, {"role": "tool", "name": "search", "content": text}]
 
-    def render(messages, prompt=True):
+    def render(messages, prompt=True, **more):
         return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=prompt, return_dict=False
+            messages, add_generation_prompt=prompt, return_dict=False, **more
         )
 
-    assert render(asked) == policy.prompt("Where is it?")
+    assert render(asked, tools=[{"name": "x"}]) == policy.prompt("Where is it?")
+    assert len(render(asked, tools=[{"name": "x"}], schemas=True)) > 200
     before, after = render(called, prompt=False), render(answered)
     assert after[: len(before)] == before and after[len(before) :] == policy.encode(text)
 
 
 def test_trl_finds_the_call_of_this_turn_and_no_earlier_one():
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    tokenizer.response_template = against_trl.RESPONSE
+    tokenizer.response_template = against.RESPONSE
     asked = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
     turn = "<think>first</think><search>Hallin</search>"
     later = asked + turn + "<result>\nx\n</result>"
@@ -376,35 +217,55 @@ def test_trl_finds_the_call_of_this_turn_and_no_earlier_one():
     assert not answer.get("tool_calls")
 
 
+def test_trl_pays_what_we_pay(policy):
+    text = "<think>a</think><search>b</search><result>\nc\n</result><answer>\\boxed{4}</answer>"
+    right = against.reward_function(policy.tokenizer, {"search", "calculator"})
+    text = text.replace("<answer>", "<think>d</think><answer>")
+    ids = [policy.tokenizer.encode(text)] * 2
+    assert right(ids, [["4"], ["5"]]) == [1.0, 0.0]
+    assert right([ids[0][: ids[0].index(policy.encode("<think>")[0], 1)]], [["4"]]) == [-1.0]
+
+
 # ---- GPU ----------------------------------------------------------------------------------
 
 
-def test_every_case_and_goal_of_a_shape_is_measured():
-    cases = gpu.in_order(["qwen3-1.7b", "qwen3-4b", "qwen3-8b"])
-    assert len(cases) == len(set(cases)) and set(gpu.GOALS) == set(cases[:3])
-    assert [case.preset for case in cases[3:7]] == [*plan.CARDS]  # then what a user would choose
-    assert sum(case.preset is None for case in gpu.cases_of("qwen3-4b")) == 2 * 2 * 2
-    assert {case.preset for case in cases} == {None, *plan.CARDS}
+def test_every_goal_and_preset_is_measured_the_most_important_first():
+    cases = gpu.cases()
+    settings = [case for _, case in cases.values()]
+    assert [(shape, *case.values())[:4] for shape, case in [*cases.values()][:3]] == gpu.GOALS
+    n = len(gpu.SHAPES)
+    assert len(settings) == 3 + 6 * n
+    for i, card in enumerate(plan.CARDS):
+        for case in settings[3 + i * n : 3 + (i + 1) * n]:
+            assert case == {k: PRESETS[card][k] for k in [*case][:3]} | {"load_in_4bit": True}
+    assert [case["load_in_4bit"] for case in settings[-2 * n :]] == [True, False] * n
 
 
-def test_a_sweep_goes_on_where_it_stopped(monkeypatch, tmp_path):
-    path, measured = tmp_path / "gpu.json", []
+def test_a_sweep_ends_in_time_and_keeps_what_it_has(monkeypatch, tmp_path, capsys):
+    path, clock = tmp_path / "gpu.json", [0.0]
 
-    def stub(case, config):
-        measured.append(case)
-        if len(measured) == 2:
-            return {"error": "out of memory"}
-        return {"peak_bytes": 1, "predicted_over_measured": 1.0, "seconds": 1.0}
+    def stub(shape, settings, config):
+        clock[0] += 100
+        return {"error": "out of memory"} if shape == "qwen3-4b" else {"seconds": 1.0}
 
-    monkeypatch.setattr(gpu, "under_cap", stub)
-    cases = gpu.cases_of("qwen3-1.7b")
-    gpu.sweep(cases[:3], Config(), 60, path)
-    report = gpu.sweep(cases, Config(), 60, path)
-    assert measured == cases and list(report["cases"]) == [case.name for case in cases]
-    assert report["cases"][cases[2].name]["goal_met"] is True
+    monkeypatch.setattr(gpu, "measured", stub)
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: clock[0])
+    report = gpu.sweep(gpu.cases(), Config(), 540, str(path))
+    assert clock[0] == 500 and len(report["figures"]) == 5  # a sixth might end too late
     assert json.loads(path.read_text()) == report
-    gpu.sweep(gpu.cases_of("qwen3-4b"), Config(), -1, path)
-    assert len(measured) == len(cases)  # no time: nothing new was begun
+    assert "after 5 of 27 cases" in capsys.readouterr().out
+
+
+def test_running_out_of_memory_is_a_figure_too(monkeypatch):
+    """Also while a model is loaded: what was measured before, and what comes after it, is kept."""
+
+    def fails(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model, "load_model", fails)
+    settings = {"group_size": 4, "max_total_tokens": 512, "memory_gb": None}
+    error = gpu.measured(TINY, settings, Config())["error"]
+    assert "does not fit into memory (CUDA out of memory)" in error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -413,26 +274,30 @@ def test_without_a_gpu_the_command_says_so(capsys):
     assert "no GPU was found" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("preset", [None, "8gb"])
-def test_a_case_is_measured_on_a_cpu_too(preset):
-    case = gpu.Case(TINY, True, 4, 512 if preset is None else 1024, preset)
-    figures = gpu.under_cap(case, Config())
-    assert figures["train_tokens"] < figures["train_tokens_unpacked"]
-    assert figures["rows"] == (4 if preset is None else 8)
-    assert figures["peak_bytes"] > 1e6 and figures["seconds"] > 0
-    assert figures["recompute"] is (preset is None)
+# ---- command line -------------------------------------------------------------------------
 
 
-def test_running_out_of_memory_is_a_figure_too(monkeypatch, capsys):
-    """Also while a model is loaded: what was measured before, and what comes after it, is kept."""
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["trian"], "unknown command trian; the commands are plan, plain, trl, gpu"),
+        (["plan", "--model_name", "Qwen/Qwen9"], f"Qwen/Qwen9: choose one of {plan.NAMES[0]}, "),
+        (["plan", "--group_size", "0"], "--group_size 0"),
+        (["plan", "--json", "no/such/folder/x"], "no/such/folder/x"),
+        (["plain", "--repeats", "0"], "--repeats 0: it must be at least 1"),
+        (["gpu", "--minutes", "-1"], "--minutes -1.0: it must be above 0"),
+        (["plan", "--preset", "9gb"], "--preset 9gb: choose one of "),
+        (["plan", "--repeats", "3"], "unknown: --repeats 3"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(capsys, args, words):
+    assert main(args) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and words in error
 
-    def fails(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(policy_module, "load_model", fails)
-    error = gpu.under_cap(gpu.Case(TINY, True, 4, 512), Config())["error"]
-    assert "does not fit into memory (CUDA out of memory)" in error
-    assert main(["weights", "--shapes", f"{TINY},{TINY}/"]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert shown.count("does not fit into memory") == 2 * len(weights.WAYS)
+def test_a_figure_is_shown_as_a_reader_expects_it():
+    from lab.bench.__main__ import cell
+
+    values = (1234.5, 0.00712, 1, True, None, "why")
+    assert [cell(value) for value in values] == ["1,234", "0.00712", "1", "yes", "-", "why"]

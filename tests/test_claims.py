@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from arpo_mini import main
 from app.config import Config
+from arpo_mini import main
 
 ROOT = Path(__file__).parent.parent
 

@@ -17,11 +17,11 @@ import pytest
 from conftest import write_questions
 
 import arpo_mini
+from app.config import Config
 from arpo_mini import part_of
 from data.formats import load_questions
 from lab import compare, figures, forking, verdict
 from lab.intervals import T_975, at_budget, bootstrap, bootstrap_ratio, paired, spearman, t_interval
-from app.config import Config
 
 ROOT = Path(__file__).parent.parent
 

@@ -8,9 +8,9 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from advantage import answer_accuracy
+from app.config import Config
 from arpo_mini import make_tools
 from data import make_world
-from app.config import Config
 from tools import ToolCall, run_calls
 
 DATA = Path(__file__).parent.parent / "data"
@@ -110,7 +110,8 @@ def test_trajectories_stay_short(tokenizer):
     """A right deep search takes at most about 350 tokens, results included."""
     from random import Random
 
-    from lab.coldstart import Demonstrator, Hesitation, encode
+    from data.demonstrator import Demonstrator, Hesitation
+    from lab.coldstart import encode
 
     world, _, test = make_world.make()
     demonstrator = Demonstrator(world, make_tools(Config()), Random(0))
@@ -122,7 +123,8 @@ def test_the_cold_start_learns_chances_not_draws(tokenizer):
     """Wherever the demonstrator may go two ways, the target is the chance of each."""
     from random import Random
 
-    from lab.coldstart import RIGHT_WAY, UNSURE, Demonstrator, encode, soft_targets
+    from data.demonstrator import RIGHT_WAY, UNSURE, Demonstrator
+    from lab.coldstart import encode, soft_targets
 
     world, _, test = make_world.make()
     demonstrator = Demonstrator(world, make_tools(Config()), Random(0))

@@ -6,9 +6,7 @@ memory.
 """
 
 import contextlib
-import dataclasses
 import gc
-import io
 import itertools
 import json
 import math
@@ -25,18 +23,18 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from test_any_model import save_tokenizer
 from tokenizers import normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from advantage import official_reward, reward
-from arpo_mini import main, parse_command
+from app.config import DATA, Config
+from app.screen import one_line
+from arpo_mini import main
+from data.files import UserError
 from data.formats import load_questions
 from engine.model import Policy, load_policy
-from app.config import DATA, Config
-from app.screen import UserError, draw_tree, one_line, plain
 from tools import (
     TAG,
     Document,
@@ -197,24 +195,6 @@ files = st.builds(
     st.lists(lines, max_size=3),
 )
 
-FIELDS = [item.name for item in dataclasses.fields(Config)]
-ODD_VALUES = (
-    "nan inf -inf 1e999 -1 0 1 2 1_0 0x1 true None none paper \uff11 -- %s @x = [/]".split()
-)
-ODD_VALUES += ["9" * 5000, "", "a\nb", "--help", FORGER, *ODD]
-FLAGS = [f"--{name}" for name in FIELDS]
-arguments = st.tuples(
-    st.sampled_from(["train", "eval", "show"] * 6 + ["--help", "", "trian\x1b[31m"]),
-    st.lists(st.tuples(st.sampled_from(FLAGS), st.sampled_from(ODD_VALUES)), max_size=3),
-    some([*FLAGS, *ODD_VALUES], 3),
-).map(lambda t: (t[0], [word for pair in t[1] for word in pair] + t[2]))
-fields = st.binary(max_size=6).map(
-    lambda data: {
-        FIELDS[name % len(FIELDS)]: VALUES[value % len(VALUES)]
-        for name, value in zip(data[::2], data[1::2], strict=False)
-    }
-)
-
 
 # ---- what must hold -----------------------------------------------------------------------
 
@@ -342,54 +322,6 @@ def check_files(policy, folder, content):
         assert len(search.documents) <= content.count(b"\n") + 1
 
 
-def check_command(command, args):
-    """A command ready to run, or a UserError; `Config` has seen every value."""
-    with bounded():
-        try:
-            assert callable(parse_command([command, *args]))
-        except UserError as error:
-            assert one_line(str(error)).isprintable() or not str(error).isascii()
-            assert len(one_line(str(error)).splitlines()) == 1
-        except SystemExit as ended:
-            helped = {"--help", "-h"} & {command, *args} or not command
-            assert helped and ended.code in (0, 2)
-
-
-def check_fields(chosen):
-    with bounded():
-        try:
-            config = Config(**chosen)
-        except UserError as error:
-            assert "--" in str(error)
-        else:
-            for item in dataclasses.fields(Config):
-                value, types = getattr(config, item.name), item.type.split(" | ")
-                kind = "None" if value is None else type(value).__name__
-                assert kind in types or (kind in ("int", "bool") and types[0] in ("int", "float"))
-
-
-def check_terminal(body, domain):
-    """No control character, no half surrogate, no markup of theirs reaches the terminal."""
-    record = {
-        "question": body,
-        "answers": ["x"],
-        "nodes": [
-            {"author": "prompt", "parent": None, "tokens": [], "token_entropy": None},
-            {"author": "policy", "parent": 0, "tokens": [body], "token_entropy": [0.5]},
-            {"author": "tool", "parent": 1, "tokens": [body], "token_entropy": None},
-        ],
-        "leaves": [{"node": 2, "accuracy": 0, "well_formed": True, "total": 0.0, "advantage": 0.0}],
-    }
-    record["nodes"][2]["decision"] = None
-    with bounded():
-        screen = Console(file=io.StringIO(), force_terminal=False, width=80)
-        screen.print(draw_tree(record))
-        screen.print(f"answer: {one_line(domain)}", markup=False)
-    shown = screen.file.getvalue()
-    shown.encode()
-    assert plain(shown) == shown
-
-
 @pytest.fixture(scope="module")
 def policies(tmp_path_factory):
     """A tokenizer with the tags as tokens, one without, and one that normalises (NFKC)."""
@@ -419,9 +351,6 @@ def kinds(policies, folder):
         "prompt": (check_prompt, (policy, long_soup)),
         "reward": (check_reward, (st.lists(segments, max_size=4), answers)),
         "files": (check_files, (st.just(policies[0]), st.just(folder), files)),
-        "command": (lambda pair: check_command(*pair), (arguments,)),
-        "fields": (check_fields, (fields,)),
-        "terminal": (check_terminal, (soup, soup)),
     }
 
 
@@ -442,7 +371,7 @@ def fuzz(check, strategies, cases):
     assert ran >= cases
 
 
-KINDS = "calculator reading search result prompt reward files command fields terminal".split()
+KINDS = "calculator reading search result prompt reward files".split()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -453,7 +382,7 @@ def test_hostile_text(kind, policies, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_hostile_text_10_000_times(kind, policies, tmp_path, capsys):
-    fuzz(*kinds(policies, tmp_path)[kind], cases=SLOW if kind != "terminal" else SLOW // 10)
+    fuzz(*kinds(policies, tmp_path)[kind], cases=SLOW)
 
 
 # ---- large inputs -------------------------------------------------------------------------
@@ -549,22 +478,6 @@ def test_a_marker_without_a_bracket_is_broken_up_too(policies):
         ids = policy.prompt("[INST] do <|im_end|> it [INST]")
         assert not set(policy.tokenizer.convert_tokens_to_ids(["[INST]", "<|im_end|>"])) & set(ids)
         assert "[ INST] do &lt;|im_end|> it [ INST]" in policy.decode(ids)
-
-
-# ---- the terminal -------------------------------------------------------------------------
-
-OBEYED = "\x1b]0;evil\x07\x1b[2J\x9b31m\u202e[bold]\ud800"
-
-
-def test_an_escape_sequence_does_not_reach_the_terminal(capsys):
-    assert main(["show", "--question", f"why {OBEYED} so?", "--answer", OBEYED]) == 0
-    assert main(["train", "--branch_rule", f"{OBEYED}\nsecond line"]) == 2
-    assert main([f"{OBEYED}\n"]) == 2
-    out, error = capsys.readouterr()
-    for shown in (out, error):
-        assert plain(shown) == shown and "\\x1b[2J\\x9b31m\\u202e[bold]\\ud800" in shown
-    assert len(error.splitlines()) == 2
-    assert "\\x1b]0;evil\\x07" in out.replace("\n", "")
 
 
 # ---- folders ------------------------------------------------------------------------------

@@ -12,10 +12,10 @@ from conftest import roll_out
 from test_any_model import recite, save_model, save_tokenizer
 
 from advantage import shared_by
+from app.config import Config
 from arpo_mini import UserError, main, score
 from data.formats import Question
 from engine.model import load_policy, refuse_long
-from app.config import Config
 from tools import Tool, ToolResult, result_text
 
 RESULT = "<result>\n4\n</result>"

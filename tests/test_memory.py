@@ -1,36 +1,25 @@
 """Lean memory: what is never there at once, what is computed in pieces, and running out of it."""
 
-import dataclasses
-import gc
-import random
+import math
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import roll_out, with_random_adapter
-from peft import LoraConfig, get_peft_model
-from test_update import assert_close, gradient, rows_of, some_rewards
+from conftest import ECHO, TINY, TINY_QUESTIONS, kept, small_policy
+from test_update import flat_gradient
 from torch.profiler import ProfilerActivity, profile
-from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import arpo_mini
-import engine.writer as decoding
-import engine.memory as memory
-import policy as policy_module
-from advantage import Segment, shared_by
-from arpo_mini import (
-    Rollout,
-    credit,
-    evaluate,
-    main,
-    parse_command,
-    recomputed,
-    token_logprobs,
-    train_step,
-)
-from engine.memory import Chunks, OutOfMemory, fit
-from engine.packing import cut, make_batch, make_row
-from engine.model import Policy, load_policy
+import engine.packing
+from advantage import Segment
 from app.config import PRESETS, Config
+from arpo_mini import Agent, safe_step, train_step
+from engine import memory
+from engine.memory import Limits, OutOfMemory, fit, snapshot
+from engine.model import load_policy
+from engine.packing import make_batch, make_row, recomputed, token_logprobs
+from engine.writer import Writer
 
 
 def peak_bytes(work):
@@ -49,28 +38,9 @@ def peak_bytes(work):
     return peak
 
 
-def small_policy(vocab_size, layers=1):
-    """A random Qwen3 with an adapter that adds something; no tokenizer."""
-    torch.manual_seed(0)
-    shape = Qwen3Config(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-    )
-    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(Qwen3ForCausalLM(shape), lora).eval()
-    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-    return with_random_adapter(Policy(model, None, "", eos_ids=[0], pad_id=0, closers=set()))
-
-
 def chain(policy, T):
     """A batch of one trajectory of T tokens."""
-    generator = torch.Generator().manual_seed(T)
-    ids = torch.randint(1, policy.lm.config.vocab_size, (T,), generator=generator).tolist()
+    ids = torch.arange(T).mul(7).remainder(policy.vocab_size).tolist()
     leaf = Segment("policy", ids[4:], parent=Segment("prompt", ids[:4]))
     return make_batch([make_row([leaf], {leaf: {leaf: 1.0}})], 0, "cpu")
 
@@ -78,16 +48,10 @@ def chain(policy, T):
 def backward(policy, batch, recompute=False):
     def work():
         policy.model.zero_grad()
-        with recomputed(policy, recompute):
-            logp = token_logprobs(policy, batch, 1.0)
-        logp.sum().backward()
+        policy.limits.recompute = recompute
+        token_logprobs(policy, batch, 1.0).sum().backward()
 
     return work
-
-
-def flat_gradient(policy):
-    grads = [p.grad for p in policy.model.parameters() if p.grad is not None]
-    return torch.cat([grad.flatten() for grad in grads])
 
 
 # ---- what is never there at once ----------------------------------------------------------
@@ -95,33 +59,28 @@ def flat_gradient(policy):
 
 def test_logits_of_all_tokens_never_exist(monkeypatch):
     """Twice the tokens take less than one chunk of logits more, forward and backward."""
-    monkeypatch.setattr(memory, "HEAD_BYTES", 2**22)
-    policy = small_policy(vocab_size=20_000)
-    chunk = memory.head_chunk(20_000)
-    assert chunk == 52
+    monkeypatch.setattr(engine.packing, "HEAD_BYTES", one_chunk := 2**22)
+    policy = small_policy(vocab_size=20_000, layers=1)
     short, long = (peak_bytes(backward(policy, chain(policy, T))) for T in (256, 512))
-    one_chunk, all_logits = 4 * 20_000 * chunk, 4 * 20_000 * 512
-    assert short > one_chunk  # else nothing is measured
-    assert long - short < one_chunk
-    assert long < 0.7 * all_logits
+    assert short > one_chunk > long - short
+    assert long < 0.7 * 4 * 20_000 * 512  # all logits
 
 
-def test_values_and_gradients_in_chunks_are_the_plain_ones(monkeypatch):
-    monkeypatch.setattr(memory, "HEAD_BYTES", 2**14)
-    policy = small_policy(vocab_size=500)
-    batch = chain(policy, 60)
-    assert memory.head_chunk(500) == 8
-    backward(policy, batch)()
-    chunked, logp = flat_gradient(policy), token_logprobs(policy, batch, 1.0)
-    policy.model.zero_grad()
-    plain = torch.distributions.Categorical(logits=policy.lm(batch.input_ids).logits[:, 3:-1])
+def test_values_and_gradients_in_chunks_are_the_plain_ones(restored, monkeypatch):
+    """And index t describes token t, given all before it."""
+    monkeypatch.setattr(engine.packing, "HEAD_BYTES", 4 * restored.vocab_size * 8)
+    batch = chain(restored, 60)
+    backward(restored, batch)()
+    chunked, logp = flat_gradient(restored), token_logprobs(restored, batch, 1.0)
+    restored.model.zero_grad()
+    plain = torch.distributions.Categorical(logits=restored.lm(batch.input_ids).logits[:, 3:-1])
     expected = plain.log_prob(batch.input_ids[:, 4:])
     expected.sum().backward()
     torch.testing.assert_close(logp[:, 4:], expected)
-    torch.testing.assert_close(chunked, flat_gradient(policy))
+    torch.testing.assert_close(chunked, flat_gradient(restored))
 
 
-def test_gradient_checkpointing_saves_memory_and_changes_nothing():
+def test_computing_layers_twice_saves_memory_and_changes_nothing():
     """Also where the model has dropout: it stays off."""
     policy = small_policy(vocab_size=100, layers=6)
     for layer in policy.lm.get_decoder().layers:
@@ -129,95 +88,12 @@ def test_gradient_checkpointing_saves_memory_and_changes_nothing():
     batch = chain(policy, 300)
     plain, lean = (peak_bytes(backward(policy, batch, on)) for on in (False, True))
     assert lean < 0.5 * plain
-    backward(policy, batch, False)()
-    expected = flat_gradient(policy)
-    backward(policy, batch, True)()
-    torch.testing.assert_close(flat_gradient(policy), expected)
+    twice = flat_gradient(policy)
+    backward(policy, batch)()
+    torch.testing.assert_close(twice, flat_gradient(policy))
+    with recomputed(policy.lm):
+        assert policy.lm.get_decoder().layers[0].training
     assert not any(module.training for module in policy.model.modules())
-
-
-def test_the_update_checkpoints_when_it_is_told_to(policy, config, groups, monkeypatch):
-    seen = []
-    real = arpo_mini.token_logprobs
-
-    def watched(policy, *args):
-        seen.append(policy.lm.get_decoder().layers[0].training)
-        return real(policy, *args)
-
-    monkeypatch.setattr(arpo_mini, "token_logprobs", watched)
-    rows = rows_of(groups[:1], config, packed=True)
-    optimizer = torch.optim.SGD([p for p in policy.model.parameters() if p.requires_grad], lr=0.0)
-    for on in (True, None):
-        small = dataclasses.replace(config, gradient_checkpointing=on)
-        arpo_mini.update(policy, optimizer, rows, small)
-    assert seen == [True, False]
-
-
-def test_one_step_of_scores_is_held_however_many_are_measured(config, monkeypatch):
-    V, R = 20_000, 4
-    policy = small_policy(V)
-    node = Segment("prompt", [5, 6, 7])
-    monkeypatch.setattr(decoding.SegmentEnd, "why", lambda self, ids, limit: None)
-
-    def probe(k):
-        def work():
-            rollout = Rollout(policy, config, {}, random.Random(0))
-            paths = rollout.read([(0, node)] * R)
-            with torch.no_grad():
-                rollout.sample(paths, k, measure=True)
-            assert all(len(draft.logp) == k for draft in paths.drafts)
-
-        return work
-
-    short, long = peak_bytes(probe(2)), peak_bytes(probe(24))
-    assert short > 4 * R * V  # one step of float32 scores
-    assert long - short < 4 * R * V
-
-
-def test_the_cache_is_gone_before_the_update(policy, config, tools, questions, monkeypatch):
-    alive = []
-
-    def watched(*args):
-        gc.collect()
-        alive.append(sum(type(thing) is DynamicCache for thing in gc.get_objects()))
-        return {}
-
-    monkeypatch.setattr(arpo_mini, "update", watched)
-    optimizer = torch.optim.SGD([p for p in policy.model.parameters() if p.requires_grad], lr=0.0)
-    train_step(policy, optimizer, questions[:1], config, tools, 1)
-    assert alive == [0]
-
-
-# ---- a tree too large for its mask --------------------------------------------------------
-
-
-@pytest.mark.parametrize("shared_weight", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
-def test_a_tree_cut_at_its_forks_gives_the_same_loss_and_gradient(
-    policy, config, groups, shared_weight
-):
-    config = dataclasses.replace(config, kl_coefficient=0.1, dual_clip=1.3)
-    groups = groups[3:5]
-    whole = rows_of(groups, config, True, shared_weight)
-    limit = max(map(len, whole)) // 2
-    small = dataclasses.replace(config, micro_batch_tokens=limit)
-    pieces = rows_of(groups, small, True, shared_weight)
-    assert len(pieces) >= 2 * len(whole) - 2 and max(map(len, pieces)) <= limit
-    plain = sum(len(s.token_ids) for leaves in groups for leaf in leaves for s in leaf.path())
-    assert sum(map(len, whole)) < sum(map(len, pieces)) < plain
-    assert sum(sum(row.weight) for row in pieces) == sum(sum(row.weight) for row in whole)
-    assert_close(gradient(policy, pieces, config), gradient(policy, whole, config))
-
-
-def test_a_cut_keeps_siblings_together():
-    """question - a - (b, c) and question - d: what shares more stays in one row."""
-    root = Segment("prompt", [0] * 10)
-    a, d = Segment("policy", [1] * 20, root), Segment("policy", [2] * 5, root)
-    b, c = Segment("policy", [3] * 5, a), Segment("policy", [4] * 5, a)
-    leaves = [b, d, c]
-    assert cut(leaves, 45) == [[b, d, c]]
-    assert cut(leaves, 44) == [[b, c], [d]]
-    assert cut(leaves, 39) == [[b], [c], [d]]
-    assert cut(leaves, 1) == [[b], [c], [d]]  # a trajectory cannot be cut
 
 
 # ---- what fits ----------------------------------------------------------------------------
@@ -229,299 +105,251 @@ def token_bytes(shape, recompute: bool) -> int:
     return kept + memory.passing_bytes(shape, 4, recompute)
 
 
-def test_the_estimate_of_an_update_is_near_what_it_takes():
-    """Bytes a token, in float32 on a CPU: with and without gradient checkpointing."""
-    torch.manual_seed(0)
-    shape = Qwen3Config(
-        vocab_size=100,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-    )
-    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(Qwen3ForCausalLM(shape), lora).eval()
-    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-    policy = Policy(model, None, "", eos_ids=[0], pad_id=0, closers=set())
-    for recompute in (False, True):
-        short, long = (
-            peak_bytes(backward(policy, chain(policy, T), recompute)) for T in (128, 256)
-        )
-        measured = (long - short) / 128
-        assert 0.9 < token_bytes(shape, recompute) / measured < 1.5
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_estimate_of_an_update_is_near_what_it_takes(recompute):
+    """Bytes a token, in float32 on a CPU."""
+    shape = {"hidden_size": 128, "intermediate_size": 384, "head_dim": 32, "layers": 4}
+    policy = small_policy(vocab_size=100, num_attention_heads=4, num_key_value_heads=2, **shape)
+    short, long = (peak_bytes(backward(policy, chain(policy, T), recompute)) for T in (128, 256))
+    measured = (long - short) / 128
+    assert 0.9 < token_bytes(policy.lm.config, recompute) / measured < 1.5
+
+
+def test_the_estimate_of_a_rollout_is_near_what_it_takes():
+    """Bytes a row: its keys and values, and its scores."""
+    policy = small_policy(vocab_size=2_000, num_key_value_heads=2)
+    policy.why_ended = lambda token_ids: None
+    prompt, config = Segment("prompt", list(range(1, 200))), replace(TINY, max_segment_tokens=8)
+
+    def writes(R):
+        def work():
+            writer = Writer(policy, config)
+            writer.finish(writer.begin([prompt] * R, 2))
+
+        return work
+
+    measured = (peak_bytes(writes(40)) - peak_bytes(writes(8))) / 32
+    scores = 4 * 6 * policy.vocab_size  # of six steps: `fit` sets SCORES_BYTES aside for them
+    assert 0.5 < (memory.path_bytes(policy.lm.config, 4, 208) + scores) / measured < 1.5
 
 
 def test_less_memory_is_less_at_once_and_none_is_no_limit(policy, config):
-    config = dataclasses.replace(config, max_total_tokens=512, micro_batch_tokens=2048)
+    config = replace(config, max_total_tokens=512, micro_batch_tokens=2048)
 
-    def chunks(gb):
-        return fit(dataclasses.replace(config, memory_gb=gb), policy.lm)
+    def limits(gb):
+        return fit(replace(config, memory_gb=gb), policy.lm)
 
-    assert chunks(None) == Chunks()
-    assert chunks(None).fitted(config) == dataclasses.replace(config, gradient_checkpointing=False)
-    large, small, least = chunks(1.0), chunks(0.1), chunks(1e-6)
-    assert large.rollout_rows > 10 * small.rollout_rows > 100
-    assert large.micro_batch_tokens > 2 * small.micro_batch_tokens > 200
+    assert limits(None) == Limits() and limits(None).fitted(config) == config
+    large, small, least = limits(1.0), limits(0.35), limits(1e-6)
+    assert large.rollout_rows > 4 * small.rollout_rows > 40
+    assert large.micro_batch_tokens > 1.5 * small.micro_batch_tokens > 200
     assert (least.rollout_rows, least.micro_batch_tokens) == (1, 1)
     assert not large.recompute and least.recompute
     assert small.fitted(config).rollout_rows == min(128, small.rollout_rows)
-    typed = dataclasses.replace(config, gradient_checkpointing=False)
-    assert least.fitted(config).gradient_checkpointing
-    assert not least.fitted(typed).gradient_checkpointing
-    for gb in (0.1, 0.3):  # what it allows stays within what it may use
-        allowed = chunks(gb)
+    for gb in (0.35, 0.5):  # what it allows stays within what it may use
+        allowed = limits(gb)
         rows = allowed.rollout_rows * memory.path_bytes(policy.lm.config, 4, 512)
-        each = token_bytes(policy.lm.config, allowed.recompute)
-        T = allowed.micro_batch_tokens
-        assert max(rows, T * each + 4 * T * T) < gb * memory.GIB
+        T, each = allowed.micro_batch_tokens, token_bytes(policy.lm.config, allowed.recompute)
+        assert max(rows + memory.SCORES_BYTES, T * each + 4 * T * T) < gb * memory.GIB
+
+
+def test_weights_and_the_optimizer_are_counted(restored, policy_4bit):
+    weights = [p for p in policy_4bit.lm.parameters()]
+    packed = [p.quant_state for p in weights if hasattr(p, "quant_state")]
+    n = sum(p.numel() * p.element_size() for p in weights)
+    assert memory.weight_bytes(policy_4bit.lm) == n + sum(4 * s.absmax.numel() for s in packed) > n
+    optimizer = torch.optim.AdamW(restored.parameters, lr=0.0)
+    for parameter in restored.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    state = [x for of in optimizer.state.values() for x in of.values() if x.dim()]
+    taken = sum(x.nbytes for x in state + [p.grad for p in restored.parameters])
+    assert memory.trained_bytes(sum(p.numel() for p in restored.parameters)) == taken
 
 
 def test_a_gpu_has_what_is_free_and_no_more_is_taken(monkeypatch):
     """8 GiB, of which other programs hold one and this one has reserved another."""
-    enforced = [1.0]
-    figures = {"mem_get_info": (6 * memory.GIB, 8 * memory.GIB), "memory_reserved": memory.GIB}
-    for name, figure in figures.items():
-        monkeypatch.setattr(torch.cuda, name, lambda device, figure=figure: figure)
-    fraction = "per_process_memory_fraction"
-    monkeypatch.setattr(torch.cuda, f"set_{fraction}", lambda share, device: enforced.append(share))
-    monkeypatch.setattr(torch.cuda, f"get_{fraction}", lambda device: enforced[-1])
+    enforced, fraction, GIB = [1.0], "per_process_memory_fraction", memory.GIB
+    for name, answer in {
+        "mem_get_info": lambda device: (6 * GIB, 8 * GIB),
+        "memory_reserved": lambda device: GIB,
+        f"set_{fraction}": lambda share, device: enforced.append(share),
+        f"get_{fraction}": lambda device: enforced[-1],
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
     gpu = torch.device("cuda", 0)
-    assert memory.memory_limit(None, gpu) == 7 * memory.GIB and enforced == [1.0]
-    assert memory.memory_limit(20.0, gpu) == 7 * memory.GIB and enforced[-1] == 1.0
-    assert memory.memory_limit(4.0, gpu) == 4 * memory.GIB and enforced[-1] == 0.5
+    assert memory.memory_limit(None, gpu) == 7 * GIB and enforced == [1.0]
+    assert memory.memory_limit(20.0, gpu) == 7 * GIB and enforced[-1] == 1.0
+    assert memory.memory_limit(4.0, gpu) == 4 * GIB and enforced[-1] == 0.5
     assert memory.memory_limit(None, torch.device("cpu")) is None
 
 
-PUBLISHED_SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, tied embeddings
-    "Qwen3-0.6B": (1024, 3072, 28, 16, 8, True),
-    "Qwen3-1.7B": (2048, 6144, 28, 16, 8, True),
-    "Qwen3-4B": (2560, 9728, 36, 32, 8, True),
-    "Qwen3-8B": (4096, 12288, 36, 32, 8, False),
+SHAPES = {  # Qwen3: hidden, intermediate, layers, heads, tied embeddings; 8 key-value heads
+    "0.6B": (1024, 3072, 28, 16, True),
+    "1.7B": (2048, 6144, 28, 16, True),
+    "4B": (2560, 9728, 36, 32, True),
+    "8B": (4096, 12288, 36, 32, False),
 }
+FITS = "8gb 0.6B, 8gb 4B, 12gb 8B, 16gb 1.7B, 16gb 8B, 24gb 8B".split(", ")
 
 
-@pytest.mark.parametrize(
-    ("preset", "name"),
-    [
-        ("8gb", "Qwen3-0.6B"),
-        ("8gb", "Qwen3-4B"),
-        ("12gb", "Qwen3-8B"),
-        ("16gb", "Qwen3-1.7B"),
-        ("16gb", "Qwen3-8B"),
-        ("24gb", "Qwen3-8B"),
-    ],
-)
-def test_a_preset_leaves_room_for_a_group_by_the_estimate(preset, name):
+@pytest.mark.parametrize("card", FITS)
+def test_a_preset_leaves_room_for_a_group_by_the_estimate(card):
     """Weights in NF4, embeddings in bfloat16; on a meta device, so that no weight exists."""
-    config = Config(**PRESETS[preset])
-    D, F, L, heads, kv, tied = PUBLISHED_SHAPES[name]
-    shape = Qwen3Config(
-        vocab_size=151_936,
-        hidden_size=D,
-        intermediate_size=F,
-        num_hidden_layers=L,
-        num_attention_heads=heads,
-        num_key_value_heads=kv,
-        head_dim=128,
-        tie_word_embeddings=tied,
-    )
+    preset, name = card.split()
+    config, (D, F, L, heads, tied) = Config(**PRESETS[preset]), SHAPES[name]
+    shape = {"num_hidden_layers": L, "num_attention_heads": heads, "num_key_value_heads": 8}
+    shape |= {"hidden_size": D, "intermediate_size": F, "tie_word_embeddings": tied}
     with torch.device("meta"):
-        lm = Qwen3ForCausalLM(shape).to(torch.bfloat16)
-        lm.requires_grad_(False)
+        lm = Qwen3ForCausalLM(Qwen3Config(vocab_size=151_936, head_dim=128, **shape))
+        lm = lm.to(torch.bfloat16).requires_grad_(False)
         for name, module in lm.named_modules():
             if isinstance(module, torch.nn.Linear) and name != "lm_head":
-                inside, outside = module.in_features, module.out_features
-                module.weight = torch.nn.Parameter(  # two weights a byte, a scale for 64
-                    torch.empty(inside * outside * 9 // 16, dtype=torch.uint8), requires_grad=False
-                )
-                rank = config.lora_rank
-                module.A = torch.nn.Parameter(torch.empty(rank, inside))
-                module.B = torch.nn.Parameter(torch.empty(outside, rank))
-    chunks = fit(config, lm)
-    assert chunks.rollout_rows >= config.group_size
-    assert chunks.micro_batch_tokens >= config.max_total_tokens
-
-
-def settings_of(args, monkeypatch):
-    found = []
-    monkeypatch.setitem(arpo_mini.COMMANDS, "train", (found.append, {}))
-    parse_command(["train", *args])()
-    return found[0]
-
-
-def test_a_preset_is_where_flags_start_from(monkeypatch, capsys):
-    config = settings_of(["--preset", "paper"], monkeypatch)
-    assert (config.group_size, config.initial_rollouts, config.learning_rate) == (16, 8, 1e-6)
-    config = settings_of(
-        ["--group_size", "4", "--preset", "24gb", "--initial_rollouts", "2"], monkeypatch
-    )
-    assert (config.group_size, config.initial_rollouts, config.memory_gb) == (4, 2, 23.0)
-    default = settings_of(["--preset", "paper", "--group_size", "8"], monkeypatch)
-    assert default.group_size == 8  # typed, though it is also the default
-    assert settings_of([], monkeypatch) == Config()
-    for settings in PRESETS.values():
-        Config(**settings)  # every name and value is legal
-    assert main(["train", "--preset", "4gb"]) == 2
-    error = capsys.readouterr().err
-    assert "4gb" in error and len(error.splitlines()) == 1
-    assert all(name in error for name in PRESETS)
+                sizes = module.in_features, module.out_features
+                nf4 = torch.empty(math.prod(sizes) * 9 // 16, dtype=torch.uint8)  # 64 and a scale
+                module.weight = torch.nn.Parameter(nf4, requires_grad=False)
+                module.lora = torch.nn.Parameter(torch.empty(config.lora_rank, sum(sizes)))
+    limits = fit(config, lm)
+    assert limits.rollout_rows >= config.group_size
+    assert limits.micro_batch_tokens >= config.max_total_tokens
 
 
 # ---- running out --------------------------------------------------------------------------
 
+WORDS = "CUDA out of memory. Tried to allocate 2 GiB\n more words"
 
-def fails(real, *calls):
-    """`real`, but the calls with these numbers (from 1) run out of memory."""
+
+@pytest.fixture(autouse=True)
+def no_gc(monkeypatch):
+    """Looking at all of torch takes a third of a second."""
+    monkeypatch.setattr(memory.gc, "collect", lambda: None)
+
+
+def failing(real, *calls):
+    """`real`, but the calls with these numbers (from 1) run out of memory at their end."""
     count = 0
 
-    def call(*args, **kwargs):
+    def call(*args):
         nonlocal count
         count += 1
+        result = real(*args)
         if count in calls:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\n more words")
-        return real(*args, **kwargs)
+            raise torch.OutOfMemoryError(WORDS)
+        return result
 
     return call
 
 
-def one_step(policy, config, tools, questions):
-    """Metrics without the clock, leaves as token ids, and the adapter after one step; restored."""
-    parameters = [p for p in policy.model.parameters() if p.requires_grad]
-    before = [p.detach().clone() for p in parameters]
-    policy.chunks = Chunks()
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
-    metrics, groups, _ = train_step(policy, optimizer, questions, config, tools, 1)
-    after = [p.detach().clone() for p in parameters]
-    for parameter, value in zip(parameters, before, strict=True):
-        parameter.data = value
-        parameter.grad = None
-    chunks, policy.chunks = policy.chunks, Chunks()
-    metrics = {k: v for k, v in metrics.items() if not k.startswith("seconds")}
-    paths = [[[s.token_ids for s in leaf.path()] for leaf in leaves] for leaves in groups]
-    assert [len(set(leaves)) for leaves in groups] == [config.group_size] * len(questions)
-    return metrics, paths, after, chunks
+def one_step(policy, config, before=lambda: None):
+    """Figures but for seconds, paths, adapter and moments after the second of two steps.
+
+    `before` is called between the steps: the second one finds an optimizer with moments.
+    """
+    policy.limits = Limits()
+    optimizer = torch.optim.AdamW(policy.parameters, lr=1e-2, weight_decay=0.0)
+    with kept(policy.parameters):
+        train_step(policy, optimizer, TINY_QUESTIONS, replace(TINY, group_size=2), ECHO, 1)
+        before()
+        agent = Agent(policy, ECHO, config)
+        figures, groups, _ = safe_step(agent, optimizer, TINY_QUESTIONS, config, 2)
+        after = [p.detach().tolist() for p in policy.parameters]
+        after += [x.tolist() for of in optimizer.state.values() for x in of.values()]
+    figures = {k: v for k, v in figures.items() if not k.startswith("seconds")}
+    return figures, [leaf.path_tokens() for leaves in groups for leaf in leaves], after
 
 
-def assert_same_step(one, other):
-    assert one[0] == other[0] and one[1] == other[1]
-    assert all(torch.equal(a, b) for a, b in zip(one[2], other[2], strict=True))
+PLACES = {"rollout_rows": (Writer, "generate"), "micro_batch_tokens": (arpo_mini, "token_logprobs")}
 
 
-@pytest.mark.parametrize(
-    "calls", [(3,), *(pytest.param(c, marks=pytest.mark.slow) for c in ((1,), (2, 5)))]
-)
-def test_a_rollout_out_of_memory_is_repeated_in_halves(
-    policy, config, tools, questions, monkeypatch, capsys, calls
-):
-    config, some = dataclasses.replace(config, group_size=4, entropy_tokens=6), questions[2:4]
-    monkeypatch.setattr(Rollout, "sample", fails(Rollout.sample, *calls))
-    retried = one_step(policy, config, tools, some)
+@pytest.mark.parametrize("calls", [(4,), (2, 9)], ids=str)
+@pytest.mark.parametrize("what", PLACES)
+def test_a_step_out_of_memory_is_repeated_in_halves(restored, monkeypatch, caplog, what, calls):
+    """Also between the optimizer steps of one rollout: adapter and optimizer start again.
+
+    The same as a step that computed so much at once from the beginning.
+    """
+    config = replace(TINY, group_size=4, initial_rollouts=4, updates_per_rollout=3)
+    place, name = PLACES[what]
+    failing_call = failing(getattr(place, name), *calls)
+    retried = one_step(restored, config, lambda: monkeypatch.setattr(place, name, failing_call))
     monkeypatch.undo()
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(calls) and "--rollout_rows 8 -> 4" in lines[0]
-    rows = 8 >> len(calls)
-    assert retried[3].rollout_rows == rows
-    narrow = dataclasses.replace(config, rollout_rows=rows)
-    assert_same_step(retried, one_step(policy, narrow, tools, some))
+    limits, (other,) = restored.limits, set(PLACES) - {what}
+    assert len(caplog.messages) == len(calls) and getattr(limits, other) == math.inf
+    least = getattr(limits, what)
+    assert f"--{what} " in caplog.text
+    assert f" -> {least}, and the same again" in caplog.messages[-1]
+    assert retried == one_step(restored, replace(config, **{what: least}))
 
 
-@pytest.mark.parametrize(
-    "calls", [(4,), *(pytest.param(c, marks=pytest.mark.slow) for c in ((1,), (2, 5)))]
-)
-def test_an_update_out_of_memory_is_repeated_in_halves(
-    policy, config, tools, questions, monkeypatch, capsys, calls
-):
-    """Also between the optimizer steps of one rollout: adapter and optimizer start again."""
-    config = dataclasses.replace(config, updates_per_rollout=3, group_size=4)
-    some = questions[2:4]
-    failing = fails(arpo_mini.token_logprobs, *calls)
-    monkeypatch.setattr(arpo_mini, "token_logprobs", failing)
-    retried = one_step(policy, config, tools, some)
-    monkeypatch.undo()
-    assert len(capsys.readouterr().out.splitlines()) == len(calls)
-    tokens = retried[3].micro_batch_tokens
-    assert tokens < 8192 and retried[3].rollout_rows == float("inf")
-    small = dataclasses.replace(config, micro_batch_tokens=tokens)
-    assert_same_step(retried, one_step(policy, small, tools, some))
+def test_paths_that_wait_count_when_a_last_one_runs_out_of_memory(restored, monkeypatch):
+    """Else all the rest would go one by one because one row was left when it happened."""
+    rows, generate = [], Writer.generate
+
+    def watched(self, drafts, *args):
+        rows.append(len(drafts))
+        generate(self, drafts, *args)
+        if len(drafts) == 1 and len(self.kv) > 4 and max(rows) > 8:
+            rows.clear()
+            raise torch.OutOfMemoryError(WORDS)
+
+    monkeypatch.setattr(Writer, "generate", watched)
+    config = replace(TINY, initial_rollouts=8, max_segment_tokens=40, entropy_tokens=1)
+    groups, rewards = Agent(restored, ECHO, config).roll_out(TINY_QUESTIONS, config, seed=1)
+    assert 1 < restored.limits.rollout_rows < 8
+    assert [len(set(leaves)) for leaves in groups] == [8, 8] == [len(some) for some in rewards]
 
 
-def test_an_evaluation_out_of_memory_goes_on_in_halves(
-    policy, config, tools, questions, monkeypatch, capsys
-):
-    policy.chunks = Chunks()
-    monkeypatch.setattr(Rollout, "sample", fails(Rollout.sample, 1))
-    records = evaluate(policy, questions, config, tools, samples=2)
-    monkeypatch.undo()
-    assert "--rollout_rows 12 -> 6" in capsys.readouterr().out
-    narrow = dataclasses.replace(config, rollout_rows=6)
-    policy.chunks = Chunks()
-    assert records == evaluate(policy, questions, narrow, tools, samples=2)
+def test_undo_puts_adapter_and_optimizer_back(restored):
+    optimizer = torch.optim.AdamW(restored.parameters, lr=1e-2)
+
+    def step(seed):
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in restored.parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+        return [p.detach().tolist() for p in restored.parameters]
+
+    step(1)
+    undo = snapshot(restored.parameters, optimizer)
+    expected = step(2)
+    for _ in range(2):  # it may run out of memory twice
+        step(3)
+        undo()
+        assert all(parameter.grad is None for parameter in restored.parameters)
+        assert step(2) == expected
 
 
-def test_when_not_even_the_least_fits_the_run_ends_with_one_line(tmp_path, monkeypatch, capsys):
-    questions = tmp_path / "one.jsonl"
-    questions.write_text('{"question": "What is 2 plus 2?", "answer": "4"}\n')
-    args = f"train --steps 2 --eval_every 0 --group_size 4 --eval_path {questions}"
-    args += f" --questions_per_step 1 --output_dir {tmp_path / 'run'}"
-    real, steps = arpo_mini.update, []
+def test_halves_then_layers_twice_then_one_line(caplog):
+    """One trajectory is the smallest; where even it does not fit, the last words say what does."""
+    limits, seen = Limits(), []
 
-    def second_step_fails(*args):
-        steps.append(1)
-        if len(steps) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(*args)
+    def work(fitted):
+        size = max(30, fitted.micro_batch_tokens)
+        seen.append((size, limits.recompute))
+        limits.in_use = "micro_batch_tokens", size
+        raise torch.OutOfMemoryError(WORDS)
 
-    monkeypatch.setattr(arpo_mini, "update", second_step_fails)
-    assert main(args.split()) == 2
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1 and "Traceback" not in error
-    for words in ("--micro_batch_tokens", "--max_total_tokens", "smaller --model_name"):
-        assert words in error
-    assert 2 < len(steps) < 8  # it stops where no smaller chunk exists
-    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
-
-
-def test_a_model_that_does_not_fit_is_one_line(monkeypatch, capsys):
-    out_of_memory = torch.OutOfMemoryError(
-        "CUDA out of memory. Tried to allocate 2 GiB\n more words"
-    )
-    monkeypatch.setattr(policy_module, "load_model", fails_with(out_of_memory))
-    assert main(["show", "--load_in_4bit", "false"]) == 2
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1 and "Tried to allocate 2 GiB" in error
-    assert "--load_in_4bit true or a smaller model" in error
-
-
-def test_nothing_else_is_caught():
-    with pytest.raises(RuntimeError, match="a bug"):
-        Chunks().retry("rollout_rows", Config(), fails_with(RuntimeError("a bug")))
+    with pytest.raises(OutOfMemory) as error:
+        limits.retry(replace(TINY, micro_batch_tokens=100), work)
+    assert seen == [(100, False), (50, False), (30, False), (30, True)]
+    assert len(caplog.messages) == 3
+    for part in ("--micro_batch_tokens 30", "Tried to allocate 2 GiB", "a smaller --max_total"):
+        assert part in str(error.value)
+    assert "\n" not in str(error.value) and "more words" not in str(error.value)
+    limits.in_use = "rollout_rows", 1
     with pytest.raises(OutOfMemory, match="--rollout_rows 1, the smallest"):
-        out = fails_with(torch.OutOfMemoryError("no"))
-        Chunks().retry("rollout_rows", Config(), out, largest=2)
+        limits.shrink("no")
+    with pytest.raises(ZeroDivisionError):  # nothing else is caught
+        limits.retry(TINY, lambda config: 1 / 0)
 
 
-def fails_with(error):
-    def work(config):
-        raise error
+def test_a_model_that_does_not_fit_is_one_line(config, tools, monkeypatch):
+    def load_model(config):
+        raise torch.OutOfMemoryError(WORDS)
 
-    return work
-
-
-def test_memory_gb_splits_a_run_that_still_fits(config, tools, questions):
-    """The same commands with little memory: fewer rows at once, as many leaves."""
-    config = dataclasses.replace(config, max_total_tokens=256)
-    policy = load_policy(config, tools, trainable=True)
-    parameters = list(policy.lm.parameters())
-    fixed = sum(4 * p.numel() + 12 * p.numel() * p.requires_grad for p in parameters)
-    room = 3.5 * memory.path_bytes(policy.lm.config, 4, 256)
-    tight = dataclasses.replace(config, memory_gb=(fixed + room) / memory.USABLE / memory.GIB)
-    fitted = fit(tight, policy.lm).fitted(tight)
-    assert fitted.rollout_rows == 3 and fitted.gradient_checkpointing
-    groups = roll_out(policy, fitted, tools, questions[:2])
-    assert [len(set(leaves)) for leaves in groups] == [tight.group_size] * 2
-    rows = [row for leaves in groups for row in credit(leaves, some_rewards(leaves), fitted)]
-    longest = max(sum(len(s.token_ids) for s in leaf.path()) for g in groups for leaf in g)
-    assert max(map(len, rows)) <= max(fitted.micro_batch_tokens, longest)
-    assert len({s for leaves in groups for s in shared_by(leaves)}) > 16
+    monkeypatch.setattr("engine.model.load_model", load_model)
+    with pytest.raises(
+        OutOfMemory, match=r"2 GiB\).*--load_in_4bit true or a smaller model"
+    ) as error:
+        load_policy(config, tools, trainable=True)
+    assert "\n" not in str(error.value)

@@ -13,12 +13,12 @@ from transformers import AutoTokenizer
 from arpo_mini import Rollout, score
 from arpo_mini import main as arpo
 from data.formats import load_questions
+from engine.memory import Chunks
+from engine.model import load_policy
+from engine.packing import make_batch
 from lab import sft
 from lab.coldstart import build_model
 from lab.sft import Settings, from_file, from_mini_world, main, with_calculator
-from engine.memory import Chunks
-from engine.packing import make_batch
-from engine.model import load_policy
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "data" / "tiny-qwen3")

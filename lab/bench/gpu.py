@@ -60,12 +60,12 @@ def measure(name: str, settings: dict, config: Config) -> dict:
         started = clock()
         steps.append(job.step(number) | {"seconds": clock() - started})
     m = {name: median(step[name] for step in steps) for name in FIGURES}
-    rows = int(min(policy.limits.rollout_rows, config.group_size))
+    rows, counts = int(min(policy.limits.rollout_rows, config.group_size)), plan.count(shape)
     at_once = (rows, seen["largest"], policy.limits.recompute)
-    predicted = plan.predict(shape, config, *at_once, policy.lm.dtype.itemsize)["peak GiB"]
+    predicted = plan.predict(shape, counts, config, *at_once, policy.lm.dtype.itemsize)
     return {
         "peak GiB": peak / GIB,
-        "plan GiB": predicted,
+        "plan GiB": predicted["peak GiB"],
         "seconds": m["seconds"],
         "written/s": m["generated_tokens"] / m["seconds_rollout"],
         "trained/s": m["train_tokens"] / m["seconds_update"],

@@ -1,8 +1,8 @@
 """What is timed: real training steps; and the instruments that watch them.
 
 A forced policy says what a script holds, whatever its weights, so that runs are comparable: every
-trajectory has the same turns and tokens. Only the last digit of its answer differs from row to row,
-and so do the rewards of a group: else there would be nothing to train.
+trajectory has the same turns and tokens. Only the last digit of its answer is left to chance, and
+so are the rewards of a group: else there would be nothing to train.
 """
 
 import dataclasses
@@ -116,7 +116,7 @@ def search_of(policy: Policy, tokens: int) -> Tool:
 
 
 def script_of(policy: Policy, size: Size) -> list[tuple[int, int]]:
-    """What follows the prompt, for even rows and for odd ones: they differ in the answer only."""
+    """After the prompt: two tokens to draw from, which are one but for the answer's digit."""
 
     def segment(end: str) -> list[int]:
         head, tail = policy.encode("<think>"), policy.encode(f"</think>{end}")
@@ -139,8 +139,7 @@ def force(lm: PreTrainedModel, prompt: int, script: list[tuple[int, int]]) -> No
         out = original(*args, position_ids=position_ids, **kwargs)
         if not torch.is_grad_enabled():
             at = (position_ids[:, -1] + 1 - prompt).clamp(0, len(said) - 1)  # (R)
-            odd = torch.arange(len(out.logits), device=at.device) % 2  # (R)
-            out.logits[:, -1].scatter_(1, said[at, odd][:, None], 1e4)
+            out.logits[:, -1].scatter_(1, said[at], 1e4)
         return out
 
     lm.forward = forward

@@ -25,6 +25,7 @@ from app.config import PRESETS, Config
 from data.files import UserError, reason
 from engine import memory
 from engine.memory import GIB
+from engine.writer import STEPS
 
 PUBLISHED = json.loads(Path(__file__).with_name("shapes.json").read_text(encoding="utf-8"))
 NAMES = [name for name in PUBLISHED if "/" in name]
@@ -73,23 +74,23 @@ def count(shape: PretrainedConfig) -> Counts:
 
 
 def predict(
-    shape: PretrainedConfig, config: Config, rows: int, tokens: int, recompute: bool, b: int = 2
+    shape, counts: Counts, config: Config, rows: int, tokens: int, recompute: bool, b: int = 2
 ) -> dict[str, float]:
     """GiB by part: `rows` paths side by side, `tokens` a backward pass, b bytes a number."""
-    counts, V = count(shape), shape.vocab_size
+    V = shape.vocab_size
     each = memory.kept_bytes(shape, b, recompute) + memory.passing_bytes(shape, b, recompute)
     logits = memory.LOGITS * 4 * V * min(tokens, max(1, memory.HEAD_BYTES // (4 * V)))
     fixed = counts.weight_bytes(config.load_in_4bit, b), 16 * counts.adapter(config.lora_rank)
-    rollout = rows * memory.path_bytes(shape, b, config.max_total_tokens) + memory.SCORES_BYTES
+    scores = min(memory.SCORES_BYTES, STEPS * 4 * rows * V)  # of one call of `generate`
+    rollout = rows * memory.path_bytes(shape, b, config.max_total_tokens) + scores
     update = tokens * each + b * tokens**2 + logits
     peak = sum(fixed) + max(rollout, update)
     names = [f"{part} GiB" for part in ("weights", "adapter", "rollout", "update", "peak")]
     return dict(zip(names, (x / GIB for x in (*fixed, rollout, update, peak)), strict=True))
 
 
-def planned(shape: PretrainedConfig, config: Config) -> dict:
+def planned(shape: PretrainedConfig, counts: Counts, config: Config) -> dict:
     """What a run with these settings computes at once, and the memory that takes."""
-    counts = count(shape)
     size = counts.weight_bytes(config.load_in_4bit, b=2)
     frozen = torch.empty(size, dtype=torch.uint8, device="meta")
     adapter = torch.empty(counts.adapter(config.lora_rank), device="meta", requires_grad=True)
@@ -101,7 +102,7 @@ def planned(shape: PretrainedConfig, config: Config) -> dict:
     # a trajectory is never cut
     tokens = min(config.micro_batch_tokens, limits.micro_batch_tokens, rollouts * longest)
     tokens, recompute = int(max(longest, tokens)), limits.recompute
-    parts = predict(shape, config, rows, tokens, recompute)
+    parts = predict(shape, counts, config, rows, tokens, recompute)
     at_once = {"paths": rows, "tokens a pass": tokens, "recomputed": recompute}
     fits = config.memory_gb is None or parts["peak GiB"] <= config.memory_gb
     return {**at_once, **parts, "limit GiB": config.memory_gb, "fits": fits}
@@ -110,8 +111,9 @@ def planned(shape: PretrainedConfig, config: Config) -> dict:
 def run(config: Config, typed: dict) -> dict:
     """The plan of the settings as they are, and of each card's preset with what was typed."""
     shape = model_config(config.model_name)
-    plans = {"as set": planned(shape, config)}
+    counts = count(shape)
+    plans = {"as set": planned(shape, counts, config)}
     for card in CARDS:
         cap = {"memory_gb": PRESETS[card]["memory_gb"]}
-        plans[card] = planned(shape, Config(**{**PRESETS[card], **typed, **cap}))
+        plans[card] = planned(shape, counts, Config(**{**PRESETS[card], **typed, **cap}))
     return {"model_name": config.model_name, "figures": plans}

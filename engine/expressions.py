@@ -1,0 +1,145 @@
+"""Are two mathematical expressions equal? math-verify's verdict, from a process of its own.
+
+What the policy writes is hostile, and sympy computes some of it in C, where no exception stops it:
+"10^{10^{10}}" takes all time and memory. So a helper process compares, in a fork for each pair.
+The kernel ends the fork when its CPU time is up, whatever it does and whichever thread asked; no
+pair is judged in a state that another one left; and the training process never imports sympy.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from functools import lru_cache
+
+MAX_SECONDS = 0.8  # of CPU time for a pair; most take 10 to 100 ms
+MAX_MEMORY = 2**30  # bytes
+MAX_LENGTH = 150  # characters
+LOCK = threading.Lock()
+FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|infty"
+LATEX = str.maketrans(
+    {"π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "×": r"\times "}
+    | {"·": r"\cdot ", "÷": "/", "±": r"\pm ", "\u222a": r"\cup ", "∩": r"\cap ", "∈": r"\in "}
+    | {"θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "∅": r"\emptyset ", "°": "", "$": ""}
+)
+NO_EXPRESSION = re.compile(
+    r"\d\s+\d|\d_|\)\s*_|[\"'~#]|\\[lc]?dots"  # "63 64", 63_8: the library joins or drops these
+    r"|(?<![\\A-Za-z])[A-Za-z]\d|\A\d+(?:\s*[-:/.]\s*\d+)+\Z"  # U2; a score, a time, a date
+    r"|\^\{?(?:\d{5}|\d+\}?\^)|\d{4}!|!!|(?:[({]\s*){3}"  # would only take time
+)
+
+
+def same_expression(prediction: str, answer: str) -> bool:
+    """Does math-verify call the expressions equal? False, too, where it would take too long."""
+    if max(len(prediction), len(answer)) > MAX_LENGTH:
+        return False
+    texts = as_latex(prediction), as_latex(answer)
+    for text in texts:
+        if not text.isascii() or not text.isprintable() or NO_EXPRESSION.search(text):
+            return False
+    brackets = {re.match(r"\(|\\\{|", text)[0] for text in texts}
+    return brackets != {"(", r"\{"} and ask_helper(texts)  # a set is no pair
+
+
+def as_latex(text: str) -> str:
+    """Plain text as LaTeX, decimals as exact fractions."""
+
+    def exact(found: re.Match) -> str:
+        power, whole, digits = found.groups()
+        fraction = rf"\frac{{{int(whole + digits)}}}{{{10 ** len(digits)}}}"
+        return f"^{{{fraction}}}" if power else fraction
+
+    text = " ".join(text.translate(LATEX).replace("**", "^").split())
+    text = text.replace("<=", r"\le ").replace(">=", r"\ge ").replace("!=", r"\ne ")
+    text = re.sub(r"(?:√|\\?\bsqrt) ?\(([^()]*)\)", r"\\sqrt{\1}", text)
+    text = re.sub(r"(?:√|(?<!\\)\bsqrt) ?(\d+|[a-z](?![a-z]))", r"\\sqrt{\1}", text)
+    text = re.sub(rf"(?<![\\A-Za-z])({FUNCTIONS})(?![A-Za-z])", r"\\\1 ", text)
+    return re.sub(r"(\^)?(\d*)\.(\d+)", exact, text.replace("varnothing", "emptyset"))
+
+
+def ask_helper(texts: tuple[str, str]) -> bool:
+    """One line to the helper process and one back."""
+    for _ in range(2):  # the second time if somebody had ended the helper
+        with LOCK:
+            helper, reply = start_helper(os.getpid()), b""
+            try:
+                with suppress(BrokenPipeError):
+                    helper.stdin.write(json.dumps(texts).encode() + b"\n")
+                    reply = helper.stdout.readline()
+            finally:
+                if not reply:  # also after Ctrl-C: a late reply must not answer the next question
+                    helper.kill()
+                    helper.wait()
+                    start_helper.cache_clear()
+        if reply:
+            return reply == b"1\n"
+    raise RuntimeError("the process that compares expressions was ended twice")
+
+
+@lru_cache(maxsize=1)
+def start_helper(owner: int) -> subprocess.Popen:
+    """The helper of process `owner`: after a fork, each has its own."""
+    helper = subprocess.Popen(
+        [sys.executable, __file__],
+        bufsize=0,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # out of reach of Ctrl-C: it ends when its stdin does
+        env={**os.environ, "PYTHONHASHSEED": "0"},  # the order of sympy's sets
+    )
+    if helper.stdout.readline() != b"ready\n":
+        raise RuntimeError("math-verify cannot be imported: pip install -r requirements.txt")
+    return helper
+
+
+def answer_questions() -> None:
+    """The helper: pairs of expressions on stdin, 1 or 0 on stdout."""
+    import resource
+
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    # units=True would take the t of 2t for a unit
+    spelling = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
+    config = [LatexExtractionConfig(boxed_match_priority=-1, normalization_config=spelling)]
+    parse_options = {"fallback_mode": "no_fallback", "parsing_timeout": None}
+    verify_options = {"allow_set_relation_comp": True, "timeout_seconds": None}
+
+    def equal(texts: tuple[str, str]) -> bool:
+        p, a = (parse(f"${text}$", config, **parse_options) for text in texts)
+        # In both directions: for 5 alone, "2x + 1 = 5" would be right.
+        return bool(p and a) and verify(a, p, **verify_options) and verify(p, a, **verify_options)
+
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
+    for texts in WARM_UP:
+        equal(texts)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        fork = os.fork()
+        if fork == 0:
+            equals = False
+            try:
+                signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)  # its signal ends the process
+                equals = equal(json.loads(line))
+            finally:
+                os._exit(not equals)
+        print(int(os.waitpid(fork, 0)[1] == 0), flush=True)
+
+
+WARM_UP = [  # they fill the caches and make the imports that most pairs need
+    (r"\frac{x^2+3x-5}{(x-1)(x+2)}", r"\sin^2 x+2\pi"),
+    (r"(-\infty,3]\cup[5,\infty)", "x<3"),
+    (r"\{1,2\}", "(1,-2)"),
+    (r"x=-2\sqrt{3}, y>5", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+    ("x+2y=5", "y=3"),
+    ("1<x<2", "(1,2]"),
+    (r"-2\sqrt{3}", r"\frac{\sqrt{3}}{2}"),
+]
+
+if __name__ == "__main__":
+    answer_questions()

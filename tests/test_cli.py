@@ -1,0 +1,337 @@
+"""The command line: what a user types, right and wrong, and the screen that it is shown on."""
+
+import dataclasses
+import errno
+import json
+import logging
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import scripted
+from conftest import write_questions
+from scripted import main, small_tree
+
+import app.cli
+from advantage import Reward
+from app.cli import EXAMPLES, parse_command, question_to_show
+from app.config import PRESETS, Config, UserError
+from app.page.text_tree import draw_tree, print_tree
+from app.records import tree_record
+from app.screen import console, plain, print_log_head, print_log_line
+from data.formats import Question, load_questions
+
+ROOT = Path(__file__).parent.parent
+OBEYED = "\x1b]0;evil\x07\x1b[2J\x9b31m\u202e[bold]\ud800"  # by a terminal
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    return write_questions(tmp_path_factory.mktemp("data") / "few.jsonl")
+
+
+# ---- what is typed ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ("train --group_sise 4", ["--group_sise", "--group_size", "--learning_rate"]),
+        ("trian", ["trian", "train", "eval", "show", "report"]),
+        ("train --branch_rule best", ["best", "paper", "official", "adaptive", "random"]),
+        ("train --group_size four", ["--group_size", "four", "int"]),
+        ("train --initial_rollouts 9", ["--initial_rollouts 9", "group_size (8)"]),
+        ("train --temperature 0", ["--temperature 0", "above 0"]),
+        ("train --top_p 0.95", ["--top_p 0.95", "whole distribution", "legal: 1"]),
+        ("train --load_in_4bit maybe", ["maybe", "true or false"]),
+        ("train --resume", ["--resume", "no run in runs/arpo"]),
+        ("train --resume no/such/run", ["no/such/run", "config.json", "No such file"]),
+        ("train --dataset_path no/such.jsonl", ["no/such.jsonl", "No such file"]),
+        ("eval --dataset_path no/such.jsonl", ["no/such.jsonl", "No such file"]),
+        ("eval --json no/such/figures.json", ["no/such/figures.json", "No such file"]),
+        ("show --html no/such/tree.html", ["--html no/such/tree.html", "No such file"]),
+        ("eval --samples 0", ["--samples 0"]),
+        ("eval --samples 2 --pass_k 3", ["--pass_k 3", "--samples 2"]),
+        ("eval --group_size", ["--group_size", "expected one argument"]),
+        ("show --example nobel", ["--example", "nobel", "deep_search", "divisible"]),
+        ("show --example divisible --question q", ["--example divisible", "one of"]),
+        ("report", ["folders"]),
+        ("report no/such/run", ["no/such/run", "no such folder"]),
+        ("report a b c d e f g h i", ["9 runs: at most 8"]),
+        ("report a --htlm x", ["--htlm"]),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(args, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(*args.split()) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and len(error.strip().splitlines()) == 1
+    assert all(word in error for word in words)
+    assert list(tmp_path.iterdir()) == []
+
+
+NUMBERS = [item for item in dataclasses.fields(Config) if re.match("int|float", item.type)]
+
+
+@pytest.mark.parametrize("item", NUMBERS, ids=lambda item: item.name)
+def test_a_number_has_two_legal_ends_and_they_are_named(item):
+    """No accepted value is so large or small that something else gives up on it."""
+    kind, legal = {"int": int, "float": float}[item.type.split()[0]], item.metadata
+    low, high = legal.get("low", legal.get("above")), legal["high"]
+    edge = 1e-9 * ("above" in legal)
+    free = {"initial_rollouts": 1} if item.name == "group_size" else {"group_size": 10_000}
+    for good in (kind(low + edge), kind(high), *([0] if "also" in legal else [])):
+        Config(**free | {item.name: good})
+    bad = [low - 1, high + 1, 10**30, -(10**30), 10**4000]
+    bad += [float("nan"), float("inf"), 1e308, -1e308] if kind is float else []
+    bad += [legal["above"]] if "above" in legal else []
+    bad += [1e-320] if "also" in legal else []
+    for value in bad:
+        with pytest.raises(UserError, match=f"^--{item.name} .{{1,60}}: it must be ") as error:
+            Config(**free | {item.name: value})
+        assert len(str(error.value)) < 150
+
+
+@pytest.mark.parametrize("value", [None, "4", True, [4], {}, 0.5, 4, "a\0b", "\udfff"])
+def test_a_value_of_another_kind_is_refused(value):
+    legal = {"str": str, "int": int, "float": (int, float), "bool": bool}
+    for item in dataclasses.fields(Config):
+        kind, _, none = item.type.partition(" | ")
+        if not (isinstance(value, legal[kind]) or (none and value is None)) or value == "\udfff":
+            with pytest.raises(UserError, match=f"^--{item.name} "):
+                Config(**{item.name: value})
+
+
+def test_a_preset_is_legal_and_what_is_typed_wins(monkeypatch):
+    given = []
+    for name, values in PRESETS.items():
+        args = ["train", "--preset", name, "--max_branches", "3"]
+        assert app.cli.main(args, lambda config, resume: given.append(config), None) == 0
+        assert given[-1] == Config(**values | {"max_branches": 3})
+
+
+def test_help_names_every_field_with_its_default(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main("train", "--help")
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for item in dataclasses.fields(Config):
+        assert f"--{item.name}" in text and f"(default: {item.default})" in text
+    with pytest.raises(SystemExit):
+        main("--help")
+    usage = capsys.readouterr().out
+    assert all(f"arpo_mini.py {name} " in usage for name in app.cli.COMMANDS)
+
+
+def test_every_setting_is_read_somewhere():
+    files = [*ROOT.glob("*.py"), *ROOT.glob("app/*.py"), *ROOT.glob("engine/*.py")]
+    source = "".join(path.read_text(encoding="utf-8") for path in files)
+    assert len(dataclasses.fields(Config)) <= 45
+    for item in dataclasses.fields(Config):
+        assert re.search(rf"\b(config|c|self)\.{item.name}\b", source), item.name
+
+
+ODD = (
+    "nan inf -inf 1e999 -1 0 1 2 1_0 0x1 true None none paper \uff11 -- %s @x = [/] --help".split()
+)
+ODD += ["9" * 5000, "", "a\nb", OBEYED, *OBEYED]
+ODD += [f"--{item.name}" for item in dataclasses.fields(Config)] * 3
+
+
+def check_command(rng):
+    """A command ready to run, or a UserError in a line; `Config` has seen every value."""
+    args = [rng.choice(["train", "eval", "show", "report"]), *rng.choices(ODD, k=rng.randint(0, 6))]
+    try:
+        assert callable(parse_command(args))
+    except UserError as error:
+        assert app.cli.one_line(str(error)).splitlines()
+    except SystemExit as ended:
+        assert "--help" in args and ended.code == 0
+
+
+def test_odd_arguments(capsys):
+    for case in range(100):
+        check_command(random.Random(case))
+
+
+@pytest.mark.slow
+def test_odd_arguments_3_000_times(capsys):
+    for case in range(3_000):
+        check_command(random.Random(case))
+
+
+# ---- what the commands do -----------------------------------------------------------------
+
+
+def test_eval_writes_its_figures(few, tmp_path, capsys):
+    path = tmp_path / "figures.json"
+    assert main("eval", "--dataset_path", few, "--samples", 4, "--pass_k", 2, "--json", path) == 0
+    values = json.loads(path.read_text())
+    assert values["config"]["eval_path"] == few and len(values["greedy"]["records"]) == 3
+    assert f"{values['sampled']['pass@2']:.1%}" in capsys.readouterr().out
+
+
+def test_a_file_is_not_left_empty(few, tmp_path, monkeypatch):
+    """Neither by Ctrl-C while the work goes on nor by a reader that wants no more."""
+
+    def stop(agent, *args):
+        raise KeyboardInterrupt
+
+    path = tmp_path / "figures.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(scripted.Agent, "roll_out", stop)
+        assert main("eval", "--dataset_path", few, "--json", path) == 130 and not path.exists()
+
+    def closed(*args, **kwargs):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(console, "print", closed)
+    assert main("eval", "--dataset_path", few, "--json", path) == 141
+    assert json.loads(path.read_text())["greedy"]["questions"] == 3
+    assert main("show", "--html", tmp_path / "tree.html") == 141
+    assert "</html>" in (tmp_path / "tree.html").read_text()
+
+
+def test_show_draws_the_tree(capsys):
+    assert main("show", "--question", "What is 2 plus 2?", "--answer", "4") == 0
+    out = capsys.readouterr().out
+    for words in ("What is 2 plus 2?", "H_initial", "gain", "P 0.5", "fork", "leaf 7", "advantage"):
+        assert words in out
+    assert out.endswith("answer: 4\n")
+
+
+def test_the_question_to_show(few):
+    default = question_to_show(Config(), None, None, None)
+    assert default == EXAMPLES["deep_search"] in load_questions(Config().eval_path)
+    assert question_to_show(Config(eval_path=few), None, None, None).domain == "deep_search"
+    known = load_questions(few)[0]
+    assert question_to_show(Config(eval_path=few), known.text, None, None) == known
+    assert question_to_show(Config(), "q", "a", None) == Question("q", ["a"])
+    assert question_to_show(Config(), None, None, "divisible").answers == ["3"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (UserError("a\nb"), 2, "error: a\\nb"),
+        (FloatingPointError("step 3: the loss is nan"), 1, "error: step 3: the loss is nan"),
+        (KeyboardInterrupt(), 130, "stopped"),
+        (app.cli.Terminated(), 143, "stopped"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, ""),
+        (OSError(errno.ENOSPC, "No space left"), 2, "error: cannot write to the screen: No space"),
+    ],
+)
+def test_exit_codes(error, code, words, capsys):
+    def train(config, resume):
+        raise error
+
+    assert app.cli.main(["train"], train, None) == code
+    assert capsys.readouterr().err.startswith(words)
+
+
+def test_a_bug_keeps_its_traceback():
+    for error in (FileNotFoundError(errno.ENOENT, "No such file", "x"), ValueError("a bug")):
+
+        def train(config, resume, error=error):
+            raise error
+
+        with pytest.raises(type(error)):
+            app.cli.main(["train"], train, None)
+
+
+SHELL = {  # command line after `python -c ..`: (exit codes of main, its stderr)
+    "| head -0": (141, ""),
+    "| head -1": (141, ""),
+    "> /dev/full": (2, "error: cannot write to the screen: No space left on device\n"),
+    "2> /dev/full --nonsense": (2, ""),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", SHELL)
+def test_a_screen_that_takes_no_more(end, few, tmp_path):
+    quiet = 'import logging; logging.getLogger("bitsandbytes").setLevel(40)'  # as the engine does
+    code = f"{quiet}; import sys, scripted; sys.exit(scripted.main(*sys.argv[1:]))"
+    run = f"{sys.executable} -c '{code}' train --output_dir {tmp_path}/run --eval_path {few}"
+    shell = f"{run} --steps 500 --eval_part 0 --save_every 99 {end}; exit ${{PIPESTATUS[0]}}"
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stderr) == SHELL[end]
+    if end == "| head -1":  # what was made is saved
+        assert list((tmp_path / "run").glob("checkpoints/step-*/checkpoint.json"))
+
+
+# ---- what is shown ------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[100, 40, 20])
+def narrow(request, monkeypatch):
+    """A terminal of so many columns."""
+    monkeypatch.setattr(console, "_width", request.param)
+    return request.param
+
+
+def figures_of(text):
+    return re.findall(r"\d+\.\d+%?|\d+%", text)
+
+
+def test_no_figure_is_cut_off(narrow, few, tmp_path, capsys, monkeypatch):
+    commands = [
+        ("eval", "--dataset_path", few, "--samples", 4),
+        ("show", "--question", "2 + 2?"),
+        ("train", "--eval_path", few, "--steps", 2, "--output_dir", tmp_path / "run"),
+    ]
+    for command in commands:
+        assert main(*command) == 0
+        shown = capsys.readouterr().out
+        monkeypatch.setattr(console, "_width", 200)
+        assert main(*command) == 0
+        wide = capsys.readouterr().out
+        monkeypatch.setattr(console, "_width", narrow)
+        assert "…" not in shown and len(figures_of(wide)) > 10
+        times = r"(seconds|\d+\.\d\d$)"
+        wide, shown = (re.sub(times, "", text, flags=re.MULTILINE) for text in (wide, shown))
+        assert sorted(figures_of(shown)) == sorted(figures_of(wide))
+
+
+def test_a_step_is_a_line_and_its_remarks_stand_below(narrow, capsys):
+    figures = {"reward": 0.5, "accuracy": 0.5, "tool_calls": 9, "forks": 3, "clip_fraction": 0.4}
+    figures |= {"entropy_initial": 0.1234, "entropy_after_tool": None}
+    figures |= {"seconds_rollout": 1.0, "seconds_update": 0.5}
+    figures |= {"train_tokens": 2000, "train_tokens_unpacked": 3000}
+    print_log_head()
+    print_log_line(7, figures, ["[/] one", "two"])
+    head, line, *remarks = capsys.readouterr().out.splitlines()
+    assert line.split() == "7 0.500 50% 9 3 0.1234 - 40.0% 2.0k/3.0k 1.50".split()
+    assert len(head) == len(line) and remarks == ["      [/] one", "      two"]
+
+
+def test_what_the_engine_reports_is_printed_as_it_is(narrow, capsys):
+    words = f"[bold]out of memory[/]: {'x' * 150} {OBEYED}"
+    logging.getLogger("arpo_mini").info(words)
+    assert capsys.readouterr().out == plain(words) + "\n"
+
+
+def test_nothing_that_a_terminal_obeys_reaches_it(capsys):
+    leaves = small_tree(OBEYED, answer=OBEYED, result=OBEYED)
+    rewards = [Reward(1.0, 1.0, True, 1)] * 2
+    question = Question(OBEYED, [OBEYED], OBEYED)
+    print_tree(draw_tree(tree_record(scripted.LETTERS, question, leaves, rewards, Config())))
+    assert main("show", "--question", f"why {OBEYED} so?", "--answer", OBEYED) == 0
+    assert main("train", "--branch_rule", f"{OBEYED}\nsecond line") == 2
+    assert main(f"{OBEYED}\n") == 2
+    out, error = capsys.readouterr()
+    for shown in (out, error):
+        assert plain(shown) == shown and "\\x1b[2J\\x9b31m\\u202e[bold]\\ud800" in shown
+    assert len(error.splitlines()) == 2
+
+
+def test_a_screen_that_lacks_a_character_shows_its_escape(few, monkeypatch, capfdbinary):
+    with open(1, "w", encoding="ascii", closefd=False) as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main("show", "--question", "wie groß? 北京", "--answer", "−1") == 0
+    assert rb"wie gro\xdf? \u5317\u4eac" in capfdbinary.readouterr().out

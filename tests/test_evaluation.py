@@ -1,0 +1,194 @@
+"""Figures of steps, of trees and of many answers."""
+
+import dataclasses
+import json
+from itertools import combinations
+
+import pytest
+from conftest import lines_of, write_questions
+from scripted import LETTERS, Agent, main, small_tree
+
+import app.evaluation
+from advantage import Reward
+from app.config import Config
+from app.evaluation import evaluate, first_per_domain, pass_at_k, summary, wilson
+from app.records import (
+    questions_of_step,
+    record_trees,
+    short_answers,
+    step_metrics,
+    tree_counts,
+    tree_record,
+)
+from data.formats import Question, load_questions
+
+QUESTIONS = [Question(f"{i} + 2?", ["4"], domain) for i, domain in enumerate("aabbbac")]
+
+# ---- many answers -------------------------------------------------------------------------
+
+
+def record(domain, accuracy, math_equal=None, calls=0):
+    return {
+        "domain": domain,
+        "accuracy": accuracy,
+        "em": [float(a == 1) for a in accuracy],
+        "f1": accuracy,
+        "math_equal": math_equal or [0.0] * len(accuracy),
+        "well_formed": [True] * len(accuracy),
+        "tool_calls": calls,
+        "entropy_initial": 0.25,
+        "entropy_after_tool": None,
+    }
+
+
+def test_summary_counts_by_domain_what_is_right_and_what_it_took():
+    records = [
+        record("math", [1.0, 0.0], [1.0, 1.0], calls=4),  # the second is equal, not the same text
+        record("math", [0.0, 0.0], calls=2),
+        record("knowledge", [0.5, 1.0], calls=0),
+    ]
+    figures = summary(records, k=2)
+    assert figures["questions"] == 3
+    assert figures["accuracy"] == figures["pass@1"] == pytest.approx((1 + 0 + 0.5) / 3)
+    assert figures["pass@2"] == pytest.approx(2 / 3)
+    assert figures["f1"] == pytest.approx((0.5 + 0 + 0.75) / 3)
+    assert figures["em"] == pytest.approx((0.5 + 0 + 0.5) / 3)
+    assert figures["math_equal"] == pytest.approx(1 / 3)
+    assert figures["tool_calls"] == pytest.approx(1)
+    assert figures["tool_productivity"] == pytest.approx(3 / 6)  # three right answers, six calls
+    # math_equal in math, F1 elsewhere: (1 + 0 + 0.75) / 3
+    assert figures["official_productivity"] == pytest.approx(100 * 1.75 / 3 * 1 / 1.1)
+    assert figures["entropy_initial"] == 0.25 and figures["entropy_after_tool"] is None
+    math, knowledge = figures["domains"]["math"], figures["domains"]["knowledge"]
+    assert math["accuracy"] == 0.5 and math["tool_productivity"] == pytest.approx(2 / 6)
+    assert knowledge["tool_productivity"] is None and knowledge["official_productivity"] == 0
+
+
+def test_pass_at_k_and_wilson():
+    for n, c, k in ((6, 2, 3), (5, 0, 2), (5, 5, 1), (4, 3, 2)):
+        draws = list(combinations(range(n), k))
+        expected = sum(any(i < c for i in draw) for draw in draws) / len(draws)
+        assert pass_at_k(c, n, k) == pytest.approx(expected)
+    assert wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert wilson(1.0, 20) == pytest.approx((0.8389, 1.0), abs=1e-4)
+
+
+def test_questions_are_asked_in_parts_and_each_has_its_seed():
+    agent, told = Agent(), []
+    config = Config(rollout_rows=7, seed=2, branch_rule="paper", temperature=0.5)
+    records = evaluate(agent, QUESTIONS, config, samples=3, on_progress=told.append)
+    assert told == [2, 2, 2, 1] and [r["question"] for r in records] == [q.text for q in QUESTIONS]
+    assert agent.asked == [(n, 3, 0.5, 2_000_006 + at) for n, at in zip(told, (0, 2, 4, 6))]  # noqa: B905
+    assert records == evaluate(Agent(), QUESTIONS, config, samples=3)
+    assert records != evaluate(Agent(), QUESTIONS, dataclasses.replace(config, seed=3), samples=3)
+    assert len(records[0]["accuracy"]) == len(records[0]["em"]) == 3
+    assert {r["domain"] for r in records} == set("abc") and records[0]["tool_calls"] == 1
+
+
+def test_the_first_questions_of_every_domain():
+    some = first_per_domain(QUESTIONS, 2)
+    assert [q.text[0] for q in some] == list("01236")
+
+
+@pytest.mark.parametrize(
+    ("flags", "asked"),
+    [
+        ("", {0: 6, 2: 3, 4: 6}),  # all questions before and after, one a domain between
+        ("--eval_every 0", {0: 6, 4: 6}),
+        ("--eval_part 2", {0: 6, 2: 6, 4: 6}),
+        ("--eval_part 0", {}),
+    ],
+)
+def test_what_is_evaluated_while_training(flags, asked, tmp_path, capsys):
+    six = write_questions(tmp_path / "six.jsonl", each=2)
+    args = ["train", "--steps", 4, "--eval_every", 2, "--eval_part", 1, "--eval_path", six]
+    assert main(*args, *flags.split(), "--output_dir", tmp_path / "run") == 0
+    out = capsys.readouterr().out
+    assert ("before (95 %)" in out) == bool(asked)
+    rows = lines_of(tmp_path / "run", "evaluations.jsonl") if asked else []
+    assert {row["step"]: row["questions"] for row in rows} == asked
+    assert len(rows) == 2 * len(asked)
+
+
+# ---- steps and trees ----------------------------------------------------------------------
+
+
+def test_every_question_is_asked_once_before_any_is_asked_again():
+    config = Config(questions_per_step=3)
+    asked = [q.text for step in range(1, 8) for q in questions_of_step(QUESTIONS, step, config)]
+    for epoch in (asked[:7], asked[7:14], asked[14:]):
+        assert sorted(epoch) == sorted(q.text for q in QUESTIONS)
+    assert asked[:7] != asked[7:14]
+    other = dataclasses.replace(config, seed=1)
+    assert [q.text for q in questions_of_step(QUESTIONS, 1, other)] != asked[:3]
+
+
+def test_figures_of_a_step():
+    """Shared segments count once; a wish to fork counts whether it was granted or not."""
+    groups = [small_tree(leaves=2), small_tree(leaves=1, answer="44")]
+    groups[1][0].parent.decision = dataclasses.replace(groups[1][0].parent.decision, forks=0)
+    rewards = [[Reward(1.1, 1.0, True, 2), Reward(0, 0, True, 1)], [Reward(-1, 0, False, 0)]]
+    figures = step_metrics(groups, rewards)
+    assert figures["reward"] == pytest.approx(0.1 / 3) and figures["accuracy"] == 1 / 3
+    assert (figures["groups"], figures["equal_groups"], figures["rollouts"]) == (2, 1, 3)
+    assert (figures["tool_calls"], figures["forks"], figures["wishes"]) == (2, 1, 0.5)
+    assert figures["well_formed"] == 2 / 3
+    prompt, call, tool, leaf = (len(s.token_ids) for s in groups[0][0].path())
+    assert figures["generated_tokens"] == 2 * call + 2 * leaf + leaf + 1
+    assert figures["reread_tokens"] == 2 * prompt + 3 * (prompt + call + tool)
+    assert figures["train_tokens_unpacked"] == 3 * (prompt + call + tool + leaf) + 1
+    assert figures["entropy_initial"] == pytest.approx(0.1)
+    assert figures["entropy_after_tool"] == pytest.approx(0.2)
+    assert 0.1 < figures["entropy"] < 0.2
+    assert step_metrics([[groups[0][0].path()[1]]], [[rewards[0][1]]])["wishes"] is None
+    assert tree_counts(groups[1])["forks"] == 0
+
+
+def test_short_answers_have_no_room_for_their_tags():
+    (leaf,) = small_tree(leaves=1)
+    assert short_answers(LETTERS, [[leaf]]) == 0
+    leaf.token_ids = leaf.token_ids[:39]  # an empty answer in its tags has 40
+    assert short_answers(LETTERS, [[leaf], small_tree(leaves=1)]) == 0.5
+    leaf.stop = "length"
+    assert short_answers(LETTERS, [[leaf]]) == 0
+
+
+def test_a_tree_as_plain_data():
+    leaves = small_tree(leaves=2)
+    rewards = [Reward(1.0, 1.0, True, 1), Reward(0.0, 0.0, True, 1)]
+    record = tree_record(LETTERS, QUESTIONS[0], leaves, rewards, Config())
+    assert json.loads(json.dumps(record)) == record
+    assert [node["parent"] for node in record["nodes"]] == [None, 0, 1, 2, 2]
+    assert [leaf["node"] for leaf in record["leaves"]] == [3, 4]
+    assert "".join(record["nodes"][2]["tokens"]) == "<result>\n4\n</result>"
+    assert record["nodes"][2]["decision"]["granted"] == 1
+    assert record["nodes"][1]["token_entropy"][0] == pytest.approx(0.1 / 6.9078, abs=1e-4)
+    up, down = (leaf["advantage"] for leaf in record["leaves"])
+    assert up == -down > 0 and record["nodes"][1]["advantage"] == pytest.approx(0)
+    assert record["nodes"][3]["advantage"] == pytest.approx(up)
+
+
+def test_trees_of_every_tenth_step_are_kept():
+    class Run:
+        config, rows = Config(), []
+
+        def append(self, name, row):
+            self.rows.append((name, row["step"], row["question"]))
+
+    groups, rewards = Agent().roll_out(QUESTIONS, Config(group_size=2), 0)
+    for step in range(1, 13):
+        record_trees(Run(), LETTERS, step, QUESTIONS, groups, rewards)
+    kept = [("rollouts.jsonl", step, q.text) for step in (1, 11) for q in QUESTIONS[:2]]
+    assert Run.rows == kept
+
+
+def test_a_lost_evaluation_is_not_made_with_a_later_policy(tmp_path, monkeypatch):
+    """Not even where only one of its two decodings is lost."""
+    few = write_questions(tmp_path / "few.jsonl")
+    args = ["--steps", 2, "--eval_path", few]
+    assert main("train", *args, "--output_dir", tmp_path / "run") == 0
+    path = tmp_path / "run/evaluations.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    monkeypatch.setattr(app.evaluation, "evaluate", None)
+    assert main("train", "--resume", tmp_path / "run") == 0
+    assert len(load_questions(few)) == 3 and len(lines_of(tmp_path / "run", path.name)) == 3

@@ -1,0 +1,494 @@
+"""A run that was stopped or damaged goes on as if it had not been, and nothing good is lost.
+
+A matrix learns instead of a policy (scripted.py); test_resume.py does some of it with a real one.
+"""
+
+import builtins
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import filelock
+import pytest
+import scripted
+import torch
+from conftest import lines_of, write_questions
+from scripted import main
+
+import app.evaluation
+import app.records
+import app.run_folder as run_folder
+
+LOGS = run_folder.LOGS
+ADAPTER = "adapter/adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def every_tree():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(app.records, "RECORD_EVERY", 1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    return write_questions(tmp_path_factory.mktemp("data") / "few.jsonl")
+
+
+def train(folder, few, *more):
+    """6 steps; checkpoints after 2, 4 and 6, of which the last two stay; evaluations after them."""
+    flags = "--steps 6 --save_every 2 --eval_every 2 --eval_part 1 --group_size 2".split()
+    flags += ["--questions_per_step", 1, "--dataset_path", few, "--eval_path", few]
+    return main("train", "--output_dir", folder, *flags, *more)
+
+
+def resume(folder, *more):
+    return main("train", "--resume", folder, *more)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, few):
+    """The uninterrupted run, to compare with."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert train(folder, few) == 0
+    return folder
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    """A copy of it that a test may spoil."""
+    return Path(shutil.copytree(whole, tmp_path / "copy"))
+
+
+def checkpoints(folder):
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def state_of(folder):
+    """All that a run leaves, but for the seconds."""
+    newest = max((folder / "checkpoints").glob("step-??????"))
+    state = json.loads((newest / "state.json").read_text())
+    files = [*LOGS, ADAPTER, f"checkpoints/{newest.name}/optimizer.safetensors"]
+    contents = {name: (folder / name).read_bytes() for name in files}
+    return contents | {"state": state | {"seconds": 0}, "newest": newest.name}
+
+
+def assert_refused(code, capsys, *words):
+    error = capsys.readouterr().err
+    assert code == 2 and len(error.strip().splitlines()) == 1 and "Traceback" not in error
+    for word in words:
+        assert word in error
+
+
+# ---- stopped, and gone on with ------------------------------------------------------------
+
+
+def spoil(patch, owner, name, stop, done, call=1, after=False):
+    """`stop()` once: at the `call`-th use of the function since step `done` was completed."""
+    real, remember, steps, calls = getattr(owner, name), run_folder.RunFolder.remember, [], []
+
+    def remembered(run, step):
+        remember(run, step)
+        steps.append(step)
+
+    def spoiled(*args, **kwargs):
+        calls.append(1) if done in steps else None
+        now = len(calls) == call
+        stop() if now and not after else None
+        result = real(*args, **kwargs)
+        stop() if now and after else None
+        return result
+
+    patch.setattr(run_folder.RunFolder, "remember", remembered)
+    patch.setattr(owner, name, spoiled)
+
+
+PLACES = {  # what is spoilt, where, the last step that is complete then
+    "rollout": (scripted.Agent, "roll_out", {"done": 3}),
+    "optimizer step": (torch.optim.AdamW, "step", {"done": 3, "after": True}),
+    "second update": (torch.optim.AdamW, "step", {"done": 3, "call": 2, "after": True}),
+    "evaluation": (app.evaluation, "evaluate", {"done": 2, "call": 2}),  # one decoding is there
+    "log": (run_folder.RunFolder, "log", {"done": 3, "after": True}),
+    "trees": (run_folder.RunFolder, "append", {"done": 3, "call": 2}),
+    "checkpoint": (run_folder, "write", {"done": 4, "call": 5}),
+    "adapter": (run_folder, "put", {"done": 4, "call": 2}),
+}
+
+
+def ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def sigterm():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def number_is_nan():
+    raise FloatingPointError("step 4: the loss is nan")
+
+
+def lost_device():
+    raise RuntimeError("the device is lost")
+
+
+ENDS = {ctrl_c: 130, sigterm: 143, number_is_nan: 1}
+
+
+@pytest.mark.parametrize(
+    ("place", "stop"),
+    [*((p, ctrl_c) for p in PLACES), *(("optimizer step", s) for s in (*ENDS, lost_device))],
+)
+def test_stopped_anywhere_and_resumed_it_equals_the_uninterrupted_run(
+    place, stop, whole, few, tmp_path, monkeypatch, capsys
+):
+    owner, name, when = PLACES[place]
+    folder, more = tmp_path / "a run", ["--updates_per_rollout", "2"] * ("second" in place)
+    if more:
+        assert train(whole := tmp_path / "whole", few, *more) == 0
+    with monkeypatch.context() as patch:
+        spoil(patch, owner, name, stop, **when)
+        if stop is lost_device:
+            with pytest.raises(RuntimeError, match="lost"):
+                train(folder, few, *more)
+        else:
+            assert train(folder, few, *more) == ENDS[stop]
+            shown = capsys.readouterr()
+            assert shown.err in ("stopped\n", "error: step 4: the loss is nan\n")
+            assert (
+                f'step {when["done"]} is saved; go on with: train --resume "{folder}"' in shown.out
+            )
+    newest = max((folder / "checkpoints").glob("step-??????"))
+    assert newest.name == f"step-{when['done']:06d}" and run_folder.read_checkpoint(newest)
+    assert (folder / ADAPTER).read_bytes() == (newest / ADAPTER).read_bytes()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert resume(folder) == 0
+    assert state_of(folder) == state_of(whole)
+
+
+def test_a_second_signal_does_not_wait(whole, few, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        spoil(patch, scripted.Agent, "roll_out", sigterm, done=3)
+        spoil(patch, run_folder, "write", sigterm, done=3, call=4)
+        assert train(folder, few) == 143
+    assert checkpoints(folder) == ["step-000000", "step-000002", "step-000003"]
+    assert not run_folder.read_checkpoint(folder / "checkpoints/step-000003")
+    assert resume(folder) == 0
+    out = capsys.readouterr().out
+    assert "going on after step 2" in out and "set aside" not in out
+    assert state_of(folder) == state_of(whole) and checkpoints(folder) == checkpoints(whole)
+
+
+def test_a_finished_run_can_be_extended_and_looked_at_again(whole, few, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert train(folder, few, "--steps", "4", "--save_every", "9") == 0
+    before = state_of(folder)
+    assert resume(folder) == 0  # it has nothing left to do, and shows its figures again
+    assert "before (95 %)" in capsys.readouterr().out and state_of(folder) == before
+    assert resume(folder, "--steps", "6", "--save_every", "5") == 0
+    assert checkpoints(folder) == ["step-000005", "step-000006"]
+    assert state_of(folder)[ADAPTER] == state_of(whole)[ADAPTER]
+    assert json.loads((folder / "config.json").read_text())["steps"] == 6
+
+
+def test_nothing_is_pickled_and_the_limits_go_with_a_checkpoint(whole):
+    assert checkpoints(whole) == ["step-000004", "step-000006"]
+    files = {path.suffix for path in whole.glob("checkpoints/**/*") if path.is_file()}
+    assert files == {".json", ".safetensors"}
+    assert state_of(whole)["state"]["limits"] == {"rollout_rows": 64}
+    assert not re.search(r"torch\.load\(|pickle", Path(run_folder.__file__).read_text())
+
+
+def test_no_run_overwrites_another_and_the_newest_is_resumed(few, tmp_path, capsys):
+    assert_refused(main("train", "--output_dir", tmp_path / "x", "--resume"), capsys, "no run in")
+    for _ in range(3):
+        assert train(tmp_path / "x", few, "--steps", "1", "--eval_part", "0") == 0
+    for number, name in enumerate(("x-2", "x", "x-3")):
+        os.utime(tmp_path / name / "config.json", (number, number))
+    (tmp_path / "x-4").mkdir()  # of no run
+    assert train(tmp_path / "x-other", few, "--steps", "1", "--eval_part", "0") == 0
+    assert run_folder.newest_run(str(tmp_path / "x")).name == "x-3"
+    capsys.readouterr()
+    assert main("train", "--output_dir", tmp_path / "x", "--resume", "--steps", "2") == 0
+    assert f"going on after step 1 in {tmp_path / 'x-3'}" in capsys.readouterr().out
+
+
+# ---- damaged ------------------------------------------------------------------------------
+
+JUNK = ["", "junk", "[1]", "7", "null", '{"step": null}', '{"step": true}', '{"step": 1.5}',
+        '{"step": -1}', '{"step": "2"}', "{}", '{"step": 1e999}', "[" * 100_000, '{"step":' * 9999,
+        "\x00", '{"step": 2', '{"reward": 1}']  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOGS)
+def test_a_line_that_cannot_be_read_is_left_out_and_the_others_stay(name, copy, capsys):
+    """Whatever it is: the file as it was stays beside, and what was left out is said."""
+    good = (copy / name).read_bytes().splitlines(keepends=True)
+    for number, junk in enumerate(filter(None, JUNK), start=1):
+        damaged = b"".join([good[0], junk.encode() + b"\n", *good[1:]])
+        (copy / name).write_bytes(damaged)
+        assert resume(copy) == 0
+        out = capsys.readouterr().out
+        aside = f"{name}.damaged{number if number > 1 else ''}"
+        assert f"{name}, line 2: " in out and f"left out here and kept in {aside}" in out
+        assert (copy / aside).read_bytes() == damaged
+        assert (copy / name).read_bytes() == b"".join(good) and "Traceback" not in out
+
+
+def test_a_lost_line_of_metrics_is_a_gap(copy, capsys):
+    lines = (copy / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    for row in ('{"step": 2}', '{"step": 2, "entropy": "x"}'):
+        lines[1] = row.encode() + b"\n"
+        (copy / "metrics.jsonl").write_bytes(b"".join(lines))
+        assert resume(copy, "--steps", "7") == 0
+        out = capsys.readouterr().out
+        assert "line 2: groups, equal_groups, " in out and "no line of 1 steps, the first" in out
+        assert [row["step"] for row in lines_of(copy, "metrics.jsonl")] == [1, 3, 4, 5, 6, 7]
+
+
+def cut(name, lines, characters=0):
+    """The log without its last lines, and without some characters of the one before."""
+
+    def damage(folder):
+        kept = (folder / name).read_bytes().splitlines(keepends=True)[: -lines or None]
+        (folder / name).write_bytes(b"".join(kept)[: -characters or None])
+
+    return damage
+
+
+def write(name, content):
+    return lambda folder: (folder / name).write_text(content)
+
+
+def replaced_by_a_folder(name):
+    def damage(folder):
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return damage
+
+
+def changed(name, **values):
+    def damage(folder):
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | values))
+
+    return damage
+
+
+def bit_flipped(name):
+    def damage(folder):
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[:-5] + bytes([data[-5] ^ 1]) + data[-4:])
+
+    return damage
+
+
+SIX = "checkpoints/step-000006"
+FALLS_BACK = [  # to step 4, and ends like the uninterrupted run
+    *(cut(name, 0, characters) for name in LOGS for characters in (1, 20)),
+    *(cut("metrics.jsonl", lines) for lines in (1, 2)),
+    replaced_by_a_folder(f"{SIX}/checkpoint.json"),
+    bit_flipped(f"{SIX}/{ADAPTER}"),
+    changed(f"{SIX}/checkpoint.json", sha256=7),
+    write(f"{SIX}/checkpoint.json", "[" * 100_000),
+    lambda folder: shutil.rmtree(folder / SIX),
+    lambda folder: (shutil.rmtree(folder / SIX), (folder / SIX).touch()),
+]
+
+
+@pytest.mark.parametrize("damage", FALLS_BACK)
+def test_the_older_checkpoint_takes_over(damage, copy, whole, capsys):
+    damage(copy)
+    assert resume(copy) == 0
+    assert "going on after step 4" in capsys.readouterr().out
+    assert state_of(copy) == state_of(whole)
+
+
+ODD = [
+    *(write("checkpoint.json", junk) for junk in JUNK),
+    *(changed("checkpoint.json", sha256=x) for x in (None, 7, [], {}, {"../x": 1}, "x")),
+    *(changed("checkpoint.json", step=x) for x in (None, 5, "6", [6])),
+    changed("checkpoint.json", made_by=[1]),
+    *(bit_flipped(name) for name in run_folder.CHECKPOINT),
+    *(replaced_by_a_folder(name) for name in ("checkpoint.json", *run_folder.CHECKPOINT)),
+]
+
+
+def test_a_checkpoint_is_whole_or_does_not_count(whole, tmp_path):
+    for number, damage in enumerate(ODD):
+        checkpoint = tmp_path / str(number) / "step-000006"
+        shutil.copytree(whole / SIX, checkpoint)
+        assert run_folder.read_checkpoint(checkpoint)["step"] == 6
+        damage(checkpoint)
+        assert run_folder.read_checkpoint(checkpoint) is None, number
+
+
+GOES_ON = {  # after step 6, with a word
+    "metrics.jsonl has no line of 3 steps, the first is 4": cut("metrics.jsonl", 3),
+    "metrics.jsonl has no line of 6 steps": lambda folder: (folder / "metrics.jsonl").unlink(),
+    "metrics.jsonl, line 0: Is a directory": replaced_by_a_folder("metrics.jsonl"),
+    "rollouts.jsonl, line 0: Is a directory": replaced_by_a_folder("rollouts.jsonl"),
+    "the evaluation after step 0 is not": lambda folder: (folder / "evaluations.jsonl").unlink(),
+    "the evaluation after step 0 is not in": write("evaluations.jsonl", ""),
+    "line 1: no figures": write("evaluations.jsonl", '{"step": 0, "decoding": "greedy", "domains":'
+        '{}, "questions": 3, "accuracy": 1, "well_formed": 1, "tool_calls": 1}\n'),
+    "going on after step 6": lambda folder: shutil.rmtree(folder / "adapter"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", GOES_ON)
+def test_it_goes_on_without_what_is_lost(words, copy, whole, capsys):
+    GOES_ON[words](copy)
+    assert resume(copy, "--steps", "7") == 0
+    out = capsys.readouterr().out
+    assert words in out and "going on after step 6" in out
+    assert lines_of(copy, "metrics.jsonl")[-1]["step"] == 7
+    known = {(e["step"], e["decoding"]) for e in lines_of(copy, "evaluations.jsonl")}
+    if "evaluation" in words or "figures" in words:  # with the trained adapter they would be wrong
+        assert min(known)[0] == 6 and " -  " in out
+    else:
+        assert (0, "sampled") in known
+
+
+REFUSED = {
+    "none of its checkpoints is whole": lambda folder: [
+        bit_flipped(f"checkpoints/{name}/state.json")(folder) for name in checkpoints(folder)
+    ],
+    "its checkpoints are gone": lambda folder: shutil.rmtree(folder / "checkpoints"),
+    "config.json: No such file": lambda folder: (folder / "config.json").unlink(),
+    "config.json: Is a directory": replaced_by_a_folder("config.json"),
+    "it is not a run: config.json": write("config.json", "{"),
+    "it is not a run": write("config.json", "[" * 100_000),
+    "config.json: 'list'": write("config.json", "[]"),
+    "--steps None: it must be of type int": changed("config.json", steps=None),
+    "learning_rate 1e+38: it must be at most 1": changed("config.json", learning_rate=1e38),
+    "not of version 0.4, which does not have the settings keep, packed": changed(
+        "config.json", keep=2, packed=True
+    ),
+    "cannot write to": replaced_by_a_folder("lock"),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_cannot_be_gone_on_with_is_one_line_and_is_left_as_it_is(words, copy, capsys):
+    REFUSED[words](copy)
+    before = contents(copy)
+    assert_refused(resume(copy), capsys, words)
+    assert contents(copy) == before
+
+
+def contents(folder):
+    return sorted((path, path.read_bytes()) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("--learning_rate 0.5", "learning_rate is 0.001 there and 0.5 here"),
+        ("--seed 1 --group_size 4", "group_size is 2 there and 4 here; seed is 0 there and 1 here"),
+        ("--adapter elsewhere", "adapter is None there and elsewhere here"),
+        ("--eval_path OTHER", "content of eval_path is"),
+        ("--steps 3", "--steps 3: the run has made 6 steps already"),
+        ("--output_dir elsewhere", "leave --output_dir out"),
+        ("--eval_path no/such.jsonl", "no/such.jsonl"),
+    ],
+)
+def test_other_settings_and_data_are_refused_by_name(more, words, whole, tmp_path, capsys):
+    other = write_questions(tmp_path / "other.jsonl", domains=2)
+    before = contents(whole)
+    assert_refused(resume(whole, *more.replace("OTHER", other).split()), capsys, words)
+    assert contents(whole) == before
+
+
+@pytest.mark.parametrize("package", ["arpo_mini", "torch", "transformers", "peft", "bitsandbytes"])
+def test_another_version_is_refused(package, copy, capsys):
+    about = json.loads((copy / SIX / "checkpoint.json").read_text())
+    changed(f"{SIX}/checkpoint.json", made_by=about["made_by"] | {package: "0.3"})(copy)
+    assert_refused(resume(copy), capsys, f"{package} is 0.3 there and ", "step-000006")
+
+
+def test_another_model_is_refused(copy, monkeypatch, capsys):
+    def other_net(net, real=scripted.Net.__init__):
+        real(net)
+        net.linear.weight.data[0, 0] += 0.01
+
+    monkeypatch.setattr(scripted.Net, "__init__", other_net)
+    assert_refused(resume(copy), capsys, "weights of model_name is", "there and")
+
+
+# ---- a machine that does not play along ---------------------------------------------------
+
+
+def test_two_processes_in_one_folder(whole, capsys):
+    with filelock.FileLock(whole / "lock"):
+        assert_refused(resume(whole), capsys, f"{whole} is in use by another process")
+
+
+def test_a_full_disk(whole, few, tmp_path, monkeypatch, capsys):
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        spoil(patch, run_folder, "write", full, done=4, call=6)
+        assert_refused(train(folder, few), capsys, f"cannot write to {folder}: No space")
+    assert [m["step"] for m in lines_of(folder, "metrics.jsonl")] == [1, 2, 3, 4]
+    assert resume(folder) == 0 and "going on after step 2" in capsys.readouterr().out
+    assert state_of(folder) == state_of(whole)
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(errno.EACCES, "a folder"), OSError(errno.EINVAL, "no sync here")]
+)
+def test_where_folders_cannot_be_synced_and_there_is_no_sigterm(
+    error, whole, few, tmp_path, monkeypatch
+):
+    """As on Windows; there may be no fcntl either."""
+
+    def refuse(path, *args, real=os.open, **kwargs):
+        if sys._getframe(1).f_code is run_folder.sync_folder.__code__:
+            raise error
+        return real(path, *args, **kwargs)
+
+    def no_fcntl(name, *args, real=builtins.__import__, **kwargs):
+        assert name != "fcntl" or "app" not in args[0]["__name__"]
+        return real(name, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        patch.setattr(builtins, "__import__", no_fcntl)
+        patch.delattr(signal, "SIGTERM")
+        spoil(patch, scripted.Agent, "roll_out", ctrl_c, done=3)
+        assert train(tmp_path / "run", few) == 130
+        patch.undo()
+        assert resume(tmp_path / "run") == 0
+    assert state_of(tmp_path / "run") == state_of(whole)
+
+
+def test_a_disk_that_fails_is_no_windows(tmp_path, monkeypatch):
+    def fails(descriptor):
+        raise OSError(errno.EIO, "the disk is broken")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match="broken"):
+        run_folder.sync_folder(tmp_path)
+
+
+def test_files_with_the_line_ends_of_windows(copy):
+    for name in ("config.json", *LOGS):
+        (copy / name).write_bytes((copy / name).read_bytes().replace(b"\n", b"\r\n"))
+    assert resume(copy, "--steps", "7") == 0
+    assert [row["step"] for row in lines_of(copy, "metrics.jsonl")] == list(range(1, 8))
+
+
+@pytest.mark.parametrize("wanted", ["/", "/dev/null/x", "x" * 5000, "loop/x"])
+def test_a_folder_that_cannot_be(wanted, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    code = main("train", "--output_dir", wanted, "--steps", "1", "--eval_part", "0")
+    assert_refused(code, capsys, "--output_dir")

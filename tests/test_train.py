@@ -1,0 +1,161 @@
+"""A training with the real policy: what it leaves, and that a stopped one ends like a whole one."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import lines_of, write_questions
+
+import app.cli
+import app.records
+import arpo_mini
+import tools
+
+ROOT = Path(__file__).parent.parent
+# Steps of a fraction of a second, with everything a step can have: forks, evaluations, trees.
+TINY = (
+    "--steps 4 --questions_per_step 1 --group_size 3 --initial_rollouts 2 --save_every 2"
+    " --eval_every 2 --eval_part 1 --max_segment_tokens 40"
+).split()
+WAYS = {  # and after how many uses of which function step 3 is interrupted
+    "in an optimizer step": ([], (torch.optim.AdamW, "step", 1)),
+    "between two updates": (["--updates_per_rollout", "3"], (torch.optim.AdamW, "step", 2)),
+    "in a rollout": (["--load_in_4bit", "false"], (tools, "run_calls", 2)),
+}
+
+
+def main(*args):
+    return app.cli.main([str(arg) for arg in args], arpo_mini.train, arpo_mini.load_agent)
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    return write_questions(tmp_path_factory.mktemp("data") / "few.jsonl")
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def whole(request, few, tmp_path_factory):
+    """An uninterrupted run, its flags, and where to interrupt one like it."""
+    more, place = WAYS[request.param]
+    flags = [*TINY, "--eval_path", few, *more]
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(app.records, "RECORD_EVERY", 1)
+        assert main("train", "--output_dir", folder, *flags) == 0
+    return folder, flags, place
+
+
+def untimed(folder):
+    timed = ("seconds_rollout", "seconds_update")
+    return [
+        {k: v for k, v in m.items() if k not in timed} for m in lines_of(folder, "metrics.jsonl")
+    ]
+
+
+def assert_equal_runs(one, two):
+    """Bit for bit, but for the seconds."""
+    assert untimed(one) == untimed(two)
+    newest = [max((folder / "checkpoints").iterdir()).name for folder in (one, two)]
+    assert newest[0] == newest[1]
+    for name in (
+        *("evaluations.jsonl", "rollouts.jsonl", "adapter/adapter_config.json"),
+        *("adapter/adapter_model.safetensors", f"checkpoints/{newest[0]}/optimizer.safetensors"),
+    ):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_stopped_and_resumed_it_equals_the_uninterrupted_run(whole, tmp_path, monkeypatch, capsys):
+    folder, flags, (owner, name, call) = whole
+    calls, real, asked = [], getattr(owner, name), arpo_mini.questions_of_step
+
+    def begin(questions, step, config):
+        calls.append(step) if step == 3 else None
+        return asked(questions, step, config)
+
+    def interrupted(*args, **kwargs):
+        result = real(*args, **kwargs)
+        calls.append(name) if 3 in calls else None
+        if calls.count(name) == call:
+            os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(app.records, "RECORD_EVERY", 1)
+    monkeypatch.setattr(arpo_mini, "questions_of_step", begin)
+    monkeypatch.setattr(owner, name, interrupted)
+    assert main("train", "--output_dir", tmp_path / "run", *flags) == 130
+    assert capsys.readouterr().err == "stopped\n"
+    monkeypatch.setattr(owner, name, real)
+    assert main("train", "--resume", tmp_path / "run") == 0
+    assert "going on after step 2 " in capsys.readouterr().out
+    assert_equal_runs(tmp_path / "run", folder)
+
+
+def documented_keys():
+    """The keys of metrics.jsonl that the documentation explains."""
+    for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))):
+        _, found, table = path.read_text(encoding="utf-8").partition("Keys of `metrics.jsonl`")
+        if found:
+            rows = table.split("\n\n")[1].splitlines()[2:]
+            return {key for row in rows for key in re.findall(r"`(\w+)`", row.split("|")[1])}
+
+
+@pytest.mark.slow
+def test_a_run_leaves_what_the_documentation_says(whole):
+    folder, _, _ = whole
+    assert json.loads((folder / "config.json").read_text())["steps"] == 4
+    metrics = lines_of(folder, "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4] and set(metrics[0]) == documented_keys()
+    evaluations = lines_of(folder, "evaluations.jsonl")
+    expected = {(step, how) for step in (0, 2, 4) for how in ("sampled", "greedy")}
+    assert {(e["step"], e["decoding"]) for e in evaluations} == expected
+    tree = lines_of(folder, "rollouts.jsonl")[0]
+    assert len(tree["leaves"]) == 3 and tree["nodes"][0]["author"] == "prompt"
+    for i, node in enumerate(tree["nodes"][1:], start=1):
+        assert node["parent"] < i
+        if node["author"] == "policy":
+            assert len(node["token_entropy"]) == len(node["tokens"])
+            assert all(0 <= h <= 1 for h in node["token_entropy"])
+
+
+@pytest.mark.slow
+def test_the_adapter_can_be_evaluated_and_trained_on_and_evaluating_changes_no_run(
+    whole, few, tmp_path, capsys
+):
+    folder, flags, _ = whole
+    figures, adapter = tmp_path / "figures.json", folder / "adapter"
+    args = ["eval", "--adapter", adapter, "--dataset_path", few, "--json", figures]
+    assert main(*args, "--samples", "4", "--pass_k", "2") == 0
+    sampled = json.loads(figures.read_text())["sampled"]
+    assert sampled["questions"] == 3 and "pass@2" in sampled
+    assert set(sampled["domains"]) == {"math", "knowledge", "deep_search"}
+    name = "adapter/adapter_model.safetensors"
+    assert main("train", *flags, "--output_dir", tmp_path / "unseen", "--eval_part", "0") == 0
+    assert not (tmp_path / "unseen/evaluations.jsonl").exists()
+    assert (tmp_path / "unseen" / name).read_bytes() == (folder / name).read_bytes()
+    more = ["--adapter", adapter, "--eval_part", "0"]
+    assert main("train", *flags, "--output_dir", tmp_path / "more", *more) == 0
+    assert (tmp_path / "more" / name).read_bytes() != (folder / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_ends_like_the_uninterrupted_run(tmp_path):
+    """kill -9 in rollouts, updates and while checkpoints are written, at least 20 times."""
+    one = write_questions(tmp_path / "one.jsonl", domains=1)
+    command = [sys.executable, Path(__file__).parent / "lives.py", tmp_path, one]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lives = [json.loads(line) for line in done.stdout.splitlines()]
+    killed = [life for life in lives if life["code"] == -signal.SIGKILL]
+    assert len(killed) >= 20
+    for phase in ("rollout", "update", "checkpoint"):
+        assert sum(life["ended_in"] == phase for life in killed) >= 4, phase
+    assert all(life["lost"] <= life["save_every"] for life in killed)
+    for number in {life["run"] for life in lives}:
+        assert_equal_runs(tmp_path / f"killed-{number}", tmp_path / f"whole-{number}")
