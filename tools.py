@@ -228,7 +228,9 @@ Number = int | Fraction | float  # only a float is inexact
 NUMBER = r"(?:\d[\d_]*\.?|\.\d)[\d_]*(?:[eE][+-]?\d+)?"
 TOKEN = re.compile(rf"({NUMBER})|([A-Za-z_]\w*)|(\S)", re.ASCII)
 ADVICE = {  # what means several things, or nothing here -> what to write instead
-    r"(?<![\w.])\d{1,3}([,']\d{3})+(?!\d)": "write 1234, not 1,234; several numbers as 1, 234",
+    # gcd(540,270) is clear, since nobody takes the gcd of one number
+    r"(?<![\w.])(?!(?<=gcd\(|lcm\(|omb\()\d+,\d+\))\d{1,3}([,']\d{3})+(?!\d)": "write 1234, not "
+    "1,234; several numbers as 1, 234",
     # 17%5, 17 %5, 17 % 5 and 17 % (5) are remainders; everything else may be a percentage
     r"%( ?of\b|(?![\w.])(?!(?<= %) [\w(.]))": "write 20/100 for 20%; a remainder: 17 % (-5)",
     r"!(?!=)": "write factorial(5), not 5!",
@@ -336,16 +338,12 @@ def settled(value: Number, scale: Number) -> Number:
     return value
 
 
-def divide(a: Number, b: Number) -> Number:
-    return a / b if isinstance(a, float) or isinstance(b, float) else Fraction(a, b)
-
-
 def power(base: Number, exponent: Number) -> Number:
     if isinstance(exponent, int) and not isinstance(base, float):
         bits = max(abs(base.numerator), base.denominator).bit_length() - 1
         if bits * abs(exponent) <= MAX_BITS:
             value = base ** abs(exponent)
-            return value if exponent >= 0 else divide(1, value)
+            return value if exponent >= 0 else Fraction(1, value)
     if 0.5 < base < 2 and abs(exponent) > 1000:  # (1 + 1/n)**n: the float of 1 + 1/n is too coarse
         return math.exp(exponent * math.log1p(base - 1))
     return float(base) ** float(exponent)
@@ -372,8 +370,9 @@ def comb(n: Number, k: Number) -> int:
 
 OPERATORS = {
     ast.Add: lambda a, b: settled(a + b, a), ast.Sub: lambda a, b: settled(a - b, a),
-    ast.Mult: operator.mul, ast.Div: divide, ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod, ast.Pow: power, ast.UAdd: operator.pos, ast.USub: operator.neg,
+    ast.Div: lambda a, b: a / b if float in (type(a), type(b)) else Fraction(a, b),
+    ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
+    ast.Pow: power, ast.UAdd: operator.pos, ast.USub: operator.neg,
 }  # fmt: skip
 FUNCTIONS = {
     "sqrt": math.sqrt, "abs": abs, "min": min, "max": max, "floor": math.floor, "ceil": math.ceil,
@@ -385,7 +384,7 @@ FUNCTIONS = {
     "ln": lambda x: settled(math.log(x), 1), "log": lambda x, *b: settled(math.log(x, *b), 1),
     "log2": lambda x: settled(math.log2(x), 1), "log10": lambda x: settled(math.log10(x), 1),
     "sin": lambda x: circular(math.sin, x), "cos": lambda x: circular(math.cos, x),
-    "tan": lambda x: divide(circular(math.sin, x), circular(math.cos, x)),
+    "tan": lambda x: circular(math.sin, x) / circular(math.cos, x),
     "asin": math.asin, "acos": math.acos, "atan": math.atan,
 }  # fmt: skip
 CONSTANTS = {"pi": math.pi, "e": math.e}

@@ -1,7 +1,6 @@
 """What would train silently wrong is refused; what makes a chat. Models are tiny and random."""
 
 import json
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -47,11 +46,11 @@ def save_tokenizer(folder, template=TEMPLATE, normalizer=None, added=(), **names
     PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
 
 
-def save_model(folder, kind="llama", **shape):
+def save_model(folder, kind="llama", tokenizer=None, **shape):
     torch.manual_seed(0)
     config = CONFIG_MAPPING[kind](**SIZE | {"pad_token_id": None} | shape)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    save_tokenizer(folder)
+    save_tokenizer(folder, **tokenizer or {})
     return folder
 
 
@@ -65,17 +64,6 @@ def refusal(*args, **settings):
         load(*args, **settings)
     assert "--model_name" in str(error.value) and len(str(error.value).splitlines()) == 1
     return str(error.value)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("llama"))
-
-
-def speaking(llama, folder, **tokenizer):
-    shutil.copytree(llama, folder, dirs_exist_ok=True)
-    save_tokenizer(folder, **tokenizer)
-    return folder
 
 
 def change(path, **values):
@@ -144,36 +132,38 @@ LAYER = "base_model.model.model.layers.{}.self_attn.q_proj.{}weight"
 FOREIGN = [LAYER.format(7, "lora_A."), LAYER.format(0, "base_layer."), LAYER.format(0, ""), "x"]
 
 
-def save_adapter(llama, folder, **settings):
+def save_adapter(folder, **settings):
     settings = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(llama), LoraConfig(**settings))
+    lm = AutoModelForCausalLM.from_pretrained(save_model(folder))
+    adapted = get_peft_model(lm, LoraConfig(**settings))
     for parameter in adapted.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape) * parameter.requires_grad
-    adapted.save_pretrained(folder)
+    adapted.save_pretrained(folder / "adapter")
     return adapted.eval()
 
 
 @pytest.mark.parametrize("settings", PLAIN, ids=str)
-def test_a_plain_adapter_is_loaded_as_it_was_saved(llama, tmp_path, settings):
-    saved, ids = save_adapter(llama, tmp_path, **settings), torch.arange(9)[None]
-    policy, base = load(llama, adapter=str(tmp_path)), AutoModelForCausalLM.from_pretrained(llama)
+def test_a_plain_adapter_is_loaded_as_it_was_saved(tmp_path, settings):
+    saved, ids = save_adapter(tmp_path, **settings), torch.arange(9)[None]
+    policy = load(tmp_path, adapter=str(tmp_path / "adapter"))
     torch.testing.assert_close(policy.lm(ids).logits, saved(ids).logits)
     with policy.model.disable_adapter():
+        base = AutoModelForCausalLM.from_pretrained(tmp_path)
         torch.testing.assert_close(policy.lm(ids).logits, base(ids).logits)
 
 
 @pytest.mark.parametrize("wrong", [*MORE, *FOREIGN], ids=str)
-def test_any_other_adapter_is_refused_by_name(llama, tmp_path, wrong):
-    save_adapter(llama, tmp_path)
-    path = tmp_path / "adapter_model.safetensors"
+def test_any_other_adapter_is_refused_by_name(tmp_path, wrong):
+    save_adapter(tmp_path)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
     weights, words = load_file(path), f"foreign ones: ['{wrong}']"
     if wrong in MORE:
-        change(tmp_path / "adapter_config.json", **wrong)
+        change(path.with_name("adapter_config.json"), **wrong)
         words = f"not a plain LoRA but has {next(iter(wrong))}"
     else:
         weights[wrong] = torch.zeros(32, 32)
     save_file(weights, path, metadata={"format": "pt"})
-    assert words in refusal(llama, adapter=str(tmp_path))
+    assert words in refusal(tmp_path, adapter=str(path.parent))
 
 
 REFUSES = "{{ raise_exception('no system') if messages[0].role == 'system' }}" + TEMPLATE
@@ -183,8 +173,8 @@ ENDS += [(bad, "", None) for bad in ([0, "x"], [0, True], 10**9, -1, [[0]], 1.0)
 
 
 @pytest.mark.parametrize(("named", "written", "ends"), ENDS)
-def test_a_turn_ends_with_what_the_chat_template_writes(llama, tmp_path, named, written, ends):
-    speaking(llama, tmp_path, template=TEMPLATE.replace("<|end|>\n", written))
+def test_a_turn_ends_with_what_the_chat_template_writes(tmp_path, named, written, ends):
+    save_model(tmp_path, tokenizer={"template": TEMPLATE.replace("<|end|>\n", written)})
     change(tmp_path / "generation_config.json", eos_token_id=named)
     if ends:
         policy = load(tmp_path)
@@ -200,13 +190,13 @@ SYSTEM += [(TEMPLATE.replace("in messages", DROPS), True)]
 
 
 @pytest.mark.parametrize(("template", "folded"), SYSTEM)
-def test_the_policy_hears_of_its_tools(llama, tmp_path, caplog, template, folded):
-    policy = load(speaking(llama, tmp_path, template=template))
+def test_the_policy_hears_of_its_tools(tmp_path, caplog, template, folded):
+    policy = load(save_model(tmp_path, tokenizer={"template": template}))
     said = policy.decode(policy.prompt("why?"))
     assert "<adder>two numbers</adder>" in said and said.endswith("why?<|end|>\n<|assistant|>")
     assert len(caplog.messages) == folded == ("and stop.\n\nwhy?" in said)
-    deaf = TEMPLATE.replace("content", "role")
-    assert "hold the question" in refusal(speaking(llama, tmp_path, template=deaf))
+    save_tokenizer(tmp_path, TEMPLATE.replace("content", "role"))
+    assert "hold the question" in refusal(tmp_path)
 
 
 def test_a_tokenizer_made_for_the_tools_is_not_told_of_them(tmp_path):
@@ -224,8 +214,9 @@ NORMALIZERS = [None, NFKC(), Lowercase(), ODD, Sequence([NFKD(), StripAccents(),
 
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
-def test_a_question_or_a_result_cannot_end_its_own_turn(llama, tmp_path, normalizer):
-    policy = load(speaking(llama, tmp_path, normalizer=normalizer, added=TAGS))
+def test_a_question_or_a_result_cannot_end_its_own_turn(tmp_path, normalizer):
+    tokenizer = {"normalizer": normalizer, "added": TAGS}
+    policy = load(save_model(tmp_path, tokenizer=tokenizer))
     (cat,) = policy.encode("cat")  # an added token, but an ordinary word
     added = policy.tokenizer.added_tokens_decoder.keys() - {cat}
     for text in [*ATTACKS, "".join(ATTACKS)]:
@@ -237,8 +228,8 @@ def test_a_question_or_a_result_cannot_end_its_own_turn(llama, tmp_path, normali
         assert TAG.findall(policy.decode(result)) == [("", "result"), ("/", "result")]
 
 
-def test_what_a_closing_token_carries_is_not_judged(llama):
-    policy = load(llama)
+def test_what_a_closing_token_carries_is_not_judged(tmp_path):
+    policy = load(save_model(tmp_path))
     (closing,) = policy.encode("><")
     texts = ["<think>a</think><adder>2 2</adder>", "<think>b</think><answer>\\boxed{4}</answer>"]
     call, said = ([*policy.encode(text[:-1]), closing] for text in texts)
@@ -252,9 +243,9 @@ def test_what_a_closing_token_carries_is_not_judged(llama):
     assert reward(turns, ["4"], judge=lambda *pair: 1.0, tools_used=1).total == 1.0
 
 
-def test_a_pad_token_beyond_the_vocabulary_is_not_used(llama, tmp_path):
-    added = [f"<{i}>" for i in range(60)]
-    policy = load(speaking(llama, tmp_path, added=added, pad_token="<59>"))
+def test_a_pad_token_beyond_the_vocabulary_is_not_used(tmp_path):
+    tokenizer = {"added": [f"<{i}>" for i in range(60)], "pad_token": "<59>"}
+    policy = load(save_model(tmp_path, tokenizer=tokenizer))
     assert policy.pad_id == policy.turn_end
 
 
