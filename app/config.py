@@ -41,7 +41,7 @@ class Config:
     search_results: int = option(1, "documents a search returns (3 is usual elsewhere)", 1, 1000)
     tool_time_limit: float = option(5.0, "seconds a tool may take", 0.01, 86_400)
     max_result_tokens: int = option(256, "tokens of a tool result, others are cut off", 32, TOKENS)
-    max_tool_calls: int = option(6, "calls a trajectory may make", 0, 500)
+    max_tool_calls: int = option(6, "calls a trajectory may make", 0, 300)
     max_segment_tokens: int = option(64, "tokens the policy may write at a time", 1, TOKENS)
     max_total_tokens: int = option(512, "tokens of a trajectory, prompt included", 1, TOKENS)
     # the rollout; what is said of accuracy: lab/results/compare, 5 seeds; k, N = 4, rate, weight: 2

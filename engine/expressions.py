@@ -21,13 +21,13 @@ MAX_MEMORY = 2**30  # bytes
 MAX_LENGTH = 150  # characters
 LOCK = threading.Lock()
 FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|infty"
+COMMANDS = "pi infty le ge ne times cdot div pm cup cap in theta alpha beta emptyset".split()
 LATEX = str.maketrans(
-    {"π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "×": r"\times "}
-    | {"·": r"\cdot ", "÷": "/", "±": r"\pm ", "\u222a": r"\cup ", "∩": r"\cap ", "∈": r"\in "}
-    | {"θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "∅": r"\emptyset ", "°": "", "$": ""}
+    {sign: rf"\{command} " for sign, command in zip("π∞≤≥≠×·÷±\u222a∩∈θαβ∅", COMMANDS, strict=True)}
+    | {"°": "", "$": ""}
 )
 NO_EXPRESSION = re.compile(
-    r"\d\s+\d|\d_|\)\s*_|[\"'~#]|\\[lc]?dots"  # "63 64", 63_8: the library joins or drops these
+    r"(?<!_)\d\s+\d|\d_|\)\s*_|[\"'~#]|\\[lc]?dots"  # "63 64", 63_8: it joins or drops these
     r"|(?<![\\A-Za-z])[A-Za-z]\d|\A\d+(?:\s*[-:/.]\s*\d+)+\Z"  # U2; a score, a time, a date
     r"|\^\{?(?:\d{5}|\d+\}?\^)|\d{4}!|!!|(?:[({]\s*){3}"  # would only take time
 )
@@ -41,6 +41,8 @@ def same_expression(prediction: str, answer: str) -> bool:
     for text in texts:
         if not text.isascii() or not text.isprintable() or NO_EXPRESSION.search(text):
             return False
+    if texts[0] == texts[1]:
+        return True
     brackets = {re.match(r"\(|\\\{|", text)[0] for text in texts}
     return brackets != {"(", r"\{"} and ask_helper(texts)  # a set is no pair
 
@@ -55,6 +57,7 @@ def as_latex(text: str) -> str:
 
     text = " ".join(text.translate(LATEX).replace("**", "^").split())
     text = text.replace("<=", r"\le ").replace(">=", r"\ge ").replace("!=", r"\ne ")
+    text = re.sub(r"\^(-\d+)", r"^{\1}", text)
     text = re.sub(r"(?:√|\\?\bsqrt) ?\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"(?:√|(?<!\\)\bsqrt) ?(\d+|[a-z](?![a-z]))", r"\\sqrt{\1}", text)
     text = re.sub(rf"(?<![\\A-Za-z])({FUNCTIONS})(?![A-Za-z])", r"\\\1 ", text)

@@ -87,7 +87,7 @@ def math_equal(prediction: str, answer: str) -> bool:
     p, a = clean(prediction), clean(answer)
     if not p or not a:
         return False
-    if bool(NAME.match(p)) != bool(NAME.match(a)):  # "x = 63" for "63", but not for "y = 63"
+    if "=" not in p or "=" not in a:  # "x = 63" for "63", but not for "y = 63"
         p, a = NAME.sub("", p), NAME.sub("", a)
     quantities = quantity(p), quantity(a)
     if None not in quantities:
@@ -102,7 +102,8 @@ def math_equal(prediction: str, answer: str) -> bool:
     left, equals, right = p.rpartition("=")
     if equals and "=" not in left and not re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", p)):
         return math_equal(left, right) and math_equal(right, a)  # "2 + 3 = 5" for 5
-    return same_expression(p, a)
+    (p, unit), (a, other) = split_unit(p), split_unit(a)
+    return (unit == other or "" in (unit, other)) and same_expression(p, a)
 
 
 def f1_score(prediction: str, answer: str) -> float:
@@ -148,7 +149,7 @@ def clean(text: str) -> str:
         if len(re.findall(r"(?<!\\)\$", text)) > 1:  # around mathematics: no currency
             text = re.sub(r"(?<!\\)\$", "", text)
         text = re.sub(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree(?![a-z])", "°", text)
-        text = re.sub(r"(?<!\\)\\[,;:!> ]|~|\\q?quad(?![a-z])", " ", text)
+        text = re.sub(r"(?<!\\)\\[,;:!> ]|(?<=\S)~|\\q?quad(?![a-z])", " ", text)
         text = SILENT.sub("", STYLE.sub(r" \1 ", STYLE.sub(r" \1 ", text)))
         text = re.sub(r"\\[dtc]frac(?![a-z])", r"\\frac", re.sub(r"\\([%$#&_])", r"\1", text))
         text = re.sub(r"\s*\^\s*", "^", text)
@@ -178,6 +179,7 @@ QUANTITY = re.compile(
 SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "dozen": 12}
 SCALES |= {"trillion": 10**12, "万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8}
 SCALE = re.compile(rf"\s*({'|'.join(SCALES)})s?(?![a-z])")
+MEASURED = re.compile(r"(.*?\S)(\s+([A-Za-z]{2,})[\w^{}/.-]*(?:\s+[A-Za-z][\w^{}/.-]*)*)")
 UNIT = re.compile(r"(/?)((?:[^\W\d_]|[°%$€£¥₹₩'-])+)\.?(?:\^?\{?(-?[1-4])\}?)?")
 UNITS = {
     name: names.split()[0]
@@ -185,13 +187,15 @@ UNITS = {
         mm millimeter millimetre; cm centimeter centimetre 厘米; m meter metre 米; in inch inches;
         km kilometer kilometre 公里 千米; ft foot feet; yd yard; mi mile; mg milligram; g gram 克;
         kg kilogram kgs kilo 公斤 千克; t tonne; lb pound; oz ounce; mL milliliter millilitre;
-        L l liter litre; ms millisecond; s second sec 秒; min minute 分钟; h hour hr 小时; Hz hertz;
-        km/h kph kmh; mi/h mph; N newton; J joule; W watt; kW kilowatt; V volt; A ampere amp; Ω ohm;
-        K kelvin; °C °celsius; °F °fahrenheit; ° degree deg 度; % percent pct; $ us$ dollar usd;
-        € euro eur; £ gbp; ¥ yuan yen rmb cny jpy 元 円; ₹ rupee rs inr; ₩ won krw; AD CE; BC BCE
+        L l liter litre; ms millisecond; s second sec 秒; min minute 分钟; h hour hr 小时;
+        Hz hertz; km/h kph kmh; mi/h mph; N newton; J joule; W watt; kW kilowatt; V volt;
+        A ampere amp; Ω ohm; K kelvin; °C °celsius; °F °fahrenheit; ° degree deg 度; % percent pct;
+        $ us$ dollar usd; € euro eur; £ gbp; ¥ yuan yen rmb cny jpy 元 円; ₹ rupee rs inr;
+        ₩ won krw; AD CE; BC BCE; unit
     """.split(";")
     for name in names.split()
 }
+DECADE = re.compile(r"\d{3}0'?s")  # the 1990s
 NO_UNIT = set(  # words that change the number before them
     "and or to not nor minus plus over out of by than half halves third quarter fourth fifth tenth "
     "squared cubed factorial".split()
@@ -211,7 +215,7 @@ def as_number(text: str) -> Fraction | None:
 def quantity(text: str) -> tuple[Fraction, str] | None:
     """(18, "cm") of "18 centimeters", a `clean` text; None where it is not one number."""
     found = len(text) <= MAX_LENGTH and QUANTITY.fullmatch(FRACTION.sub(r" \1\2/\3\4", text))
-    if not found or bool(found["open"]) != bool(found["close"]):
+    if not found or bool(found["open"]) != bool(found["close"]) or DECADE.fullmatch(text):
         return None
     if found["open"] and "," in (found["decimal"] or ""):  # the point (100,200)
         return None
@@ -223,8 +227,7 @@ def quantity(text: str) -> tuple[Fraction, str] | None:
     rest, currency = found["unit"], UNITS.get((found["currency"] or "").lower(), "")
     if scale := SCALE.match(rest):
         value, rest = value * SCALES[scale[1]], rest[scale.end() :]
-    decade = rest == "s" and len(found["decimal"] or "") == 4  # the 1990s
-    unit = None if decade else unit_of(rest, currency)
+    unit = unit_of(rest, currency)
     sign = -1 if found["sign"] + found["minus"] == "-" else 1
     return None if unit is None else (sign * value, unit)
 
@@ -249,6 +252,17 @@ def unit_of(text: str, unit: str) -> str | None:
             name = word.rstrip("s")
         unit, beside = f"{unit}{per or ' '}{name}{power}", True
     return unit.strip()
+
+
+def split_unit(text: str) -> tuple[str, str]:
+    r"""An expression and its unit: "10\pi cm^2" is ("10\pi", "cm2"), "5 m" ("\frac{5}{1}", "m")."""
+    if number := quantity(text):
+        value, unit = number
+        return rf"\frac{{{value.numerator}}}{{{value.denominator}}}", unit
+    found = len(text) <= MAX_LENGTH and MEASURED.fullmatch(text)
+    likely = found and MATHS.search(found[1]) and (len(found[3]) > 3 or found[3] in UNITS)
+    unit = unit_of(found[2], "") if likely else None
+    return (text, "") if unit is None else (found[1], unit)
 
 
 def same_quantity(a: tuple[Fraction, str], b: tuple[Fraction, str]) -> bool:
@@ -276,7 +290,9 @@ def is_words(text: str) -> bool:
     """No number and no expression: "Apollo 11", "yes", "U.S.", but not "18 cm", "2x" or "3-4"."""
     if as_number(text) is not None or quantity(clean(text)) is not None:
         return False
-    text = clean(text)
+    text, _ = split_unit(clean(text))
+    if DECADE.fullmatch(text):
+        return True
     runs = re.findall(r"[^\W\d_]+", NO_WORD.sub(" ", text.replace(".", "")))
     if any(len(run) > 3 or not (run.isascii() or GREEK.fullmatch(run)) for run in runs):
         return True

@@ -13,6 +13,7 @@ import re
 import warnings
 from bisect import bisect_right
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import peft
@@ -69,6 +70,7 @@ class Policy:
         self.vocab_size = shape.vocab_size
         self.context = getattr(shape, "max_position_embeddings", None) or math.inf  # in tokens
 
+    @cached_property
     def frame(self) -> list[str]:
         """The chat before a question, and after it up to where the policy begins to write."""
         chat = [("system", self.system_prompt), ("user", HERE)]
@@ -88,7 +90,7 @@ class Policy:
         for i, token in self.tokenizer.added_tokens_decoder.items():
             if i in self.markers:  # a question cannot end its own turn
                 question = question.replace(token.content, toolbox.broken(token.content))
-        before, after = self.frame()
+        before, after = self.frame
         return self.encode(before + question + after, (before, after), special=True)
 
     def encode(self, text: str, frame: tuple = (), special: bool = False) -> list[int]:
@@ -287,14 +289,15 @@ def fold_system_prompt(policy: Policy, config, tools: dict[str, toolbox.Tool]) -
     """
     tags = {f"<{slash}{name}>" for name in (*toolbox.RESERVED, *tools) for slash in ("", "/")}
     try:
-        said = " ".join("".join(policy.frame()).split())
+        said = " ".join("".join(policy.frame).split())
         heard = " ".join(policy.system_prompt.split()) in said
         known = config.system_prompt is None and tags <= policy.tokenizer.get_vocab().keys()
         policy.folded = not (heard or known)
     except Exception:  # deliberately everything: a template is a program
         policy.folded = True
     if policy.folded:
+        vars(policy).pop("frame", None)  # it is made anew, with the system prompt in it
         words = "its chat template leaves the system prompt out: it begins the user's turn"
         log.warning("--model_name %s: %s", config.model_name, words)
-    if len(policy.frame()) != 2:
+    if len(policy.frame) != 2:
         raise ValueError("its chat template does not hold the question once")

@@ -126,12 +126,12 @@ def test_every_question_is_asked_once_before_any_is_asked_again():
 def test_figures_of_a_step():
     """Shared segments count once; a wish to fork counts whether it was granted or not."""
     groups = [small_tree(leaves=2), small_tree(leaves=1, answer="44")]
-    groups[1][0].parent.decision = dataclasses.replace(groups[1][0].parent.decision, forks=0)
+    decision = groups[1][0].parent.decision  # 4 wanted, none granted
     rewards = [[Reward(1.1, 1.0, True, 2), Reward(0, 0, True, 1)], [Reward(-1, 0, False, 0)]]
     figures = step_metrics(groups, rewards)
     assert figures["reward"] == pytest.approx(0.1 / 3) and figures["accuracy"] == 1 / 3
     assert (figures["groups"], figures["equal_groups"], figures["rollouts"]) == (2, 1, 3)
-    assert (figures["tool_calls"], figures["forks"], figures["wishes"]) == (2, 1, 0.5)
+    assert (figures["tool_calls"], figures["forks"], figures["wishes"]) == (2, 1, 1.0)
     assert figures["well_formed"] == 2 / 3
     prompt, call, tool, leaf = (len(s.token_ids) for s in groups[0][0].path())
     assert figures["generated_tokens"] == 2 * call + 2 * leaf + leaf + 1
@@ -141,7 +141,8 @@ def test_figures_of_a_step():
     assert figures["entropy_after_tool"] == pytest.approx(0.2)
     assert 0.1 < figures["entropy"] < 0.2
     assert step_metrics([[groups[0][0].path()[1]]], [[rewards[0][1]]])["wishes"] is None
-    assert tree_counts(groups[1])["forks"] == 0
+    groups[1][0].parent.decision = dataclasses.replace(decision, forks=0)
+    assert step_metrics(groups, rewards)["wishes"] == 0.5 and tree_counts(groups[1])["forks"] == 0
 
 
 def test_short_answers_have_no_room_for_their_tags():

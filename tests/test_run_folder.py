@@ -222,7 +222,8 @@ def test_no_run_overwrites_another_and_the_newest_is_resumed(few, tmp_path, caps
 
 JUNK = ["", "junk", "[1]", "7", "null", '{"step": null}', '{"step": true}', '{"step": 1.5}',
         '{"step": -1}', '{"step": "2"}', "{}", '{"step": 1e999}', "[" * 100_000, '{"step":' * 9999,
-        "\x00", '{"step": 2', '{"reward": 1}']  # fmt: skip
+        "\x00", '{"step": 2', '{"reward": 1}',
+        '{"step": true, "question": "", "nodes": [], "leaves": []}']  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LOGS)

@@ -1,0 +1,223 @@
+"""One judge for reward and evaluation: right for right answers, and for nothing else."""
+
+# ruff: noqa: RUF001  (full-width and other look-alike characters are what is tested)
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine import expressions, judge
+from engine.judge import as_number, clean, exact_match, f1_score, judge_answer, math_equal
+
+ROOT = Path(__file__).parent.parent
+
+
+def pairs(table):
+    """("63 cm", "63") of "63 cm for 63;" and so on."""
+    lines = map(str.strip, table.split(";"))
+    return [pytest.param(*line.rsplit(" for ", 1), id=line) for line in lines]
+
+
+# ---- numbers: the same value, in either direction, or nothing -------------------------------
+
+SAME_NUMBER = r"""
+x=63 for 63; \text{63} for 63; 63^\circ for 63; 90^\circ for 90; 90° for 90; 1e3 for 1000;
+18 cm for 18; 161.27 for 161.27元; -5. for -5; (5) for 5; (-5) for -5; - 5 for -5; −5 for -5;
+–5 for -5; $-5 for -$5; １２３ for 123; １，２３４ for 1234; 1,234 for 1234; 1 234 567 for 1234567;
+1\,000 for 1000; 1,\!000 for 1000; 1{,}234.5 for 1,234.5; .5 for 0.5; 2.0 for 2; 1E3 for 1,000;
+1.5e-3 for 0.0015; 3 \times 10^8 m/s for 3e8; 3·10^2 for 300; 1.5 million for 1,500,000;
+1.5 million people for 1500000; $1.5 million for 1,500,000 dollars; 3 thousand for 3,000;
+5万元 for 50000; 3/4 for 0.75; \dfrac{3}{4} for 0.75; -\frac34 for -0.75; \frac{-3}{4} for -3/4;
+1\frac{1}{2} for 3/2; 2½ for 2.5; ¾ for 0.75; \boxed{\frac{1}{2}} for 0.5; $\frac{1}{2}$ for 1/2;
+\(63\) for 63; **63** for 63; `63` for 63; \text{63 cm} for 63; x = 90^{\circ} for 90;
+\angle ABC = 90^\circ for 90 degrees; n=5 apples for 5; answer = 63 for 63; 50% for 50;
+50\% for 0.5; 50 percent for 50%; \$20 for 20 dollars; 20€ for €20; ¥161.27 for 161.27元;
+18cm for 18 cm; 18 centimeters for 18 cm; 18 metres for 18 m; 18 KG for 18 kilograms;
+3 apple for 3 apples; 18 years old for 18 years; 25 \text{ cm}^2 for 25 square centimeters;
+5m² for 5 m^2; 60 km/h for 60 kilometers per hour; 25℃ for 25 degrees Celsius; 90˚ for 90;
+5人 for 5; 1984年 for 1984; 18 лет for 18
+"""
+OTHER_NUMBER = r"""
+-5. for 5; (5) for -5; 34. for 3/4; (1.5) for 15; 1,5 for 15; 1,5 for 1.5; 1,23 for 123;
+12,34 for 1234; 1,2345 for 12345; 1.5 million for 15 million; 1.5 million for 1.5;
+1.5 billion for 1.5 million; 63 64 for 63; 63 or 64 for 63; 63, 64 for 63; 63/64 for 63;
+6 3 for 63; 63±1 for 63; about 63 for 63; ~63 for 63; not 63 for 63; 63 and a half for 63;
+63 to 64 for 63; 2 thirds for 2; 18 cm for 18 m; 18 km for 18 km/h; 18 hours for 18 minutes;
+5 cm^2 for 5 cm^3; $5 for €5; 25°C for 25°F; 5个 for 5人; 2x for 2; 2t for 2; 2π for 2; 3i for 3;
+1.5M for 1.5; 1990s for 1990; 1st for 1; 10² for 102; 10⁵ for 105; 63_8 for 63; x1 for 1;
+50% for 5; 0.3333 for 1/3; 1/2 for 12; 1/0 for 0; 9e999 for 9; 0 for none; 11 for Apollo 11;
+3-1 for 1-3; -1 for 3-4; 1030 for 10:30; 1987 for 2004-05-12; 510 for 5'10; 100200 for (100,200)
+"""
+
+
+@pytest.mark.parametrize(("prediction", "answer"), pairs(SAME_NUMBER))
+def test_the_same_number(prediction, answer):
+    for one, other in [(prediction, answer), (answer, prediction)]:
+        assert judge_answer(one, [other]) == 1
+        assert exact_match(one, other) and math_equal(one, other)
+
+
+@pytest.mark.parametrize(("prediction", "answer"), pairs(OTHER_NUMBER))
+def test_another_number(prediction, answer):
+    assert judge_answer(prediction, [answer]) == (2 / 3 if answer == "Apollo 11" else 0)
+    for one, other in [(prediction, answer), (answer, prediction)]:
+        assert not exact_match(one, other) and not math_equal(one, other)
+
+
+# ---- expressions: math-verify ---------------------------------------------------------------
+
+EQUAL = r"""
+(1,2) for (1, 2); \left(\tfrac12, 3\right) for (0.5, 3); 1, 2 for (1,2); 2,1 for 1,2;
+\{1,2\} for \{2,1\}; {1,2} for \{2,1\}; 10^5 for 100000; 2+3 for 5; 2+3=5 for 5; 5! for 120;
+\binom{5}{2} for 10; \frac{\sqrt{2}}{2} for \frac{1}{\sqrt{2}}; √12 for 2\sqrt3;
+sqrt(12) for 2*sqrt(3); 2π for 2\pi; x²-1 for (x-1)(x+1); x**2 for x^2; 0.5x for \frac{x}{2};
+1.1^2 for 1.21; 3<x for x>3; x>=3 for [3,\infty); x \in (1,2) for 1<x<2;
+x=1 \text{ or } x=2 for 2, 1; y=2x+1 for 2x+1; \sin(x) for sin x; \varnothing for ∅;
+A and C for C, A;
+\begin{pmatrix}1&2\\3&4\end{pmatrix} for \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix};
+10^{-3} for 1e-3; \log_2 8 for 3; 6÷3 for 2; 2x+y-4=0 for y=4-2x; x_1=2 for 2;
+10\pi \text{ cm}^2 for 10\pi; 12\sqrt3 inches for 12\sqrt{3} in; 2^{2024}-1 for 2^{2024} - 1;
+16_{8} for 16_8; (B) for B; c) for C; \textbf{(C)} for C
+"""
+UNEQUAL = r"""
+2+3 for 23; 10^5 for 105; 64=63 for 63; 2x+1=5 for 5; x>3 for x<3; x>3 for x≥3;
+-\sqrt{2} for \sqrt{2}; 1.41421356 for \sqrt{2}; 3.14 for \pi; 10\pi cm for 10\pi km;
+10\pi over h for 10\pi; 6\cdot3 km for 18 cm; x^2-1 for x^2+1; x-1 for x 1; -x for x; a/b for ab;
+y=63 for x=63; (2,1) for (1,2); [1,2] for (1,2); \{1,2\} for (1,2); 1,2,3 for 1,2;
+x=1 for x=1 \text{ or } x=2; 3+2i for 3-2i; 5! for 5; U2 for 2U; C++ for C; B for A; A B for B;
+A, B for B; B. Paris for B; \frac{1}{2 for 0.5; 1/0 for \infty;
+\begin{pmatrix}1&2\\3&4\end{pmatrix} for \begin{pmatrix}1&2\\3&5\end{pmatrix}
+"""
+
+
+@pytest.mark.parametrize(("prediction", "answer"), pairs(EQUAL))
+def test_equal_expressions(prediction, answer):
+    assert judge_answer(prediction, [answer]) == 1
+    assert exact_match(prediction, answer)
+
+
+@pytest.mark.parametrize(("prediction", "answer"), pairs(UNEQUAL))
+def test_unequal_expressions(prediction, answer):
+    assert judge_answer(prediction, [answer]) == 0
+
+
+# ---- words: F1 ------------------------------------------------------------------------------
+
+WORDS = r"""
+\text{Monday} for Monday = 1; \boxed{\text{Monday}} for monday = 1; "Monday." for Monday = 1;
+the Old Mill for old mill = 1; Mill for Old Mill = 2/3; New York City for New York = 4/5;
+York New for New York = 1; Jean Paul Sartre for Jean-Paul Sartre = 1; US for U.S. = 1;
+don’t for don't = 1; Who for The Who = 1; The for The Who = 0; The for A = 0; an for a = 0;
+Hepatitis B for Hepatitis A = 1/2; Hepatitis for Hepatitis A = 2/3; Yes. for yes = 1;
+no for yes = 0; yes, it is for yes = 0; not true for true = 0; World War 1 for World War 2 = 2/3;
+1984 for 1984 by Orwell = 1/2; 12 for 12 Angry Men = 1/2; Apollo 13 for Apollo 11 = 1/2;
+5 May 1998 for May 5, 1998 = 1; 1939–1945 for 1939 - 1945 = 1; 10:31 for 10:30 = 0;
+3-4 for 3–4 = 1; the 1990s for 1990's = 1; 1,234 soldiers of Rome for 1234 soldiers of Rome = 1;
+C# for C++ = 0; AB- for AB+ = 0; AC/DC for AC/DC = 1; Straße for STRASSE = 1; ﬁsh for Fish = 1;
+Café for Café = 1; Cafe for Café = 0; मंबई for मुंबई = 0; 北京。 for 北京 = 1;
+《红楼梦》 for 红楼梦 = 1; 北京市 for 北京 = 4/5; 海上 for 上海 = 1/2; กรุงเทพ for กรุงเทพ = 1;
+東京 for 京都 = 1/2; Москва for москва = 1; 63 for sixty three = 0
+"""
+UNORDERED = ("York New", "5 May 1998")
+
+
+@pytest.mark.parametrize(("prediction", "answer"), pairs(WORDS))
+def test_words(prediction, answer):
+    answer, score = answer.rsplit(" = ", 1)
+    assert judge_answer(prediction, [answer]) == pytest.approx(float(as_number(score)))
+    assert exact_match(prediction, answer) == (score == "1" and prediction not in UNORDERED)
+
+
+def test_the_best_of_several_answers_counts():
+    assert judge_answer("12", ["a dozen", "12.0", "11"]) == 1
+    assert judge_answer("the Mill", ["Old Mill", "mill"]) == 1
+    assert judge_answer("Mill", ["5", "Old Mill"]) == pytest.approx(2 / 3)
+    assert judge_answer("12", []) == 0
+    assert judge_answer("Cafe\u0301", ["Caf\u00e9"]) == 1
+    assert f1_score("York New", "New York") == 1
+
+
+@pytest.mark.parametrize("empty", ["", " ", ".", "\\text{}", "$$"])
+def test_nothing_is_no_answer(empty):
+    for answer in ("5", "A", "Old Mill", "", empty):
+        assert judge_answer(empty, [answer]) == judge_answer(answer, [empty]) == 0
+
+
+@given(st.text(), st.text())
+def test_a_text_is_right_for_itself_and_every_text_is_judged(a, b):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judge, "same_expression", lambda *pair: False)
+        assert judge_answer(a, [a]) == (clean(a) != "")
+        assert 0 <= judge_answer(a, [b]) <= 1
+
+
+# ---- cost -----------------------------------------------------------------------------------
+
+
+def test_answers_of_the_mini_world_never_reach_math_verify(monkeypatch):
+    monkeypatch.setattr(expressions, "ask_helper", None)  # a call would raise
+    lines = [*(ROOT / "data/train.jsonl").open(), *(ROOT / "data/test.jsonl").open()]
+    answers = [json.loads(line)["answer"] for line in lines]
+    for answer, other in zip(answers, random.Random(0).sample(answers, len(answers)), strict=True):
+        assert judge_answer(answer, [answer]) == 1
+        assert answer == other or judge_answer(other, [answer]) < 1
+        judge_answer(f"{other} {answer}", [answer])
+
+
+def test_the_judge_does_not_import_sympy():
+    code = "import engine.judge, sys; assert not {'sympy', 'math_verify'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+HOSTILE = [
+    *("10^10^10", "10^{10^{10}}", "9^9^9^9", "9!!!!", "99999999!", "(2^{99999999999}, 3)"),
+    *("(" * 75 + "1" + ")" * 75, "{" * 5_000, "\\frac{1}" * 900, "\\text{" * 2_000, "$" * 9_999),
+    *("1" * 10_000, "1,1" * 5_000, "x" * 10_000, "**" * 5_000, "\\" * 9_999, " " * 9_999 + "1"),
+    *("\0", "6\0003", "\ud800", "\udfff63", "a" + "\u0301\u0316" * 5_000, "\ufdfa" * 9_999),
+    *("1e999999999", "9E99^{9E99}", "1/" * 2_000, "\\left(" * 500, "的" * 9_999, "the " * 3_000),
+]
+ENDLESS = ("\\gamma(99999999)", "(x+y+z+a+b+c)^{50}")  # they use up their time
+
+
+def test_hostile_answers_take_bounded_time_in_any_thread():
+    times, scores = [], []
+
+    def run():
+        asked = [(h, answer) for h in HOSTILE for answer in ("63", "\\sqrt{2}", "Old Mill", "北京")]
+        for hostile, answer in [*asked, *((endless, "\\sqrt{2}") for endless in ENDLESS)]:
+            start = time.perf_counter()
+            scores.append(judge_answer(hostile, [answer]))
+            times.append((time.perf_counter() - start, hostile[:40], answer))
+
+    assert judge_answer("(x-1)(x+1)", ["x^2-1"]) == 1
+    helper = expressions.start_helper(os.getpid())
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(scores) == 0 and len(scores) == 2 * (4 * len(HOSTILE) + len(ENDLESS))
+    assert max(times)[0] < 20  # two times 0.8 seconds of CPU time, on a busy machine
+    assert expressions.start_helper(os.getpid()) is helper and helper.poll() is None
+    assert judge_answer("(x-1)(x+1)", ["x^2-1"]) == 1
+
+
+def test_a_helper_that_was_killed_is_started_again():
+    expressions.start_helper(os.getpid()).kill()
+    assert judge_answer("3<x", ["x>3"]) == 1
+
+
+def test_without_math_verify_one_line_says_what_to_install(monkeypatch):
+    expressions.start_helper.cache_clear()
+    monkeypatch.setattr(sys, "executable", shutil.which("true"))
+    with pytest.raises(RuntimeError, match=r"pip install -r requirements\.txt"):
+        judge_answer("3<x", ["x>3"])
