@@ -17,14 +17,12 @@ from torch import Tensor
 
 # ---- the tree -----------------------------------------------------------------------------
 
-AUTHORS = ("prompt", "policy", "tool")
-
 
 @dataclass(eq=False)  # identity, not value: one segment occurs in many paths
 class Segment:
     """A run of tokens with one author. Only what it adds: a trajectory is `leaf.path()`."""
 
-    author: str
+    author: str  # prompt, policy or tool
     token_ids: list[int]
     parent: "Segment | None" = field(default=None, repr=False)
     stop: str | None = None  # policy: why it stopped, tool | answer | eos | length
@@ -33,10 +31,6 @@ class Segment:
     token_entropy: list[float] = field(default_factory=list)  # policy: and how openly, in nats
     tool: str | None = None  # tool: which one answered; None: the call failed
     decision: Any = None  # tool: the entropy.Decision taken at it
-
-    def __post_init__(self):
-        if self.author not in AUTHORS:
-            raise ValueError(f"author {self.author!r} is not one of {', '.join(AUTHORS)}")
 
     def path(self) -> list["Segment"]:
         """From the root to this segment."""

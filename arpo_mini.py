@@ -78,10 +78,8 @@ def train_step(
     started = time.perf_counter()
     writer = open_writer(policy, config)
     groups = rollout(writer, questions, config, tools, config.seed * 1_000_003 + step)  # Q x M
-    rewards = [  # Q x M
-        [judge(policy, leaf, question, config) for leaf in leaves]
-        for question, leaves in zip(questions, groups, strict=True)
-    ]
+    asked = zip(questions, groups, strict=True)
+    rewards = [[judge(policy, leaf, q, config) for leaf in leaves] for q, leaves in asked]  # Q x M
     writer.kv.clear()  # the update has the memory to itself
     rolled_out = time.perf_counter()
     rows = [row for pair in zip(groups, rewards, strict=True) for row in credit(*pair, config)]
@@ -136,11 +134,9 @@ def rollout(
     roots = [Segment("prompt", writer.policy.prompt(question.text)) for question in questions]
     # A generator and a history for each question: what is decided in one tree does not depend on
     # how many others grow beside it.
-    budgets = {
-        root: Budget(slots=M - N, rng=random.Random(f"{seed} {i}")) for i, root in enumerate(roots)
-    }
-    together = max(1, config.rollout_rows // M)  # as many questions as fit side by side
-    leaves = []
+    generators = [random.Random(f"{seed} {i}") for i in range(len(roots))]
+    budgets = {root: Budget(M - N, rng) for root, rng in zip(roots, generators, strict=True)}
+    together, leaves = max(1, config.rollout_rows // M), []  # as many questions as fit side by side
     for i in range(0, len(roots), together):
         some = roots[i : i + together]
         nodes = [root for root in some for _ in range(N)]
@@ -161,8 +157,7 @@ def decide_forks(
     drafts: list[Segment], budgets: dict[Segment, Budget], config: Config
 ) -> list[Segment]:
     """The tool results to fork, once for each fork: the largest gain first, while slots last."""
-    forked = []
-    read = [draft for draft in drafts if draft.parent.author == "tool"]
+    read, forked = [draft for draft in drafts if draft.parent.author == "tool"], []
     for draft in read:
         draft.parent.decision = apply_rule(draft, budgets[draft.path()[0]], config)
     for draft in read:  # only now: a decision does not depend on others of the same level
@@ -272,15 +267,12 @@ def update(policy: Policy, optimizer, rows: list[Row], config: Config) -> dict:
         rows = [row for row in rows if any(row.A_plus) or any(row.A_minus)]
     parts = list(micro_batches(rows, config.micro_batch_tokens))
     batches = [make_batch(some, policy.pad_id, policy.device, policy.lm.dtype) for some in parts]
-    old_logps, ref_logps = fixed_logprobs(policy, batches, config)
-    parameters = policy.parameters
-    loss_sum, clipped_sum, drifts = 0.0, 0.0, []
-    for i in range(config.updates_per_rollout):
-        for p in parameters:
+    old, reference = fixed_logprobs(policy, batches, config)
+    n, loss_sum, clipped_sum, drifts = config.updates_per_rollout, 0.0, 0.0, []
+    for i in range(n):
+        for p in policy.parameters:
             p.grad = torch.zeros_like(p)  # not None: Adam's momentum acts also without a gradient
-        for some, batch, old_logp, ref_logp in zip(
-            parts, batches, old_logps, ref_logps, strict=True
-        ):
+        for some, batch, old_logp, ref_logp in zip(parts, batches, old, reference, strict=True):
             texts = [row.input_ids for row in some]
             logp = token_logprobs(policy, batch, config.temperature)  # (B, T)
             require_finite("a log-prob", logp, texts)
@@ -291,20 +283,16 @@ def update(policy: Policy, optimizer, rows: list[Row], config: Config) -> dict:
             require_finite("the loss", loss, texts)
             loss.backward()
             loss_sum, clipped_sum = loss_sum + loss.item(), clipped_sum + clipped.item()
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters, MAX_GRAD_NORM)
         require_finite("the gradient norm", grad_norm, [row.input_ids for row in rows])
         optimizer.step()
-        weights = torch.nn.utils.get_total_norm([p.detach() for p in parameters])
+        weights = torch.nn.utils.get_total_norm([p.detach() for p in policy.parameters])
         require_finite("a weight after the step", weights, [])
     drift = torch.cat(drifts).abs().tolist() if drifts else []
-    return {
-        "train_tokens": sum(map(len, rows)),
-        "loss": loss_sum / config.updates_per_rollout,
-        "clip_fraction": clipped_sum / (total * config.updates_per_rollout),
-        "grad_norm": grad_norm.item(),
-        "drift_mean": sum(drift) / len(drift) if drift else None,
-        "drift_max": max(drift, default=None),
-    }
+    figures = {"loss": loss_sum / n, "clip_fraction": clipped_sum / (total * n)}
+    figures |= {"grad_norm": grad_norm.item(), "train_tokens": sum(map(len, rows))}
+    drift_mean = sum(drift) / len(drift) if drift else None
+    return figures | {"drift_mean": drift_mean, "drift_max": max(drift, default=None)}
 
 
 MAX_GRAD_NORM = 1.0  # gradients are scaled down to this norm, as in the released settings

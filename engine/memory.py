@@ -145,12 +145,9 @@ class Limits:
             self.recompute = True
             log.warning("out of memory: layers are computed twice from here on, and the same again")
         else:
-            wanted = (
-                "a smaller --max_total_tokens, --max_segment_tokens, --lora_rank or --model_name"
-            )
-            raise OutOfMemory(
-                f"out of memory with --{name} {size}, the smallest there is ({words}); it takes {wanted}"
-            )
+            least = f"out of memory with --{name} {size}, the smallest there is ({words})"
+            smaller = "--max_total_tokens, --max_segment_tokens, --lora_rank or --model_name"
+            raise OutOfMemory(f"{least}; it takes a smaller {smaller}")
 
 
 def free_memory() -> None:

@@ -25,7 +25,7 @@ class TopEntropy:
     """Sums up `Segment.entropy` while scores pass by: first 20 tokens, top 10 of each, no mean."""
 
     def __call__(self, drafts: list[Segment], added: list[int], scores: tuple[Tensor, ...]) -> None:
-        """`added` tokens were just written to each of R drafts, from the (R, V) scores of S steps."""
+        """`added` tokens were just written to each of R drafts, from S steps of (R, V) scores."""
         for row, (draft, n) in enumerate(zip(drafts, added, strict=True)):
             before = len(draft.token_ids) - n
             steps = scores[: max(0, min(n, TOKENS - before))]

@@ -119,15 +119,16 @@ class Writer:
 
     def batch(self, drafts: list[Segment], steps: int) -> tuple[Tensor, Tensor, DynamicCache]:
         """Unread tokens (R, W), mask (R, C + W) and cache (R, heads, C, d), padded on the left."""
-        paths, known = [draft.path_tokens() for draft in drafts], []
-        for draft, tokens in zip(drafts, paths, strict=True):
-            known.append(self.known(draft, len(tokens) - 1))  # one token must give the logits
+        paths = [draft.path_tokens() for draft in drafts]
+        # One token at least stays unread: it must give the logits.
+        known = [
+            self.known(draft, len(path) - 1) for draft, path in zip(drafts, paths, strict=True)
+        ]
         lengths = [len(kv[0]) if kv else 0 for kv in known]
         unread = [tokens[n:] for tokens, n in zip(paths, lengths, strict=True)]
         news, pad = [len(tokens) for tokens in unread], self.policy.pad_id
         C, W = max(lengths), max(news)
-        for draft, tokens in zip(drafts, unread, strict=True):
-            self.prefill_tokens += read_by(draft, len(tokens))
+        self.prefill_tokens += sum(map(read_by, drafts, news))
         self.make_room(len(drafts) * (C + W + steps))
         cache = DynamicCache()
         template = next((kv for kv in known if kv), [])

@@ -124,15 +124,12 @@ def draw(root: Turn, title: str) -> str:
         row = max(row, top + 1)
         y = sum(m for m, _ in middles) / len(middles) if middles else 16 + (top + 0.5) * ROW
         for middle, forked in middles:
-            a, b = x + WIDTH, x + WIDTH + GAP
-            style = "edge new" if forked else "edge"
-            parts.append(
-                f'<path class="{style}" d="M{a} {y:.0f}C{b} {y:.0f} {a} {middle:.0f} {b} {middle:.0f}"/>'
-            )
+            a, b, style = x + WIDTH, x + WIDTH + GAP, "edge new" if forked else "edge"
+            curve = f"M{a} {y:.0f}C{b} {y:.0f} {a} {middle:.0f} {b} {middle:.0f}"
+            parts.append(f'<path class="{style}" d="{curve}"/>')
         height = 12 + 17 * len(turn.lines)
-        parts.append(
-            f'<rect class="{turn.style}" x="{x}" y="{y - height / 2:.0f}" width="{WIDTH}" height="{height}" rx="6"/>'
-        )
+        where = f'x="{x}" y="{y - height / 2:.0f}" width="{WIDTH}" height="{height}"'
+        parts.append(f'<rect class="{turn.style}" {where} rx="6"/>')
         for i, (style, text) in enumerate(turn.lines):
             line = y - height / 2 + 18 + 17 * i
             parts.append(f'<text class="{style}" x="{x + 9}" y="{line:.0f}">{escape(text)}</text>')

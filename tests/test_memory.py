@@ -154,7 +154,7 @@ def test_less_memory_is_less_at_once_and_none_is_no_limit(policy, config):
 
 
 def test_weights_and_the_optimizer_are_counted(restored, policy_4bit):
-    weights = [p for p in policy_4bit.lm.parameters()]
+    weights = list(policy_4bit.lm.parameters())
     packed = [p.quant_state for p in weights if hasattr(p, "quant_state")]
     n = sum(p.numel() * p.element_size() for p in weights)
     assert memory.weight_bytes(policy_4bit.lm) == n + sum(4 * s.absmax.numel() for s in packed) > n
