@@ -42,11 +42,11 @@ from arpo_mini import MAX_GRAD_NORM, make_tools
 from data.demonstrator import demonstrations_of_the_world
 from data.files import UserError
 from data.formats import Demonstration, load_demonstrations
-from lab.python_calls import with_calculator
 from engine.memory import snapshot
 from engine.model import RESULT_FRAME, Policy, load_policy
 from engine.packing import Row, make_batch, make_row, micro_batches, require_finite, token_logprobs
 from lab.command import TRAIN, exit_code, parse
+from lab.python_calls import with_calculator
 from tools import ToolResult, result_text
 
 
