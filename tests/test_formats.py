@@ -1,7 +1,6 @@
 """Files of questions, documents and demonstrations: every published form, and what is no form."""
 
 import contextlib
-import dataclasses
 import gzip
 import json
 import os
@@ -13,15 +12,21 @@ import huggingface_hub.constants
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import roll_out
 
+import arpo_mini
 from advantage import reward
-from arpo_mini import EXAMPLES, main, question_to_show
+from app import cli
 from data import make_world
 from data.files import Document, UserError, load_documents
 from data.formats import Question, load_demonstrations, load_questions
 
 ROOT = Path(__file__).parent.parent
+
+
+def main(args):
+    return cli.main(args, arpo_mini.train, arpo_mini.load_agent)
+
+
 FIXTURES = ROOT / "tests" / "fixtures"
 OFFICIAL = json.loads((FIXTURES / "forms_official.json").read_text("utf-8"))
 REINFORCEMENT = [Question(*each) for each in OFFICIAL["reinforcement"]]
@@ -94,7 +99,8 @@ def test_a_row_is_read_or_named_with_the_legal_forms(name, tmp_path):
 def test_what_is_mapped_is_well_formed():
     mapped = [case for kind, case in CASES.values() if kind == "demonstrations" and "turns" in case]
     for turns in (case["turns"] for case in mapped if case["turns"][-1][1]):
-        assert "<result>" in turns[0][1] or reward(turns, ["4"], tool_names=["search"]).well_formed
+        judged = reward(turns, ["4"], judge=lambda prediction, answers: 0.0, tools_used=1)
+        assert "<result>" in turns[0][1] or judged.well_formed
 
 
 def test_demonstrations_that_cannot_be_mapped_are_left_out_by_name(tmp_path, caplog):
@@ -238,6 +244,7 @@ def test_the_environment_names_the_cache_and_a_local_file_wins(hub, tmp_path):
 FEW = "--max_total_tokens 256 --max_segment_tokens 24".split()
 
 
+@pytest.mark.slow
 def test_eval_at_the_settings_of_the_paper_writes_every_measure(tmp_path, capsys):
     figures = tmp_path / "figures.json"
     sampling = "--temperature 0.6 --top_p 0.95 --samples 5".split()
@@ -261,6 +268,7 @@ def test_eval_at_the_settings_of_the_paper_writes_every_measure(tmp_path, capsys
     assert all(len(record["prediction"]) == 1 for record in values["greedy"]["records"])
 
 
+@pytest.mark.slow
 def test_official_mode_scores_as_the_released_evaluation(tmp_path, capsys):
     """A badly formed transcript has an answer there: whatever was said last."""
     figures = tmp_path / "figures.json"
@@ -275,45 +283,10 @@ def test_official_mode_scores_as_the_released_evaluation(tmp_path, capsys):
     capsys.readouterr()
 
 
-def test_train_reads_them_too(tmp_path, capsys):
-    path = write(tmp_path / "x.parquet", rows("reinforcement.jsonl"))
-    some = ["--dataset_path", path, "--eval_path", str(FIXTURES / "aime24.jsonl")]
-    short = "--steps 1 --questions_per_step 1 --group_size 2 --eval_every 0".split()
-    folder = tmp_path / "run"
-    assert main(["train", *some, *short, *FEW, "--output_dir", str(folder)]) == 0
-    tree = json.loads((folder / "rollouts.jsonl").read_text())
-    assert tree["question"] in [question.text for question in REINFORCEMENT]
-    capsys.readouterr()
-
-
-def test_top_p_cuts_the_unlikely_off(policy, config, tools, questions):
-    """Almost nothing left to draw from is greedy decoding; the whole distribution is not."""
-
-    def texts(**settings):
-        few = dataclasses.replace(config, group_size=2, max_segment_tokens=24, **settings)
-        leaves = roll_out(policy, few, tools, questions[:2])
-        return [[s.token_ids for s in leaf.path()] for group in leaves for leaf in group]
-
-    greedy = texts(temperature=0.0)
-    assert texts(temperature=3.0, top_p=1e-6) == greedy
-    assert texts(temperature=3.0, top_p=1.0) != greedy
-
-
-def test_show_has_two_examples_ready(config, capsys):
-    short = "--max_total_tokens 256 --group_size 4".split()
-    assert main(["show", "--example", "divisible", *short]) == 0
-    out = " ".join(capsys.readouterr().out.split())
-    assert "2^n + 3^n" in out and "answer: 3" in out and "leaf 3" in out
-    for example in (None, "deep_search"):
-        assert question_to_show(config, None, None, example) == EXAMPLES["deep_search"]
-    own = dataclasses.replace(config, eval_path=str(FIXTURES / "gaia.jsonl"))
-    assert question_to_show(own, None, None, None) == load_questions(own.eval_path)[0]
-
-
 def test_the_examples_are_right():
     n = next(n for n in range(1, 100) if (2**n + 3**n) % 7 == 0)
-    assert EXAMPLES["divisible"].answers == [str(n)]
+    assert cli.EXAMPLES["divisible"].answers == [str(n)]
     _, _, test = make_world.make()
-    (problem,) = [p for p in test if p.text == EXAMPLES["deep_search"].text]
-    assert [problem.answer] == EXAMPLES["deep_search"].answers
+    (problem,) = [p for p in test if p.text == cli.EXAMPLES["deep_search"].text]
+    assert [problem.answer] == cli.EXAMPLES["deep_search"].answers
     assert [step.tool for step in problem.steps].count("search") == 4
