@@ -50,7 +50,8 @@ def require_same_logprobs(policy, config) -> None:
         return scale[0] * logits
 
     hook = policy.lm.get_output_embeddings().register_forward_hook(louder)
-    with hook, torch.random.fork_rng(), torch.no_grad():
+    gpus = [policy.device] if policy.device.type == "cuda" else []
+    with hook, torch.random.fork_rng(gpus), torch.no_grad():
         drafts = writer.begin([root], 1) + writer.begin(results * 8, 1)
         credit = {draft: {draft: 1.0} for draft in drafts}
         for trees in ([drafts], [[draft] for draft in drafts[:3]]):

@@ -12,8 +12,8 @@ import math
 import re
 import warnings
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import peft
@@ -40,7 +40,7 @@ Its result follows between <result> and </result>. You may call tools several ti
 To answer, write <think>why</think><answer>\\boxed{the answer alone}</answer> and stop."""
 
 HERE = "\ue000"  # stands in a chat template for the text that comes there
-RESULT_FRAME = tuple(toolbox.result_text(toolbox.ToolResult("", ok=True)).split())
+RESULT_FRAME = toolbox.result_text(toolbox.ToolResult("", ok=True)).split()
 CHARS_A_TOKEN = 32  # more than a text has on average: what is longer is cut before it is counted
 
 log = logging.getLogger("arpo_mini")
@@ -56,10 +56,9 @@ class Policy:
     eos_ids: list[int]  # each ends what is written; first the one that the chat template writes
     pad_id: int
     closers: set[int]  # tokens whose text holds a '>': only they can complete a tag
-    thinking: bool = True  # what the chat template is told; most ignore it
+    frame: Sequence[str] = ("", "")  # the chat before and after a question
     limits: Limits = field(default_factory=Limits)  # how much of it is computed at once
     markers: set[int] = field(default_factory=set)  # what begins or ends something: tags and such
-    folded: bool = False  # the user's turn begins with the system prompt
 
     def __post_init__(self) -> None:
         self.lm = self.model.get_base_model()  # the adapter's layers sit inside it and stay live
@@ -70,34 +69,19 @@ class Policy:
         self.vocab_size = shape.vocab_size
         self.context = getattr(shape, "max_position_embeddings", None) or math.inf  # in tokens
 
-    @cached_property
-    def frame(self) -> list[str]:
-        """The chat before a question, and after it up to where the policy begins to write."""
-        chat = [("system", self.system_prompt), ("user", HERE)]
-        if self.folded:
-            chat = [("user", f"{self.system_prompt}\n\n{HERE}")]
-        text = self.tokenizer.apply_chat_template(
-            [{"role": role, "content": text} for role, text in chat],
-            add_generation_prompt=True,
-            tokenize=False,
-            enable_thinking=self.thinking,
-        )
-        # Some templates open the think block for the model: here it is the policy's to write.
-        return re.sub(r"<think>\s*\Z", "", text).split(HERE)
-
     def prompt(self, question: str) -> list[int]:
         question = toolbox.readable(question)
         for i, token in self.tokenizer.added_tokens_decoder.items():
             if i in self.markers:  # a question cannot end its own turn
                 question = question.replace(token.content, toolbox.broken(token.content))
         before, after = self.frame
-        return self.encode(before + question + after, (before, after), special=True)
+        return self.encode(before + question + after, self.frame, special=True)
 
-    def encode(self, text: str, frame: tuple = (), special: bool = False) -> list[int]:
+    def encode(self, text: str, frame: Sequence[str] = (), special: bool = False) -> list[int]:
         """Token ids; the spelling of a special token is one only where it may be `special`.
 
-        Between the parts of a `frame`, what is before and after, no marker stays. Ids are looked
-        at: a tokenizer that normalises makes a marker of other letters, too.
+        Between the two parts of a `frame` no marker stays. Ids are looked at: a tokenizer that
+        normalises makes a marker of other letters, too.
         """
         split = {"add_special_tokens": False, "split_special_tokens": not special}
         token_ids, *parts = [self.tokenizer.encode(part, **split) for part in (text, *frame)]
@@ -169,10 +153,10 @@ def load_policy(config, tools: dict[str, toolbox.Tool], trainable: bool) -> Poli
         lm.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=pad_id)
         lm.gradient_checkpointing_enable({"use_reentrant": False})  # while `recomputed` says so
         closers = {i for token, i in tokenizer.get_vocab().items() if ">" in token}
-        policy = Policy(model, tokenizer, system_prompt, ends, pad_id, closers, config.thinking)
+        frame = chat_frame(tokenizer, system_prompt, config, tools)
+        policy = Policy(model, tokenizer, system_prompt, ends, pad_id, closers, frame)
         added, tag = tokenizer.added_tokens_decoder.items(), re.compile(r"[<\[{|\uff5c].*\w")
         policy.markers.update(ends, (i for i, t in added if t.special or tag.search(t.content)))
-        fold_system_prompt(policy, config, tools)
         doing = "compute trees with"
         require_same_logprobs(policy, config)
         policy.limits = fit(config, lm)
@@ -282,22 +266,31 @@ def end_tokens(lm, tokenizer) -> list[int]:
     return list(dict.fromkeys(ids))
 
 
-def fold_system_prompt(policy: Policy, config, tools: dict[str, toolbox.Tool]) -> None:
-    """Where the chat template drops or refuses the system role, the user's turn begins with it.
+def chat_frame(tokenizer, system_prompt: str, config, tools: dict[str, toolbox.Tool]) -> list[str]:
+    """The chat before a question, and after it up to where the policy begins to write.
 
-    But for our text and a tokenizer with all its tags as tokens: that model was made for it.
+    Where the template drops or refuses the system role, its text begins the user's turn. Not so for
+    our text and a tokenizer with all its tags as tokens: that model was made for it.
     """
+
+    def render(**said: str) -> list[str]:
+        chat = [{"role": role, "content": text} for role, text in said.items()]
+        given = {"add_generation_prompt": True, "enable_thinking": config.thinking}
+        text = tokenizer.apply_chat_template(chat, tokenize=False, **given)
+        # Some templates open the think block for the model: here it is the policy's to write.
+        return re.sub(r"<think>\s*\Z", "", text).split(HERE)
+
     tags = {f"<{slash}{name}>" for name in (*toolbox.RESERVED, *tools) for slash in ("", "/")}
     try:
-        said = " ".join("".join(policy.frame).split())
-        heard = " ".join(policy.system_prompt.split()) in said
-        known = config.system_prompt is None and tags <= policy.tokenizer.get_vocab().keys()
-        policy.folded = not (heard or known)
+        frame = render(system=system_prompt, user=HERE)
+        heard = " ".join(system_prompt.split()) in " ".join("".join(frame).split())
+        heard |= config.system_prompt is None and tags <= tokenizer.get_vocab().keys()
     except Exception:  # deliberately everything: a template is a program
-        policy.folded = True
-    if policy.folded:
-        vars(policy).pop("frame", None)  # it is made anew, with the system prompt in it
+        heard = False
+    if not heard:
         words = "its chat template leaves the system prompt out: it begins the user's turn"
         log.warning("--model_name %s: %s", config.model_name, words)
-    if len(policy.frame) != 2:
+        frame = render(user=f"{system_prompt}\n\n{HERE}")
+    if len(frame) != 2:
         raise ValueError("its chat template does not hold the question once")
+    return frame

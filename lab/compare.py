@@ -315,7 +315,7 @@ class Comparison:
     def save(self) -> None:
         """Whole or not at all; a line for each list of numbers."""
         text = json.dumps(self.results, indent=1)
-        text = re.sub(r"\[[^\[\]{}]*\]", lambda numbers: " ".join(numbers[0].split()), text)
+        text = re.sub(r"\[[^\[\]{}]*\]", lambda x: json.dumps(json.loads(x[0])), text)
         draft = self.path.with_suffix(".tmp")
         draft.write_text(text + "\n", encoding="utf-8")
         draft.replace(self.path)

@@ -1,5 +1,7 @@
 """Figures of a comparison, each as SVG and PNG. Needs matplotlib; nothing else here imports it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
@@ -24,11 +26,12 @@ LOOK = {"svg.hashsalt": "arpo_mini", "font.size": 10, "axes.spines.top": False}
 LOOK |= {"axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
 
 
-def drawn(stem: Path, size: tuple[float, float], shape: tuple[int, int], draw, sharey=False):
-    """`draw(figure, axes)` on a new figure, saved; the same numbers give the same files."""
+@contextmanager
+def drawn(stem: Path, size: tuple[float, float], shape: tuple[int, int], **more) -> Iterator:
+    """A figure and its axes to draw on, saved at the end; the same numbers give the same files."""
     with matplotlib.rc_context(LOOK):
         figure = Figure(figsize=size, layout="constrained")
-        draw(figure, figure.subplots(*shape, sharey=sharey).flat)
+        yield figure, figure.subplots(*shape, **more).flat
         figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None}, facecolor="white")
         figure.savefig(stem.with_suffix(".png"), dpi=150, facecolor="white")
 
@@ -46,8 +49,7 @@ def band(runs: dict[str, dict], name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def accuracy(results: dict, methods: list[str], stem: Path) -> None:
     """Accuracy against steps, tool calls, generated tokens and seconds: mean, 95 % band."""
-
-    def draw(figure, axes):
+    with drawn(stem, (9, 7), (2, 2), sharey=True) as (figure, axes):
         for ax, (name, label) in zip(axes, AXES.items(), strict=True):
             for i, method in enumerate(methods):
                 x, e = band(verdict.runs_of(results, method), name)
@@ -63,17 +65,12 @@ def accuracy(results: dict, methods: list[str], stem: Path) -> None:
         handles, labels = ax.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
 
-    drawn(stem, (9, 7), (2, 2), draw, sharey=True)
-
 
 def entropy(result: dict, stem: Path) -> None:
     """The paper's Figure 1, and the entropy of every node against the spread of its rewards."""
-
-    def draw(figure, axes):
+    with drawn(stem, (9, 4), (1, 2)) as (_, axes):
         by_distance(axes[0], result["figure_1"])
         by_entropy(axes[1], result)
-
-    drawn(stem, (9, 4), (1, 2), draw)
 
 
 def by_distance(ax, figure_1: dict) -> None:

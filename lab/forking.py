@@ -2,14 +2,12 @@
 
     python -m lab.compare entropy [--adapter DIR] [--questions N] [--continuations K] [--name NAME]
 
-1. Entropy of every token by its distance to the last tool result, and to the question (the
-   paper's Figure 1).
+1. Entropy of every token by its distance to the last tool result, or to the question (the paper's
+   Figure 1).
 2. K trajectories from every question; at each tool result of the first of them, K more from there.
    The spread of a node is the variance of their rewards: what a group of forks there would be
    compared on, and 0 where it teaches nothing. Do H or the gain (H - H_initial), as the branch rule
-   reads them off the first trajectory alone, predict the spread?
-
-Intervals come from a bootstrap over questions.
+   reads them off the first trajectory alone, predict the spread? (Bootstrap over questions.)
 """
 
 from __future__ import annotations

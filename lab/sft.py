@@ -8,9 +8,8 @@ starting point: `arpo_mini.py train --adapter DIR/adapter`.
 
 A demonstration is spelled as a rollout would spell it: the prompt that train and eval use (the
 file's own system prompt is left out, its tools are others), and results between <result> tags. The
-released data calls <python> where we have a <calculator>: code that is one expression becomes a
-calculator call; demonstrations with other code are left out, or kept by --python_calls keep, for a
-policy with a python tool of one's own.
+released data calls <python>: code that is one expression becomes a <calculator> call, others are
+left out, or kept by --python_calls keep, for a policy with a python tool of one's own.
 
 Demonstrations that all go on in one way after a tool result teach a policy to be surer there than
 at the start (a 135M instruct model: gain -0.011, positive for 0 of 16 questions), and a rule that
@@ -24,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import sys
 import time
 from collections import Counter
@@ -42,12 +42,12 @@ from arpo_mini import MAX_GRAD_NORM, make_tools
 from data.demonstrator import demonstrations_of_the_world
 from data.files import UserError
 from data.formats import Demonstration, load_demonstrations
+from engine.judge import as_number
 from engine.memory import snapshot
 from engine.model import RESULT_FRAME, Policy, load_policy
 from engine.packing import Row, make_batch, make_row, micro_batches, require_finite, token_logprobs
 from lab.command import TRAIN, exit_code, parse
-from lab.python_calls import with_calculator
-from tools import ToolResult, result_text
+from tools import ToolError, ToolResult, calculate, result_text
 
 
 def same(name: str) -> dataclasses.Field:
@@ -58,7 +58,6 @@ def same(name: str) -> dataclasses.Field:
 
 @dataclass(frozen=True)
 class Settings:
-    # the policy, as for train
     model_name: str = option("", "folder or hub id of a causal LM")
     adapter: str | None = same("adapter")
     trust_remote_code: bool = same("trust_remote_code")
@@ -66,7 +65,6 @@ class Settings:
     lora_rank: int = same("lora_rank")
     system_prompt: str | None = same("system_prompt")
     thinking: bool = same("thinking")
-    # what it learns from
     data: str | None = option(None, "sharegpt JSONL (default: demonstrations of the mini-world)")
     python_calls: str = option(
         "calculator", "<python> becomes <calculator> or is left out", choices=("calculator", "keep")
@@ -76,12 +74,10 @@ class Settings:
         0.0, "of its demonstrator after a result: 0 never, 1 as for the tiny model", low=0, high=1
     )
     max_total_tokens: int = option(4096, "longer demonstrations are left out", low=1)
-    # the update
     epochs: float = option(1.0, "times that each demonstration is read", above=0)
     demonstrations_per_step: int = option(16, "of one optimizer step", low=1)
     learning_rate: float = option(2e-4, "of AdamW, falling to 0 in a line", above=0)
     micro_batch_tokens: int = option(2048, "tokens of one forward and backward pass", low=1)
-    # the run
     memory_gb: float | None = same("memory_gb")
     seed: int = same("seed")
     output_dir: str = option("runs/coldstart", "folder of the run; an existing one is not touched")
@@ -116,6 +112,32 @@ def from_file(path: str, python_calls: str) -> tuple[list[Demonstration], Counte
             turns = [(author, spelled[author](text)) for author, text in turns]
             kept.append(Demonstration(demonstration.question, turns))
     return kept, left_out
+
+
+PYTHON = re.compile(r"<python>((?:(?!<python>).)*)</python>\s*$", re.DOTALL)
+
+
+def with_calculator(turns: list[tuple[str, str]]) -> list[tuple[str, str]] | None:
+    """<python> calls as <calculator> calls; None where one of them is no single expression.
+
+    The calculator must come to the number that python printed.
+    """
+    turns = list(turns)
+    for i, (author, text) in enumerate(turns):
+        code = PYTHON.search(text) if author == "policy" else None
+        if code is None:
+            continue
+        expression = re.sub(r"^print\((.*)\)$", r"\1", code[1].strip())
+        printed = turns[i + 1][1].strip() if i + 1 < len(turns) else None
+        try:
+            value = calculate(expression)
+        except ToolError:
+            return None
+        if printed is None or as_number(value) is None or as_number(value) != as_number(printed):
+            return None
+        turns[i] = ("policy", f"{text[: code.start()]}<calculator>{expression}</calculator>")
+        turns[i + 1] = ("tool", value)
+    return turns
 
 
 def demonstration_row(policy: Policy, demonstration: Demonstration) -> Row:

@@ -79,21 +79,19 @@ def test_the_plan_keeps_the_goals(shape, group, tokens, gib):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("memory_gb", [None, 0.2])
-def test_the_predicted_peak_is_near_the_measured_one(memory_gb, monkeypatch):
-    """A vocabulary of some size, so that every part counts. The CPU computes in float32."""
+def test_the_predicted_peak_is_near_the_measured_one(monkeypatch):
+    """A vocabulary of real size, so that every part counts. The CPU computes in float32."""
     shape = plan.model_config("qwen3-0.6b")
     shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers = 128, 384, 4
     shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim = 4, 2, 32
-    shape.vocab_size = 16_000
+    shape.vocab_size = 100_000
     monkeypatch.setattr(plan, "model_config", lambda name: shape)
-    monkeypatch.setattr(gpu, "REPEATS", 1)
-    settings = {"group_size": 4, "max_total_tokens": 400, "memory_gb": memory_gb}
+    for name in ("REPEATS", "TURNS"):
+        monkeypatch.setattr(gpu, name, 1)
+    settings = {"group_size": 4, "max_total_tokens": 400}
     figures = gpu.measured("a shape", settings, Config(entropy_tokens=8))
-    assert figures["plan GiB"] / figures["peak GiB"] == pytest.approx(1, abs=0.2)
+    assert figures["plan GiB"] / figures["peak GiB"] == pytest.approx(1, abs=0.15)
     assert figures["seconds"] > 0 and figures["written/s"] > 0 and figures["trained/s"] > 0
-    if memory_gb:
-        assert figures["peak GiB"] <= memory_gb
 
 
 # ---- a forced policy ----------------------------------------------------------------------
@@ -112,7 +110,7 @@ def test_a_forced_rollout_has_the_turns_and_tokens_it_was_asked_for(forced):
         assert leaf.depth() == SMALL.max_total_tokens and leaf.stop == "answer"
     assert len({segment for leaf in leaves for segment in leaf.path()}) < 6 * len(leaves)  # forks
     assert all(reward.well_formed for reward in rewards)
-    assert {reward.total for reward in rewards} == {0.0, 1.0}  # the last digit is left to chance
+    assert {reward.total for reward in rewards} == {0.0, 1.0}  # only the last digit differs
 
 
 def test_steps_change_nothing_and_their_tokens_are_counted(forced):

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from advantage import answer_accuracy
 from app.config import Config
 from arpo_mini import make_tools
 from data import make_world
+from engine.judge import judge_answer
 from tools import ToolCall, run_calls
 
 DATA = Path(__file__).parent.parent / "data"
@@ -55,7 +55,7 @@ def test_every_problem_is_solved_by_its_steps_with_the_real_tools():
             assert result.ok
             assert all(part in result.text for part in step.found.split(" and "))
         assert steps[-1].found == problem.answer
-        assert answer_accuracy(problem.answer, [problem.answer]) == 1
+        assert judge_answer(problem.answer, [problem.answer]) == 1
         calls[problem.domain, len(steps)] += 1
         used = {step.tool for step in steps}
         expected = {"math": {"calculator"}, "knowledge": {"search"}}.get(problem.domain)

@@ -2,23 +2,27 @@
 
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-from arpo_mini import Rollout, score
-from arpo_mini import main as arpo
-from data.formats import load_questions
-from engine.memory import Chunks
-from engine.model import load_policy
-from engine.packing import make_batch
+from app import cli
+from app.config import Config
+from arpo_mini import load_agent, make_tools
+from arpo_mini import train as arpo_train
+from data.demonstrator import demonstrations_of_the_world
+from data.formats import Demonstration, load_questions
+from engine.memory import Limits
 from lab import sft
 from lab.coldstart import build_model
-from lab.sft import Settings, from_file, from_mini_world, main, with_calculator
+from lab.sft import from_file, main, with_calculator
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "data" / "tiny-qwen3")
@@ -27,34 +31,64 @@ SHAREGPT = str(ROOT / "tests" / "fixtures" / "sharegpt.jsonl")
 
 @pytest.fixture(scope="module")
 def demonstrations(tools):
-    return from_mini_world(6, tools, seed=0)
+    return demonstrations_of_the_world(6, tools, seed=0, hesitation=0.0)
+
+
+@pytest.fixture(scope="module")
+def rows(policy, demonstrations):
+    return [sft.demonstration_row(policy, demonstration) for demonstration in demonstrations]
 
 
 # ---- what a demonstration becomes ---------------------------------------------------------
 
 
 def test_demonstrations_of_the_mini_world_are_right_and_spelled_like_rollouts(
-    demonstrations, policy, config, tools
+    demonstrations, rows, policy, config
 ):
-    """A row is what a rollout would have made: same tokens, same authors, reward 1 or more."""
+    """A row is what a rollout would have made: same tokens, same authors, an end of turn."""
     assert len({d.question for d in demonstrations}) == 6
-    test = {q.text for q in load_questions(config.eval_path)}
-    for demonstration in demonstrations:
+    test = {question.text for question in load_questions(config.eval_path)}
+    for demonstration, row in zip(demonstrations, rows, strict=True):
         assert demonstration.question not in test
-        row = sft.demonstration_row(policy, demonstration)
         prompt = policy.prompt(demonstration.question)
         text = "".join(text for _, text in demonstration.turns)
         assert row.input_ids[: len(prompt)] == prompt
         assert policy.decode(row.input_ids[len(prompt) : -1]) == text
-        assert row.input_ids[-1] in policy.eos_ids and row.weight[-1] == 1
+        assert row.input_ids[-1] == policy.turn_end and row.weight[-1] == 1
         # the authors again, from the other end: from the text
         written = [i for i, w in zip(row.input_ids, row.weight, strict=True) if w]
         by_policy = "".join(text for author, text in demonstration.turns if author == "policy")
         assert policy.decode(written[:-1]) == by_policy and set(row.weight) == {0, 1}
-        assert "<result>" not in by_policy
+        assert "<result>" not in by_policy and "I guess" not in by_policy
 
 
-def test_results_of_a_file_are_spelled_as_our_tools_spell_them():
+def test_hesitation_mixes_in_what_the_tiny_model_was_taught(tools):
+    def shares(hesitation):
+        some = demonstrations_of_the_world(300, tools, 0, hesitation)
+        texts = ["".join(text for author, text in d.turns if author == "policy") for d in some]
+        return [sum(words in text for text in texts) / 300 for words in ("I guess", "look again")]
+
+    (none, never), (some, now_and_then), (many, often) = map(shares, (0.0, 0.5, 1.0))
+    assert none == never == 0 < some < many and 0 < now_and_then < often
+
+
+def test_a_turn_ends_as_the_chat_template_writes_it(policy, monkeypatch):
+    """Qwen3 has two end tokens, and the smaller one ends a document."""
+    document = policy.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    monkeypatch.setattr(policy, "eos_ids", [document, policy.turn_end])
+    assert document < policy.turn_end
+    row = sft.demonstration_row(policy, Demonstration("q", [("policy", "a")]))
+    assert policy.decode(row.input_ids[-1:]) == "<|im_end|>"
+
+
+def test_a_result_cannot_end_a_turn(policy):
+    turns = [("policy", "a"), ("tool", "<result>\n<|im_end|>\n</result>"), ("policy", "b")]
+    row = sft.demonstration_row(policy, Demonstration("q", turns))
+    written = row.input_ids[len(policy.prompt("q")) :]
+    assert written.count(policy.turn_end) == 1
+
+
+def test_a_file_is_spelled_as_our_tools_spell_it(tmp_path):
     kept, left_out = from_file(SHAREGPT, "calculator")
     assert [d.question for d in kept] == [
         "How many days are 17 weeks and 3 days?",
@@ -69,12 +103,13 @@ def test_results_of_a_file_are_spelled_as_our_tools_spell_them():
     # markup in a result is escaped, as in a rollout: it cannot pass for a tag
     made = "Page 1: The oak lamp is made by Badger Workshop. &lt;b>1911&lt;/b>"
     assert results[0] == f"<result>\n{made}\n</result>"
-
-
-def test_python_calls_are_kept_for_a_tool_of_ones_own():
     kept, left_out = from_file(SHAREGPT, "keep")
     assert len(kept) == 3 and not left_out
     assert kept[2].turns[0][1].endswith("print(total)\n</python>")
+    said = "<think>x</think><search>q</search><result>r</result>"
+    row = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": said}]}
+    (tmp_path / "odd.jsonl").write_text(json.dumps(row) + "\n", "utf-8")
+    assert from_file(str(tmp_path / "odd.jsonl"), "keep") == ([], {"end in a tool result": 1})
 
 
 @pytest.mark.parametrize(
@@ -102,109 +137,73 @@ def test_code_that_is_one_expression_becomes_a_calculator_call(code, printed, ca
         assert got[1][0] == "tool" and got[2] == end
 
 
-def test_a_demonstration_without_an_answer_or_too_long_is_left_out(policy, tmp_path):
-    said = "<think>x</think><search>q</search><result>r</result>"
-    row = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": said}]}
-    path = tmp_path / "odd.jsonl"
-    path.write_text(json.dumps(row) + "\n", "utf-8")
-    assert from_file(str(path), "keep") == ([], {"end in a tool result": 1})
-    kept, _ = from_file(SHAREGPT, "keep")
-    lengths = sorted(len(sft.demonstration_row(policy, d)) for d in kept)
-    rows, long = sft.make_rows(policy, kept, limit=lengths[1])
-    assert sorted(map(len, rows)) == lengths[:2] and long == 1
-
-
 # ---- what is trained ----------------------------------------------------------------------
 
 
 def labelled_loss(policy, demonstrations):
     """The textbook way: all logits, labels of -100 where somebody else wrote."""
-    rows = []
-    for d in demonstrations:
+    losses, counted = [], 0
+    for d in demonstrations:  # one at a time: no padding
         ids = policy.prompt(d.question)
         labels = [-100] * len(ids)
-        for author, text in d.turns:
-            piece = policy.encode(text)
+        for author, text in [*d.turns, ("policy", "<|im_end|>")]:
+            piece = policy.tokenizer.encode(text, add_special_tokens=False)
             ids = ids + piece
             labels += piece if author == "policy" else [-100] * len(piece)
-        rows.append((ids + policy.eos_ids[:1], labels + policy.eos_ids[:1]))
-    losses = []
-    for ids, labels in rows:  # one at a time: no padding
         logits = policy.lm(input_ids=torch.tensor([ids])).logits[0, :-1]  # (T-1, V)
-        labels = torch.tensor(labels[1:])
-        losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
-    counted = sum(label != -100 for _, labels in rows for label in labels)
+        target = torch.tensor(labels[1:])
+        losses.append(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
+        counted += sum(label != -100 for label in labels)
     return sum(losses) / counted
 
 
-def gradients(policy):
-    return [p.grad.clone() for p in policy.model.parameters() if p.requires_grad]
-
-
-def test_only_what_the_policy_wrote_has_a_gradient(policy, demonstrations):
+def test_only_what_the_policy_wrote_has_a_gradient(policy, demonstrations, rows, monkeypatch):
     """Loss and gradient equal those of masked labels, however the rows are split."""
-    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    monkeypatch.setattr(sft, "MAX_GRAD_NORM", 1e9)
     policy.model.zero_grad()
     expected = labelled_loss(policy, demonstrations)
     expected.backward()
-    wanted = gradients(policy)
+    wanted = [p.grad.clone() for p in policy.parameters]
     assert max(g.abs().max() for g in wanted) > 1e-4
-    rows, _ = sft.make_rows(policy, demonstrations, limit=4096)
-    for tokens in (10_000, 150):
-        settings = Settings(model_name="x", micro_batch_tokens=tokens, max_grad_norm=1e9)
-        optimizer = torch.optim.SGD(trained, lr=0.0)
-        loss = sft.update(policy, optimizer, rows, settings)
-        assert loss == pytest.approx(expected.item(), rel=1e-5)
-        for got, want in zip(gradients(policy), wanted, strict=True):
-            torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-4)
+    head, scored = policy.lm.get_output_embeddings(), []
+    hook = head.register_forward_hook(lambda module, args, out: scored.append(out.shape[0]))
+    with hook:
+        for tokens in (10_000, 150):
+            optimizer = torch.optim.SGD(policy.parameters, lr=0.0)
+            loss = sft.update(policy, optimizer, rows, Config(micro_batch_tokens=tokens))
+            assert loss == pytest.approx(expected.item(), rel=1e-5)
+            for got, want in zip(policy.parameters, wanted, strict=True):
+                torch.testing.assert_close(got.grad, want, atol=1e-6, rtol=1e-4)
+    # no logits are made for prompts and results: two updates, forward and again backward
+    assert sum(scored) == 4 * sum(sum(row.weight) for row in rows)
     policy.model.zero_grad()
 
 
-def test_a_step_that_runs_out_of_memory_is_made_in_smaller_parts(
-    policy, demonstrations, monkeypatch
-):
-    rows, _ = sft.make_rows(policy, demonstrations, limit=4096)
-    trained = [p for p in policy.model.parameters() if p.requires_grad]
-    config = Settings(model_name="x", max_grad_norm=1e9).of_policy()
-    monkeypatch.setattr(policy, "chunks", Chunks())
-    whole = sft.fitting_update(policy, torch.optim.SGD(trained, lr=0.0), rows, config)
+def test_as_much_at_once_as_fits_the_memory(policy, rows, monkeypatch):
+    """By --memory_gb, and in halves where that was too much; the step stays the same."""
+    monkeypatch.setattr(policy, "limits", Limits())
     real, sizes = sft.token_logprobs, []
 
-    def small(policy, batch, temperature):
-        sizes.append(batch.input_ids.numel())
-        if sizes[-1] > 300:
-            raise torch.OutOfMemoryError("no memory")
-        return real(policy, batch, temperature)
+    def updated(fails_above=1e9):
+        def small(policy, batch, temperature):
+            sizes.append(batch.input_ids.numel())
+            policy.limits.in_use = "micro_batch_tokens", sizes[-1]
+            if sizes[-1] > fails_above:
+                raise torch.OutOfMemoryError("no memory")
+            return real(policy, batch, temperature)
 
-    monkeypatch.setattr(sft, "token_logprobs", small)
-    parts = sft.fitting_update(policy, torch.optim.SGD(trained, lr=0.0), rows, config)
-    assert parts == pytest.approx(whole, rel=1e-5) and max(sizes) > 300 >= sizes[-1]
+        sizes.clear()
+        monkeypatch.setattr(sft, "token_logprobs", small)
+        optimizer = torch.optim.SGD(policy.parameters, lr=0.0)
+        return sft.fitting_update(policy, optimizer, rows, Config())
+
+    whole = updated()
+    assert len(sizes) == 1
+    assert updated(fails_above=300) == pytest.approx(whole, rel=1e-5)
+    assert sizes[0] > 300 >= sizes[-1] and sum(sizes[-3:]) >= 300
+    monkeypatch.setattr(policy, "limits", Limits(micro_batch_tokens=200))  # what --memory_gb made
+    assert updated() == pytest.approx(whole, rel=1e-5) and max(sizes) <= 200
     policy.model.zero_grad()
-
-
-def test_a_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch, capsys):
-    def broken(policy, batch, temperature):
-        return torch.full(batch.weight.shape, float("nan"))
-
-    monkeypatch.setattr(sft, "token_logprobs", broken)
-    few = ["--demonstrations", "3", "--output_dir", str(tmp_path / "run")]
-    assert main(["--model_name", TINY, *few]) == 1
-    assert "the loss is nan" in capsys.readouterr().err
-    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
-
-
-def test_no_logits_are_made_for_prompts_and_results(policy, demonstrations):
-    """The head scores exactly the policy's tokens: the others cannot have a gradient."""
-    rows, _ = sft.make_rows(policy, demonstrations, limit=4096)
-    batch = make_batch(rows, policy.pad_id, policy.device)
-    scored = []
-    head = policy.lm.get_output_embeddings()
-    hook = head.register_forward_hook(lambda module, args, out: scored.append(out.shape[0]))
-    with torch.no_grad():
-        logp = sft.token_logprobs(policy, batch, 1.0)
-    hook.remove()
-    assert sum(scored) == sum(sum(row.weight) for row in rows)
-    assert (logp[batch.weight == 0] == 0).all() and logp.sum() < 0
 
 
 # ---- the command line ---------------------------------------------------------------------
@@ -219,6 +218,8 @@ def test_no_logits_are_made_for_prompts_and_results(policy, demonstrations):
         (["--model_name", TINY, "--adapter", "no/such/adapter"], ["no/such/adapter"]),
         (["--model_name", TINY, "--python_calls", "run"], ["run", "calculator, keep"]),
         (["--model_name", TINY, "--epochs", "0"], ["--epochs 0.0", "above 0"]),
+        (["--model_name", TINY, "--hesitation", "2"], ["--hesitation 2.0", "at most 1"]),
+        (["--model_name", TINY, "--hesitation", "1", "--data", "x"], ["--hesitation", "--data x"]),
         (["--model_name", TINY, "--group_size", "4"], ["--group_size", "--learning_rate"]),
         (
             ["--model_name", TINY, "--data", SHAREGPT, "--max_total_tokens", "9"],
@@ -226,98 +227,86 @@ def test_no_logits_are_made_for_prompts_and_results(policy, demonstrations):
         ),
         (
             ["--model_name", TINY, "--data", str(ROOT / "data" / "test.jsonl")],
-            ["test.jsonl, line 1", "'conversations' is missing"],
+            ["test.jsonl", "holds no demonstrations"],
         ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(args, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(args) == 2
-    out, error = capsys.readouterr()
-    assert out == "" and "Traceback" not in error and len(error.strip().splitlines()) == 1
-    assert all(word in error for word in words)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(word in error for word in words)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_keeps_the_adapter(tmp_path, monkeypatch, capsys):
-    real, steps = sft.update, []
+@pytest.mark.parametrize(("stop", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("nan", 1)])
+def test_whatever_ends_it_the_adapter_made_so_far_is_kept(
+    stop, code, policy, tmp_path, monkeypatch, capsys
+):
+    def stopped(policy, optimizer, rows, config):
+        if policy.lm.training is None:
+            raise FloatingPointError("the loss is nan")
+        monkeypatch.setattr(policy.lm, "training", None)
+        if stop != "nan":
+            os.kill(os.getpid(), getattr(signal, stop))
+            time.sleep(1)
+        return 1.0
 
-    def interrupted(*args):
-        if steps:
-            raise KeyboardInterrupt
-        steps.append(1)
-        return real(*args)
-
-    monkeypatch.setattr(sft, "update", interrupted)
-    few = "--demonstrations 6 --demonstrations_per_step 2".split()
-    assert main(["--model_name", TINY, "--output_dir", str(tmp_path / "run"), *few]) == 130
-    assert "stopped" in capsys.readouterr().out
+    monkeypatch.setattr(sft, "load_policy", lambda *_, **__: policy)
+    monkeypatch.setattr(sft, "fitting_update", stopped)
+    few = "--demonstrations 6 --demonstrations_per_step 2 --output_dir".split()
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert main(["--model_name", TINY, *few, str(tmp_path / "run")]) == code
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    out, error = capsys.readouterr()
+    assert "the adapter is in" in out and ("the loss is nan" if code == 1 else "stopped") in error
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == (code == 1)
 
 
-@pytest.fixture(scope="module")
-def random_model(tmp_path_factory):
-    """A tiny Qwen3 that has learnt nothing, with the tokenizer of the one that has."""
-    folder = str(tmp_path_factory.mktemp("random"))
+# ---- from the first step to the last ------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_from_a_random_model_to_an_evaluated_adapter(tmp_path, capsys):
+    """Cold start, ARPO, evaluation: each command goes on from the one before; and what was
+    demonstrated is said: one demonstration, read until it is known by heart, comes back."""
+    model = str(tmp_path / "random")
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     torch.manual_seed(0)
-    model = build_model(tokenizer)
+    lm = build_model(tokenizer)
     # At a fresh model's size of embeddings (tied, and frozen here) no logit gets beyond 2.6.
-    model.get_input_embeddings().weight.data *= 10
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.slow
-def test_from_a_random_model_to_an_evaluated_adapter(random_model, tmp_path, capsys):
-    """Cold start, ARPO, evaluation: the three commands, and each goes on from the one before."""
-    few = "--epochs 3 --demonstrations 120 --demonstrations_per_step 8 --learning_rate 0.01"
-    command = [sys.executable, "-m", "lab.coldstart", "--model_name", random_model, *few.split()]
-    command += ["--output_dir", str(tmp_path / "cold")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert "the adapter is in" in done.stdout
-    log = (tmp_path / "cold" / "metrics.jsonl").read_text().splitlines()
-    losses = [json.loads(line)["loss"] for line in log]
-    assert len(losses) == 45 and losses[0] > 6
-    assert sum(losses[-5:]) / 5 < 0.5 * losses[0]
-
-    adapter = str(tmp_path / "cold" / "adapter")
-    model = ["--model_name", random_model]
-    short = "--steps 1 --questions_per_step 1 --group_size 2 --eval_every 0".split()
-    test = ["--eval_path", str(ROOT / "tests" / "fixtures" / "plain.jsonl")]
-    folder = str(tmp_path / "run")
-    assert arpo(["train", *model, "--adapter", adapter, *short, *test, "--output_dir", folder]) == 0
-    figures = tmp_path / "figures.json"
-    trained = str(tmp_path / "run" / "adapter")
-    assert arpo(["eval", *model, "--adapter", trained, *test, "--json", str(figures)]) == 0
-    assert json.loads(figures.read_text())["greedy"]["questions"] == 3
-    capsys.readouterr()
-
-
-@pytest.mark.slow
-def test_what_was_demonstrated_is_said(random_model, tmp_path, capsys):
-    """One demonstration, read until it is known by heart, comes back as a trajectory."""
-    data = tmp_path / "one.jsonl"
+    lm.get_input_embeddings().weight.data *= 10
+    lm.save_pretrained(model), tokenizer.save_pretrained(model)
+    data, folder = tmp_path / "one.jsonl", tmp_path / "cold"
     data.write_text(Path(SHAREGPT).read_text(encoding="utf-8").splitlines()[0], encoding="utf-8")
-    many = "--epochs 150 --learning_rate 0.01 --load_in_4bit false".split()
-    args = ["--model_name", random_model, "--data", str(data), *many]
-    assert main([*args, "--output_dir", str(tmp_path / "cold")]) == 0
-    settings = Settings(
-        model_name=random_model, adapter=str(tmp_path / "cold" / "adapter"), load_in_4bit=False
-    )
-    config = dataclasses.replace(
-        settings.of_policy(),
-        temperature=0.0,
-        group_size=1,
-        initial_rollouts=1,
-        max_total_tokens=400,
-    )
-    tools = sft.make_tools(config)
-    policy = load_policy(config, tools, trainable=False)
-    (question,) = load_questions(str(data))
-    ((leaf,),) = Rollout(policy, config, tools, sft.Random(0)).run([question])
-    assert score(policy, leaf, question, config, tools).total == 1.0
+    flags = ["--model_name", model, "--data", str(data), "--output_dir", str(folder)]
+    command = [sys.executable, "-m", "lab.coldstart", *flags]
+    command += "--epochs 150 --learning_rate 0.01 --load_in_4bit false".split()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "the adapter is in" in done.stdout, done.stderr
+    log = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").open(encoding="utf-8")]
+    assert len(log) == 150 and log[0] > 5 and log[-1] < 0.05
+
+    adapter = str(folder / "adapter")
+    one = Config(model_name=model, adapter=adapter, load_in_4bit=False, temperature=0.0)
+    one = dataclasses.replace(one, group_size=1)
+    _, ((reward,),) = load_agent(one, make_tools(one)).roll_out(load_questions(str(data)), one, 0)
+    assert reward.total == 1.0
+
+    short = "--steps 1 --questions_per_step 1 --group_size 2 --eval_every 0".split()
+    shared = [
+        "--model_name",
+        model,
+        "--eval_path",
+        str(ROOT / "tests" / "fixtures" / "plain.jsonl"),
+    ]
+    run, figures = str(tmp_path / "run"), tmp_path / "figures.json"
+
+    def arpo(*args):
+        return cli.main([*args, *shared], arpo_train, load_agent)
+
+    assert arpo("train", "--adapter", adapter, *short, "--output_dir", run) == 0
+    assert arpo("eval", "--adapter", f"{run}/adapter", "--json", str(figures)) == 0
+    assert json.loads(figures.read_text())["greedy"]["questions"] == 3
     capsys.readouterr()

@@ -23,21 +23,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 import tools as toolbox
 from advantage import reward
 from app.config import Config
+from arpo_mini import load_agent
 from course import one_page
 from data.files import UserError
-from data.formats import Question
+from data.formats import Question, load_questions
 from engine.judge import judge_answer
 from engine.memory import GIB
 
 from . import job as jobs
-from .job import Job, Size, clock, counted, force, made_on, mini_world
+from .job import Job, Size, clock, counted, force, made_on
 
 # ---- plain --------------------------------------------------------------------------------
 
 
 def plain(config: Config, own) -> dict:
     """Medians of steps taken in turn, after a first one of each that is watched for its memory."""
-    job = mini_world(config)
+    job = Job(load_agent(config, trainable=True), load_questions(config.dataset_path))
     policy, tools = job.agent.policy, job.agent.tools
 
     def on_one_page(number: int) -> dict:
@@ -107,7 +108,7 @@ def our_job(config: Config, forced: bool, described: bool) -> Job:
     if forced:  # it forks at every second call, like the policy does on the mini-world
         half = {"branch_rule": "random", "branch_probability": 0.5}
         config = dataclasses.replace(config, **half)
-    job = mini_world(config)
+    job = Job(load_agent(config, trainable=True), load_questions(config.dataset_path))
     policy = job.agent.policy
     if described:
         policy.tokenizer.chat_template = TURNS  # the model's own drops a system message

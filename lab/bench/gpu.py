@@ -22,6 +22,7 @@ from . import plan
 from .job import Size, clock, counted, forced, made_on, peak_bytes
 
 FIGURES = "seconds seconds_rollout seconds_update generated_tokens train_tokens".split()
+TURNS, SEGMENT = 3, 64  # of a trajectory
 REPEATS = 2  # timed steps, after one that is watched for its peak
 SHAPES = ("qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-0.6b")
 # shape, trajectories, tokens of each, GiB that the run must stay within
@@ -30,17 +31,16 @@ GOALS = [("qwen3-1.7b", 16, 1024, 6), ("qwen3-4b", 8, 1024, 8), ("qwen3-8b", 8, 
 
 def cases() -> dict[str, tuple[str, dict]]:
     """Name -> shape and settings: the goals, the presets, then 4-bit beside bfloat16."""
-    presets = [PRESETS[card] for card in plan.CARDS]
-    sizes = [(p["group_size"], p["max_total_tokens"], p["memory_gb"]) for p in presets]
+    names = ("group_size", "max_total_tokens", "memory_gb", "load_in_4bit")
     wanted = [(*goal, True) for goal in GOALS]
-    wanted += [(shape, *size, True) for size in sizes for shape in SHAPES]
+    for preset in (PRESETS[card] for card in plan.CARDS):
+        wanted += [(shape, *(preset[k] for k in names[:3]), True) for shape in SHAPES]
     wanted += [(shape, 8, 1024, None, four) for shape in SHAPES for four in (True, False)]
     found = {}
     for shape, group, tokens, gib, four in wanted:
-        within = f", within {gib:g} GiB" if gib else ""
-        name = f"{shape} {'4-bit' if four else 'bf16'}, {group} paths of {tokens} tokens{within}"
-        settings = {"group_size": group, "max_total_tokens": tokens, "memory_gb": gib}
-        found[name] = (shape, settings | {"load_in_4bit": four})
+        name = f"{shape} {'4-bit' if four else 'bf16'}, {group} paths of {tokens} tokens"
+        name += f", within {gib:g} GiB" if gib else ""
+        found[name] = (shape, dict(zip(names, (group, tokens, gib, four), strict=True)))
     return found
 
 
@@ -49,9 +49,9 @@ def measure(name: str, settings: dict, config: Config) -> dict:
     few = {"initial_rollouts": 2, "questions_per_step": 1}
     config = dataclasses.replace(config, **few, **settings)
     shape, steps = plan.model_config(name), []
-    # three results, and a prompt of about that length
-    size = Size(turns=3, segment=64, result=config.max_total_tokens // 4 - 64)
-    job = forced(config, size, shape)
+    # the results, and a prompt of about their length
+    result = config.max_total_tokens // (TURNS + 1) - SEGMENT
+    job = forced(config, Size(TURNS, SEGMENT, result), shape)
     policy = job.agent.policy
     held = torch.cuda.memory_allocated() if torch.cuda.is_available() else weight_bytes(policy.lm)
     with counted(policy) as seen:

@@ -1,8 +1,8 @@
 """What is timed: real training steps; and the instruments that watch them.
 
 A forced policy says what a script holds, whatever its weights, so that runs are comparable: every
-trajectory has the same turns and tokens. Only the last digit of its answer is left to chance, and
-so are the rewards of a group: else there would be nothing to train.
+trajectory has the same turns and tokens. Only the last digit of its answer differs from one to the
+next, and so do the rewards of a group: else there would be nothing to train.
 """
 
 import dataclasses
@@ -23,18 +23,15 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from app.config import DATA, Config
 from app.records import questions_of_step
-from arpo_mini import Agent, load_agent, safe_step
-from data.formats import Question, load_questions
+from arpo_mini import Agent, safe_step
+from data.formats import Question
 from engine.model import Policy, load_policy
 from tools import Tool, ToolResult, result_text
 
 
 @dataclass
 class Job:
-    """A policy and its tools with an optimizer, and what they are asked.
-
-    Its steps cost what they cost, but change nothing: every one of them meets the same policy.
-    """
+    """What an agent is asked. It learns at a rate of 0: every step meets the same policy."""
 
     agent: Agent
     questions: list[Question]
@@ -52,11 +49,6 @@ class Job:
         return safe_step(self.agent, self.optimizer, asked, config, number)[0]
 
 
-def mini_world(config: Config) -> Job:
-    """What `train` asks with this configuration."""
-    return Job(load_agent(config, trainable=True), load_questions(config.dataset_path))
-
-
 # ---- a forced policy ----------------------------------------------------------------------
 
 
@@ -69,10 +61,7 @@ class Size(NamedTuple):
 
 
 def forced(config: Config, size: Size, shape: PretrainedConfig) -> Job:
-    """Trajectories of `max_total_tokens`; any weights of a `shape`, the tiny model's tokenizer.
-
-    A tree forks at every tool result while slots are left.
-    """
+    """Trajectories of `max_total_tokens`, forks wherever there can be one; any model of a shape."""
     rule = {"branch_rule": "random", "branch_probability": 1.0, "max_tool_calls": size.turns}
     model = {"model_name": str(DATA / "tiny-qwen3"), "max_segment_tokens": size.segment}
     config = dataclasses.replace(config, **rule, **model)
@@ -88,10 +77,7 @@ def forced(config: Config, size: Size, shape: PretrainedConfig) -> Job:
 
 @contextmanager
 def any_weights(shape: PretrainedConfig) -> Iterator[None]:
-    """Within it `load_policy` gets a model of this shape, its weights all the same small number.
-
-    They take memory only as they are loaded, one after the other, quantised where that is asked.
-    """
+    """Within it `load_policy` loads a model of this shape: weights that are all the same number."""
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(shape)
     weights = {k: torch.tensor(0.01).expand(v.shape) for k, v in empty.state_dict().items()}
@@ -116,7 +102,7 @@ def search_of(policy: Policy, tokens: int) -> Tool:
 
 
 def script_of(policy: Policy, size: Size) -> list[tuple[int, int]]:
-    """After the prompt: two tokens to draw from, which are one but for the answer's digit."""
+    """What follows the prompt, for even and odd trajectories: the answer's digit differs."""
 
     def segment(end: str) -> list[int]:
         head, tail = policy.encode("<think>"), policy.encode(f"</think>{end}")
@@ -132,14 +118,18 @@ def script_of(policy: Policy, size: Size) -> list[tuple[int, int]]:
 def force(lm: PreTrainedModel, prompt: int, script: list[tuple[int, int]]) -> None:
     """From now on `generate` samples the script after the `prompt` tokens of every row."""
     said = torch.tensor(script, device=lm.device)  # (S, 2)
+    last, answered = (said[:, 0] != said[:, 1]).nonzero().item(), 0
     original = lm.forward
 
     @functools.wraps(original)
     def forward(*args, position_ids=None, **kwargs):
+        nonlocal answered
         out = original(*args, position_ids=position_ids, **kwargs)
         if not torch.is_grad_enabled():
             at = (position_ids[:, -1] + 1 - prompt).clamp(0, len(said) - 1)  # (R)
-            out.logits[:, -1].scatter_(1, said[at], 1e4)
+            odd = (torch.arange(len(at), device=at.device) + answered) % 2  # (R)
+            out.logits[:, -1].scatter_(1, said[at, odd][:, None], 1e4)
+            answered += (at == last).sum().item()
         return out
 
     lm.forward = forward

@@ -7,8 +7,8 @@ tokens one backward pass takes. In bytes, where b is 2 (bfloat16) and r the rank
               b), b for embedding, head and norms; a tied head is no second copy
     adapter   16 r (in + out) of every linear layer: float32 weight, gradient, two moments of AdamW
     rollout   memory.path_bytes of every path, and the scores that one call of `generate` returns
-    update    memory.kept_bytes and passing_bytes of every token, b T T for the mask of a tree of T
-              tokens, and the logits of one chunk
+    update    memory.kept_bytes of every token, b T T for the mask of a tree of T tokens, and the
+              larger of memory.passing_bytes of every token and the logits of one chunk
     peak      weights + adapter + max(rollout, update)
 """
 
@@ -78,12 +78,13 @@ def predict(
 ) -> dict[str, float]:
     """GiB by part: `rows` paths side by side, `tokens` a backward pass, b bytes a number."""
     V = shape.vocab_size
-    each = memory.kept_bytes(shape, b, recompute) + memory.passing_bytes(shape, b, recompute)
+    passing = tokens * memory.passing_bytes(shape, b, recompute)
     logits = memory.LOGITS * 4 * V * min(tokens, max(1, memory.HEAD_BYTES // (4 * V)))
     fixed = counts.weight_bytes(config.load_in_4bit, b), 16 * counts.adapter(config.lora_rank)
     scores = min(memory.SCORES_BYTES, STEPS * 4 * rows * V)  # of one call of `generate`
     rollout = rows * memory.path_bytes(shape, b, config.max_total_tokens) + scores
-    update = tokens * each + b * tokens**2 + logits
+    kept = tokens * memory.kept_bytes(shape, b, recompute) + b * tokens**2
+    update = kept + max(logits, passing)  # the head is done when the layers pass back
     peak = sum(fixed) + max(rollout, update)
     names = [f"{part} GiB" for part in ("weights", "adapter", "rollout", "update", "peak")]
     return dict(zip(names, (x / GIB for x in (*fixed, rollout, update, peak)), strict=True))

@@ -1,6 +1,6 @@
 """Draws the tree of one question as an SVG: calls, results, H, gain, forks, rewards, advantages.
 
-    python -m lab.picture [--output docs/tree.svg] [--question TEXT] [--seed N]
+    python -m course.picture [--output docs/tree.svg] [--question TEXT] [--seed N]
 
 The text is plain SVG, readable on a projector; its colours follow the reader's light or dark mode.
 """
@@ -145,7 +145,7 @@ def draw(root: Turn, title: str) -> str:
 
 
 def main(args: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="lab.picture", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="course.picture", description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", default="docs/tree.svg", help="file to write")
     parser.add_argument("--question", help="one of the test questions (default: a knowledge one)")
     parser.add_argument("--seed", type=int, default=0)
