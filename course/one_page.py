@@ -74,7 +74,7 @@ def write(policy, nodes, config):
     paths = [node.path_tokens() for node in nodes]
     inputs = policy.tokenizer.pad({"input_ids": paths}, return_tensors="pt").to(policy.device)
     W = inputs["input_ids"].shape[1]  # (R, W)    a row for each node, padded on the left
-    rooms = [config.max_segment_tokens for path in paths]
+    rooms = [min(config.max_segment_tokens, config.max_total_tokens - len(path)) for path in paths]
 
     def complete(tokens, scores, **_):  # asked after each new token: which rows may stop?
         ended = [bool(policy.why_ended(row[W:])) for row in tokens.tolist()]

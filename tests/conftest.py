@@ -23,6 +23,7 @@ from arpo_mini import make_tools, open_writer, rollout
 from data.formats import Question, load_questions
 from engine.memory import Limits
 from engine.model import Policy, load_policy
+from engine.writer import Writer
 from tools import Tool, ToolResult
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, whose threads would only wait
@@ -34,8 +35,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")  # not in the repository
 quiet = {"database": None, "deadline": None, "suppress_health_check": list(HealthCheck)}
-settings.register_profile("same cases every time", derandomize=True, **quiet)
-settings.load_profile("same cases every time")
+settings.register_profile("the same cases every time", derandomize=True, **quiet)
+settings.load_profile("the same cases every time")
 
 
 def roll_out(policy, config, tools, questions, seed=0):
@@ -109,7 +110,7 @@ def lines_of(folder, name):
 # calls, answers and stops, and a rollout takes a tenth of a second.
 
 ENDS = {0: "eos", **dict.fromkeys(range(1, 9), "tool"), **dict.fromkeys(range(9, 12), "answer")}
-ECHO = {"echo": Tool("echo", lambda text: text, "anything")}
+ECHO = {"echo": Tool("echo", lambda text: {0: text}[int(text) % 2], "an even number")}
 
 
 class TinyPolicy(Policy):
@@ -117,7 +118,7 @@ class TinyPolicy(Policy):
         return [30 + ord(character) % 20 for character in question]
 
     def encode_result(self, result: ToolResult, most: int) -> list[int]:
-        n = int(result.text)
+        n = sum(map(ord, result.text))
         return [50 + (n + i) % 10 for i in range(1 + n % 4)]
 
     def why_ended(self, token_ids: list[int]) -> str | None:
@@ -160,6 +161,19 @@ def tiny_groups(tiny):
     return roll_out(tiny, eager, ECHO, TINY_QUESTIONS)
 
 
+@pytest.fixture
+def writing(monkeypatch):
+    """The drafts of the call of `generate` that is under way, in the order of its rows."""
+    now, batch = [], Writer.batch
+
+    def watched(self, drafts, steps):
+        now[:] = drafts
+        return batch(self, drafts, steps)
+
+    monkeypatch.setattr(Writer, "batch", watched)
+    return now
+
+
 @contextlib.contextmanager
 def kept(parameters):
     """Their values are afterwards what they were before."""
@@ -191,4 +205,4 @@ def random_trees(draw):
         else:
             leaves.append(policy)
     read = {segment for leaf in leaves for segment in leaf.path()}
-    return leaves + [Segment("policy", [7, 0], node) for node in nodes if node not in read]
+    return leaves + [Segment("policy", [7, 0], n) for n in nodes if n not in read or n is root]

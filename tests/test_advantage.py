@@ -1,5 +1,6 @@
 """Credit: the tree, the reward of a leaf, the advantage of a segment, the objective of a token."""
 
+import itertools
 import time
 
 import pytest
@@ -12,14 +13,11 @@ from advantage import (
     boxed,
     clipped_objective,
     group_advantages,
-    kl_k3,
     reward,
     segment_advantages,
     shared_by,
 )
 from engine.official import official_reward
-
-# ---- the tree -----------------------------------------------------------------------------
 
 
 def test_a_path_runs_from_the_root_to_the_leaf():
@@ -30,20 +28,9 @@ def test_a_path_runs_from_the_root_to_the_leaf():
     assert leaf.path() == [root, call, result, leaf] and root.path() == [root]
     assert leaf.path_tokens() == [1, 2, 3, 4, 5, 6] and (leaf.depth(), root.depth()) == (6, 2)
     assert Segment("policy", [1]) != Segment("policy", [1])  # compared by identity
+    with pytest.raises(ValueError, match="'judge' is not one of prompt, policy, tool"):
+        Segment("judge", [])
 
-
-@settings(max_examples=20)
-@given(leaves=random_trees())
-def test_shared_by_holds_every_segment_of_every_path_parents_first(leaves):
-    below = shared_by(leaves)
-    assert set(below) == {segment for leaf in leaves for segment in leaf.path()}
-    for segment, indices in below.items():
-        assert indices == [i for i, leaf in enumerate(leaves) if segment in leaf.path()]
-    order = {segment: i for i, segment in enumerate(below)}
-    assert all(order[s.parent] < i for s, i in order.items() if s.parent)
-
-
-# ---- the reward ---------------------------------------------------------------------------
 
 CALL, ADD = "<think>find</think>\n<search>mill</search>", "<think>a</think><add>1+1</add>"
 ANSWER = "<think>done</think><answer>It is \\boxed{2}</answer>"
@@ -133,34 +120,16 @@ def test_the_last_box_up_to_the_brace_that_closes_it():
     assert [boxed(text) for text in texts] == ["a{b}c", "2", "", None, None]
 
 
-# ---- advantages ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("M", [1, 2, 7, 16])
-@pytest.mark.parametrize("value", [-1.0, 0.1, 2 / 3, 1.1])
-def test_equal_rewards_are_exactly_0(M, value):
+def test_equal_rewards_are_exactly_0():
     """The released code gives +-0.056 here: float32 noise divided by 1e-6."""
-    assert group_advantages([value] * M).tolist() == [0.0] * M
-    assert group_advantages(torch.full((M,), value)).tolist() == [0.0] * M
-    A = group_advantages([1.0, 0.0, 0.0, -1.0])  # mean 0, unbiased std sqrt(2 / 3)
-    assert A.tolist() == pytest.approx([1.5**0.5, 0.0, 0.0, -(1.5**0.5)], abs=1e-5)
-
-
-def ppo(ratio, A, low, high, dual_clip=None):
-    """Schulman et al. 2017, and the dual clip of Ye et al. 2020, as they are written there."""
-    objective = torch.minimum(ratio * A, ratio.clamp(1 - low, 1 + high) * A)
-    if dual_clip:
-        objective = torch.where(A < 0, torch.maximum(objective, dual_clip * A), objective)
-    return objective
+    for M, value in itertools.product((1, 2, 7, 16), (-1.0, 0.1, 2 / 3, 1.1)):
+        assert group_advantages([value] * M).tolist() == [0.0] * M
 
 
 @settings(max_examples=20)
 @given(leaves=random_trees())
-def test_soft_is_grpo_hard_is_the_mean_and_packed_the_sum_of_ppo(leaves):
-    """Computed once, with A_plus and A_minus, a token is worth what its copies are worth in all."""
-    generator = torch.Generator().manual_seed(len(leaves))
-    A = torch.randn(len(leaves), generator=generator)
-    ratio = torch.randn(40, generator=generator).mul(0.8).exp()
+def test_soft_is_grpo_and_hard_is_the_mean(leaves):
+    A = torch.randn(len(leaves), generator=torch.Generator().manual_seed(0))
     soft, hard, mix = (segment_advantages(leaves, A, weight) for weight in (0, 1, 0.3))
     below = {s: indices for s, indices in shared_by(leaves).items() if s.author == "policy"}
     assert list(soft) == list(hard) == list(mix) == list(below)
@@ -169,10 +138,6 @@ def test_soft_is_grpo_hard_is_the_mean_and_packed_the_sum_of_ppo(leaves):
         assert torch.equal(soft[segment], own)
         torch.testing.assert_close(hard[segment], own.mean().expand(len(indices)))
         torch.testing.assert_close(mix[segment], 0.7 * own + 0.3 * own.mean())
-        for clip in ((0.2, 0.28, None), (0.2, 0.28, 3.0), (0.0, 0.0, None)):
-            one_by_one = sum(ppo(ratio, A_i, *clip) for A_i in mix[segment])
-            sums = mix[segment].clamp(min=0).sum(), mix[segment].clamp(max=0).sum()
-            torch.testing.assert_close(clipped_objective(ratio, *sums, *clip), one_by_one)
 
 
 @pytest.mark.parametrize("log_ratio, acts", [(0.5, True), (-0.5, True), (0.1, False)])
@@ -201,13 +166,3 @@ def test_segment_advantages_say_what_is_wrong():
             segment_advantages(leaves, torch.zeros(2), weight)
     with pytest.raises(ValueError, match="99 advantages for 2 leaves"):
         segment_advantages(leaves, torch.zeros(99), 0.5)
-
-
-def test_kl_k3_is_unbiased_and_never_negative():
-    """Its mean over the policy's own words is the exact KL."""
-    p = torch.distributions.Categorical(logits=torch.tensor([0.3, -0.5, 1.0, 0.0]))
-    q = torch.distributions.Categorical(logits=torch.tensor([0.0, 0.4, 0.6, -1.0]))
-    k3 = kl_k3(p.logits, q.logits)
-    assert (k3 >= 0).all()
-    torch.testing.assert_close((p.probs * k3).sum(), torch.distributions.kl_divergence(p, q))
-    assert kl_k3(torch.tensor(-9.0), torch.tensor(0.0)).item() == 10

@@ -90,12 +90,12 @@ A and C for C, A;
 """
 UNEQUAL = r"""
 2+3 for 23; 10^5 for 105; 64=63 for 63; 2x+1=5 for 5; x>3 for x<3; x>3 for x≥3;
--\sqrt{2} for \sqrt{2}; 1.41421356 for \sqrt{2}; 3.14 for \pi; 10\pi cm for 10\pi km;
-10\pi over h for 10\pi; 6\cdot3 km for 18 cm; x^2-1 for x^2+1; x-1 for x 1; -x for x; a/b for ab;
-y=63 for x=63; (2,1) for (1,2); [1,2] for (1,2); \{1,2\} for (1,2); 1,2,3 for 1,2;
-x=1 for x=1 \text{ or } x=2; 3+2i for 3-2i; 5! for 5; U2 for 2U; C++ for C; B for A; A B for B;
-A, B for B; B. Paris for B; \frac{1}{2 for 0.5; 1/0 for \infty;
-\begin{pmatrix}1&2\\3&4\end{pmatrix} for \begin{pmatrix}1&2\\3&5\end{pmatrix}
+-\sqrt{2} for \sqrt{2}; 1.41421356 for \sqrt{2}; 3.14 for \pi; 2^{-70} for 2^{-71};
+e^{-50} for e^{-60}; 10\pi cm for 10\pi km; 10\pi over h for 10\pi; 6\cdot3 km for 18 cm;
+x^2-1 for x^2+1; x-1 for x 1; -x for x; a/b for ab; y=63 for x=63; (2,1) for (1,2);
+[1,2] for (1,2); \{1,2\} for (1,2); 1,2,3 for 1,2; x=1 for x=1 \text{ or } x=2; 3+2i for 3-2i;
+5! for 5; U2 for 2U; C++ for C; B for A; A B for B; A, B for B; B. Paris for B; \frac{1}{2 for 0.5;
+1/0 for \infty; \begin{pmatrix}1&2\\3&4\end{pmatrix} for \begin{pmatrix}1&2\\3&5\end{pmatrix}
 """
 
 

@@ -19,10 +19,7 @@ from arpo_mini import Agent, safe_step, update
 from data.files import UserError
 from engine.model import load_policy
 from engine.packing import NonFinite
-from engine.writer import Writer
 from tools import TAG, ToolResult, readable, result_text
-
-# ---- nan and inf --------------------------------------------------------------------------
 
 
 def step(policy, lr=1e-3):
@@ -33,13 +30,9 @@ def step(policy, lr=1e-3):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("words", ["a logit is", "a log-prob is nan"])
-def test_the_question_is_named_in_whose_rows_it_happened(restored, monkeypatch, value, words):
+def test_the_question_is_named_in_whose_rows_it_happened(restored, writing, value, words):
     """While it is rolled out, and while it is trained; the other question is all right."""
-    start, batch, writing = restored.prompt("abc"), Writer.batch, []
-
-    def watched(writer, drafts, steps):
-        writing[:] = drafts
-        return batch(writer, drafts, steps)
+    start = restored.prompt("abc")
 
     def spoil(module, args, kwargs, output):
         rows = [d.path_tokens() for d in writing] if output.past_key_values else kwargs["input_ids"]
@@ -48,7 +41,6 @@ def test_the_question_is_named_in_whose_rows_it_happened(restored, monkeypatch, 
                 if list(ids[: len(start)]) == start:
                     hidden[:] = value
 
-    monkeypatch.setattr(Writer, "batch", watched)
     handle = restored.lm.get_decoder().register_forward_hook(spoil, with_kwargs=True)
     with handle, pytest.raises(NonFinite) as error:
         step(restored)
@@ -74,8 +66,6 @@ def test_loss_and_gradient_are_looked_at_before_the_step(restored, tiny_groups, 
     assert all(map(torch.equal, before, restored.parameters))
 
 
-# ---- texts that a model reads -------------------------------------------------------------
-
 ODD = ["\x00", "\ud800", "\u202e", "\x1b[31m", "\u0301", "\U0001f468\u200d", "\uff1c/result\uff1e"]
 ODD += "<|im_end|> <|im_start|> <|endoftext|> </s> <|im_ < </ > </result> <think> \n".split(" ")
 texts = st.lists(st.sampled_from(ODD) | st.characters(), max_size=10).map("".join)
@@ -100,8 +90,6 @@ def test_text_from_outside_forges_nothing_and_is_read_as_it_was_written(policy, 
     kept = unescaped(read.removesuffix(" [cut]\n</result>"))
     assert kept == whole or (whole.startswith(kept) and kept != unescaped(read) and len(kept) > 9)
 
-
-# ---- folders ------------------------------------------------------------------------------
 
 # Classes of its own: loading marks the class it finds as one whose code comes with the model.
 CODE = """
@@ -135,14 +123,7 @@ def change_json(path, **values):
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-class Evil:
-    """Writes a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (self.path, "w")
+EVIL = "cbuiltins\nopen\n(V{}\nVw\ntR."  # a pickle that writes a file when it is read
 
 
 @pytest.mark.parametrize(
@@ -167,7 +148,7 @@ def test_a_folder_that_lies_is_refused_in_one_line_and_runs_nothing(folders, nam
             path.write_bytes(change)
         case str():  # a pickle in its place
             path.unlink()
-            torch.save({"x": Evil(str(folders / "ran"))}, path.with_name(change))
+            path.with_name(change).write_text(EVIL.format(folders / "ran"))
         case None:  # a weight is missing
             weights = load_file(path)
             del weights[next(key for key in sorted(weights) if "layers.0" in key)]

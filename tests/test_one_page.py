@@ -17,8 +17,7 @@ from engine.packing import make_batch, token_logprobs
 from entropy import RULES, Decision, normalised_entropy, token_entropy
 
 PAGE = Path(one_page.__file__)
-SHORT = {"max_segment_tokens": 32, "max_total_tokens": 80}
-ONE_CALL = {"max_tool_calls": 1}
+SHORT, ONE_CALL = {"max_total_tokens": 55}, {"max_tool_calls": 1}
 
 
 def segments_of(groups):
@@ -87,8 +86,9 @@ def test_a_whole_step_on_the_same_trees(policy, config, tools, questions, monkey
     assert (moved - right).norm() < 1e-4 * right.norm()
     calls = [s for s in segments_of(groups) if s.author == "tool"]
     rewards = [r for some in rewards for r in some]
-    forks = sum(s.decision.granted for s in calls)
-    assert (ours["tool_calls"], ours["forks"]) == (len(calls), forks)
+    assert ours["tool_calls"] == len(calls)
+    assert ours["forks"] == sum(s.decision.granted for s in calls)
+    assert ours["tokens"] == 3 * sum(s.depth() for s in segments_of(groups) if s.logp)
     assert ours["reward"] == pytest.approx(sum(r.total for r in rewards) / len(rewards))
     assert ours["accuracy"] == pytest.approx(sum(r.accuracy for r in rewards) / len(rewards))
 
@@ -154,8 +154,8 @@ def test_the_same_draws_grow_the_same_trees(policy, config, tools, questions, mo
 
     monkeypatch.setattr(torch, "multinomial", draw)
     monkeypatch.setitem(RULES, "adaptive", by_luck)
-    changes = {"initial_rollouts": N, "max_branches": 2, "temperature": 1.5}
-    config = dataclasses.replace(config, branch_rule=rule, **changes)
+    changes = {"initial_rollouts": N, "max_branches": 2, "max_segment_tokens": 20}
+    config = dataclasses.replace(config, branch_rule=rule, temperature=1.5, **changes)
     writer, asked = arpo_mini.open_writer(policy, config), questions[3:]
     right = segments_of(arpo_mini.rollout(writer, asked, config, tools, seed=3))
     some = segments_of(one_page.rollout(policy, asked, config, tools, seed=3)), right

@@ -7,16 +7,13 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from conftest import TINY, kept, random_trees
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from advantage import Reward, Segment, group_advantages, segment_advantages, shared_by
 from arpo_mini import credit, fixed_logprobs, judge, policy_loss, update
 from data.formats import Question
 from engine.packing import make_batch, make_row, micro_batches, split_tree, token_logprobs
-
-WHOLE = 10**9  # tokens of a batch: everything in one
-
 
 EQUAL = [Reward(1.0, 1.0, True, 1)] * 8
 
@@ -48,7 +45,7 @@ def flat_gradient(policy):
     return torch.cat([p.grad.flatten() for p in policy.parameters if p.grad is not None])
 
 
-def gradient(policy, rows, config, budget=WHOLE):
+def gradient(policy, rows, config, budget=10**9):
     """Loss and gradient of one pass, with old log-probs that make the clip act on both sides."""
     policy.model.zero_grad()
     total, loss_sum = sum(sum(row.weight) for row in rows), 0.0
@@ -70,9 +67,6 @@ def assert_close(a, b, tolerance=1e-4):
     assert (grad_a - grad_b).norm() < tolerance * grad_a.norm()
 
 
-# ---- packed, cut and batched: the same ----------------------------------------------------
-
-
 LOSSES = {"shared_weight": [0.0, 0.3, 1.0], "kl_coefficient": [0.0, 0.1], "temperature": [1.0, 0.7]}
 LOSSES |= {"dual_clip": [None, 1.3]}
 
@@ -91,7 +85,12 @@ def test_packed_and_cut_anywhere_is_one_row_a_trajectory(tiny, groups, limit, bu
     assert all(len(row) <= limit or len(row) in paths for row in packed)
     assert sum(map(len, packed)) <= sum(map(len, plain))
     assert sum(sum(r.weight) for r in packed) == sum(sum(r.weight) for r in plain)
-    assert_close(gradient(tiny, packed, config, budget), gradient(tiny, plain, config))
+    batches = list(micro_batches(packed, budget))
+    assert all(len(some) == 1 or max(map(len, some)) * len(some) <= budget for some in batches)
+    assert len(batches) == 1 or budget < max(map(len, packed)) * len(packed)
+    expected = gradient(tiny, plain, config)
+    assume(expected[1].norm() > 1e-4)  # the clip may have taken all of it away
+    assert_close(gradient(tiny, packed, config, budget), expected)
 
 
 def test_a_trajectory_beside_a_tree(tiny):
@@ -99,15 +98,15 @@ def test_a_trajectory_beside_a_tree(tiny):
     root = Segment("prompt", [1, 2])
     a, b = (Segment("policy", ids, root) for ids in ([3, 4, 0], [5, 0]))
     ones = {s: dict.fromkeys((a, b), 1.0) for s in (a, b)}
-    rows = [make_row([a], ones), make_row([a, b], ones)]
-    for some in (rows, rows[::-1]):
-        batch = make_batch(some, tiny.pad_id, "cpu")
-        assert batch.attention_mask.shape == (2, 1, 7, 7)
-        logp = token_logprobs(tiny, batch, 1.0)
-        both = logp[some.index(rows[1])]
-        assert torch.allclose(logp[some.index(rows[0])][:5], both[:5], atol=1e-5)
-        alone = token_logprobs(tiny, make_batch([make_row([b], ones)], 0, "cpu"), 1.0)
-        assert torch.allclose(both[5:], alone[0, 2:], atol=1e-5)
+
+    def logp(*trees):
+        batch = make_batch([make_row(tree, ones) for tree in trees], tiny.pad_id, "cpu")
+        return token_logprobs(tiny, batch, 1.0)
+
+    expected = torch.cat([logp([a])[0], logp([b])[0, 2:]])
+    for batch, tree in ((logp([a], [a, b]), 1), (logp([a, b], [a]), 0)):
+        torch.testing.assert_close(batch[tree], expected)
+        torch.testing.assert_close(batch[1 - tree, :5], expected[:5])
 
 
 def test_a_cut_keeps_siblings_together():
@@ -121,21 +120,16 @@ def test_a_cut_keeps_siblings_together():
     assert split_tree([b, d, c], 1) == [[b], [c], [d]]  # a trajectory cannot be cut
 
 
-def test_micro_batches_keep_every_row_and_the_budget(tiny_groups):
-    rows = plain_rows(tiny_groups, TINY)
-    batches = list(micro_batches(rows, 100))
-    assert sorted(map(id, rows)) == sorted(id(row) for batch in batches for row in batch)
-    assert all(len(b) == 1 or max(map(len, b)) * len(b) <= 100 for b in batches)
-    assert max(map(len, batches)) > 1 and min(map(len, micro_batches(rows, 1))) == 1
+def test_4bit_has_the_values_and_gradient_of_its_weights(policy_4bit, config, groups_4bit):
+    """As sampled, packed, plain, and unquantised.
 
-
-def test_in_4bit_packed_is_plain_and_the_gradient_that_of_the_same_weights_unquantised(
-    policy_4bit, config, groups_4bit
-):
-    """bitsandbytes repacks NF4 weights for inference on some CPUs and then drops the gradient.
-
-    The shipped policy is rolled out (no gradient) before it is trained, as here.
+    bitsandbytes repacks NF4 weights for inference on some CPUs and then drops the gradient. The
+    shipped policy is rolled out (no gradient) before it is trained, as here.
     """
+    batch = make_batch(packed_rows(groups_4bit, config), policy_4bit.pad_id, "cpu")
+    with torch.no_grad():
+        drift = token_logprobs(policy_4bit, batch, 1.0) - batch.sampled_logp
+    assert drift[~drift.isnan()].abs().max() < 1e-2
     config = replace(config, kl_coefficient=0.1, micro_batch_tokens=200)
     packed, plain = packed_rows(groups_4bit, config), plain_rows(groups_4bit, config)
     assert sum(map(len, packed)) < sum(map(len, plain))
@@ -154,9 +148,6 @@ def test_in_4bit_packed_is_plain_and_the_gradient_that_of_the_same_weights_unqua
     for layer, nf4 in swapped:
         layer.base_layer = nf4
     assert_close(through_nf4, unquantised, tolerance=1e-3)
-
-
-# ---- the loss -----------------------------------------------------------------------------
 
 
 def test_loss_is_the_textbook_one(tiny_groups):
@@ -194,18 +185,10 @@ def test_loss_is_the_textbook_one(tiny_groups):
     assert clipped.item() == cut > 0
 
 
-def test_only_what_the_policy_sampled_is_trained_and_the_stop_token_is(tiny, tiny_groups):
+def test_only_what_the_policy_sampled_is_trained_and_the_stop_token_is(tiny):
     """Also where pad is eos: authorship decides, not token ids."""
-    for leaves in tiny_groups:
-        (row,) = credit(leaves, some_rewards(leaves), TINY)
-        weights = iter(row.weight)
-        for segment, below in shared_by(leaves).items():
-            expected = len(below) if segment.author == "policy" else 0
-            assert {next(weights) for _ in segment.token_ids} == {expected}  # and the stop token
-        assert not list(weights)
     prompt = Segment("prompt", [5, 0, 6])
-    leaf = Segment("policy", [7, 8, 0], parent=prompt, stop="eos")
-    short = Segment("policy", [9], parent=prompt, stop="length")
+    leaf, short = Segment("policy", [7, 8, 0], prompt), Segment("policy", [9], prompt)
     counted = {leaf: {leaf: 1.0}, short: {short: -1.0}}
     batch = make_batch([make_row([leaf], counted), make_row([short], counted)], 0, "cpu")
     assert batch.weight.tolist() == [[0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 0, 0]]
@@ -217,18 +200,14 @@ def test_only_what_the_policy_sampled_is_trained_and_the_stop_token_is(tiny, tin
 def test_reference_is_the_model_without_its_adapter(restored, tiny_groups):
     batch = make_batch(packed_rows(tiny_groups, TINY), 0, "cpu")
     assert fixed_logprobs(restored, [batch], TINY) == ([None], [None])
-    ((old,), (ref,)) = fixed_logprobs(
-        restored, [batch], replace(TINY, kl_coefficient=1.0, updates_per_rollout=2)
-    )
+    config = replace(TINY, kl_coefficient=1.0, updates_per_rollout=2)
+    ((old,), (ref,)) = fixed_logprobs(restored, [batch], config)
     with torch.no_grad():
         assert torch.equal(old, token_logprobs(restored, batch, 1.0))
         for parameter in restored.parameters:
             parameter.zero_()
         assert not torch.allclose(ref, old, atol=1e-2)
         assert torch.allclose(ref, token_logprobs(restored, batch, 1.0), atol=1e-5)
-
-
-# ---- the optimizer step -------------------------------------------------------------------
 
 
 def test_one_update_is_on_policy_and_several_are_not(restored, tiny_groups):
@@ -250,28 +229,17 @@ def test_one_update_is_on_policy_and_several_are_not(restored, tiny_groups):
     assert gains[0] < gains[1] < gains[2]
 
 
-def test_the_gradient_is_scaled_down_to_a_norm_of_1(restored, tiny_groups):
-    rows = packed_rows(tiny_groups, TINY)
-    for row in rows:
-        row.A_plus = [1000 * a for a in row.A_plus]
-    stats = update(restored, torch.optim.SGD(restored.parameters, lr=0.0), rows, TINY)
-    assert stats["grad_norm"] > 1
-    assert flat_gradient(restored).norm() == pytest.approx(1.0, rel=1e-4)
-
-
-@pytest.mark.parametrize("kl_coefficient", [0.0, 0.1])
-def test_a_group_of_equal_rewards_changes_nothing_but_the_mean(
-    restored, tiny_groups, kl_coefficient
-):
+@pytest.mark.parametrize("kl", [0.0, 0.1])
+def test_a_group_of_equal_rewards_changes_nothing_but_the_mean(restored, tiny_groups, kl):
     """Left out or trained: the same loss and gradient. The KL term pulls at it all the same."""
-    config = replace(TINY, kl_coefficient=kl_coefficient)
+    config = replace(TINY, kl_coefficient=kl)
     (dead,), alive = credit(tiny_groups[0], EQUAL, config), packed_rows(tiny_groups[1:], config)
     nearly = replace(dead, A_plus=[a + 1e-30 for a in dead.A_plus])  # a gradient: it is trained
     found = []
     for rows in ([*alive, dead], [*alive, nearly]):
         figures = update(restored, torch.optim.SGD(restored.parameters, lr=0.0), rows, config)
         found.append((figures["loss"], flat_gradient(restored)))
-        trained = rows if kl_coefficient or nearly in rows else alive
+        trained = rows if kl or nearly in rows else alive
         assert figures["train_tokens"] == sum(map(len, trained))
     assert_close(*found, tolerance=1e-5)
 
@@ -290,32 +258,37 @@ def test_equal_rewards_train_nothing_and_cost_nothing_but_momentum_acts(restored
 
 
 def test_the_sampler_is_compared_with_the_trainer_token_by_token(restored, tiny_groups):
-    """At every token that it drew, before the first optimizer step, padding left out."""
+    """At every token that it drew, before the first optimizer step, padding left out.
+
+    And however large a gradient is, its norm is no more than 1.
+    """
     rows = packed_rows(tiny_groups, TINY)
     for row, by in zip(rows, (0.5, -0.25), strict=True):  # only what is written down is changed
         row.sampled_logp = [logp - by for logp in row.sampled_logp]
-    optimizer = torch.optim.SGD(restored.parameters, lr=1.0)
+        row.A_plus = [1000 * a for a in row.A_plus]
+    optimizer = torch.optim.SGD(restored.parameters, lr=1e-3)
     figures = update(restored, optimizer, rows, replace(TINY, updates_per_rollout=2))
     a, b = (sum(weight > 0 for weight in row.weight) for row in rows)
     expected = {"drift_mean": (0.5 * a + 0.25 * b) / (a + b), "drift_max": 0.5}
     assert {name: figures[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+    assert figures["grad_norm"] > 2 * flat_gradient(restored).norm() == pytest.approx(2, rel=1e-4)
 
 
-# ---- the reward of a leaf -----------------------------------------------------------------
+BOTH = ("search", "calculator")
 
 
 @pytest.mark.parametrize(
     "kinds, gold, official, total",
     [
-        (("search", "calculator"), "-2", False, 1.1),
-        (("search", "calculator"), "2", False, 0.0),
-        (("search", "calculator"), "2", True, 1.1),  # no authors, punctuation or failed calls there
+        (BOTH, "-2", False, 1.1),
+        (BOTH, "2", False, 0.0),
         (("search", "search"), "-2", False, 1.0),
         (("search", None), "-2", False, 1.0),  # only a tool that answered counts
-        ((None, None), "2", True, 1.1),
+        ((None, None), "2", True, 1.1),  # no authors, punctuation or failed calls there
     ],
 )
 def test_a_leaf_is_judged_by_what_each_author_wrote(policy, config, kinds, gold, official, total):
+    """The released code knows our calculator as python."""
     texts = ["<think>a</think><search>x</search>", "<result>\nb\n</result>"]
     texts += ["<think>a</think><calculator>1+1</calculator>", "<result>\n2\n</result>"]
     texts += ["<think>a</think><answer>\\boxed{-2}</answer><|im_end|>"]
