@@ -50,7 +50,7 @@ class Config:
     # Z = 1: -0.4 [-4.0, +3.3] for 61 %; N = 4: 73 %.
     initial_rollouts: int = option(1, "N: begun at the question; M - N may branch off", 1, 10_000)
     # no rule is more accurate than another; adaptive takes 85 % of the calls where paper takes 61
-    branch_rule: str = option("paper", "when to fork after a tool result", choices=tuple(RULES))
+    branch_rule: str = option("paper", "when to fork after a tool result", choices=RULES)
     branch_probability: float = option(0.5, "paper's alpha, official tau", 0, 1)
     entropy_weight: float = option(0.2, "paper's beta, official w", -1000, 1000)
     entropy_threshold: float = option(0.5, "paper's tau", -1000, 1000)

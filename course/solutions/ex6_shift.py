@@ -1,8 +1,8 @@
 """Solution 6. Measured: 10 of 10 points.
 
-`logprobs` could be `tree_logprobs` with parent[t] = t - 1: the project has only the second. Between
-its sampler, which never shifts, and its trainer, which does, every log-prob agrees within 1e-4 (the
-column drift_max of metrics.jsonl). Without the shift they would be apart by several nats.
+`logprobs` could be `tree_logprobs` with parent[t] = t - 1: the project has only the second. Its
+sampler never shifts, its trainer does; in 20 steps of training no log-prob of the two differed by
+more than 2.3e-5 (drift_max in metrics.jsonl).
 """
 
 import torch
