@@ -107,7 +107,7 @@ def grow(
     drafts = probe(writer, nodes, config)  # a policy segment after each node, its first k tokens
     forked = decide_forks(drafts, budgets, config)  # tool results, once for each fork
     # A fork stands right after the result: the tokens measured there stay with the path before it.
-    drafts += probe(writer, forked, config)
+    drafts += probe(writer, forked, config)  # (R + forks) segments
     writer.finish(drafts)
     results, leaves = call_tools(writer, drafts, config, tools)
     return leaves + grow(writer, results, budgets, config, tools)
@@ -215,7 +215,7 @@ def open_writer(policy: Policy, config: Config) -> Writer:
 
 def judge(policy: Policy, leaf: Segment, question: Question, config: Config) -> Reward:
     """The reward of a trajectory, judged on its text and on who wrote which part of it."""
-    turns = policy.turns(leaf)
+    turns = policy.turns(leaf)  # (author, text), ..
     if config.official_rewards:
         return official.official_reward(official.transcript(turns), question.answers)
     kinds = {segment.tool for segment in leaf.path() if segment.tool}  # of tools that answered
@@ -262,7 +262,8 @@ def update(policy: Policy, optimizer, rows: list[Row], config: Config) -> dict:
 
     A row without a gradient (its group has equal rewards) counts in the mean and costs nothing.
     """
-    total = sum(sum(row.weight) for row in rows)  # policy tokens of all trajectories
+    # A token that d trajectories share counts d times, as if each had a row of its own.
+    total = sum(sum(row.weight) for row in rows)
     if not config.kl_coefficient:
         rows = [row for row in rows if any(row.A_plus) or any(row.A_minus)]
     parts = list(micro_batches(rows, config.micro_batch_tokens))
@@ -285,7 +286,7 @@ def update(policy: Policy, optimizer, rows: list[Row], config: Config) -> dict:
             loss_sum, clipped_sum = loss_sum + loss.item(), clipped_sum + clipped.item()
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters, MAX_GRAD_NORM)
         require_finite("the gradient norm", grad_norm, [row.input_ids for row in rows])
-        optimizer.step()
+        optimizer.step()  # may overflow although the gradient did not
         weights = torch.nn.utils.get_total_norm([p.detach() for p in policy.parameters])
         require_finite("a weight after the step", weights, [])
     drift = torch.cat(drifts).abs().tolist() if drifts else []
@@ -359,6 +360,7 @@ def safe_step(
         short = {"short_answers": short_answers(policy, groups)}
         return {**step_metrics(groups, rewards), **short, **figures}, groups, rewards
 
+    # The same seed and step number draw the same again: only the update has to be undone.
     undo = snapshot(policy.parameters, optimizer)  # some optimizer steps may have been taken
     try:
         return policy.limits.retry(config, work, undo)
