@@ -147,13 +147,15 @@ def draw(root: Turn, title: str) -> str:
 def main(args: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="course.picture", description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", default="docs/tree.svg", help="file to write")
-    parser.add_argument("--question", help="one of the test questions (default: a knowledge one)")
+    asked = "How many years after the home of Della Ebner was founded was Della Ebner born?"
+    parser.add_argument("--question", default=asked, help="one of the test questions")
     parser.add_argument("--seed", type=int, default=0)
     wanted = parser.parse_args(args)
     config = Config(seed=wanted.seed)
     questions = load_questions(config.eval_path)
-    chosen = wanted.question or next(q.text for q in questions if q.domain == "knowledge")
-    question = next(q for q in questions if q.text == chosen)
+    question = next((q for q in questions if q.text == wanted.question), None)
+    if question is None:
+        parser.error(f"--question {wanted.question}: it is none of {config.eval_path}")
     agent = arpo_mini.load_agent(config)
     (leaves,), (rewards,) = agent.roll_out([question], config, config.seed)
     record = tree_record(agent.policy, question, leaves, rewards, config)
