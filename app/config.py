@@ -44,7 +44,7 @@ class Config:
     max_tool_calls: int = option(6, "calls a trajectory may make", 0, 300)
     max_segment_tokens: int = option(64, "tokens the policy may write at a time", 1, TOKENS)
     max_total_tokens: int = option(512, "tokens of a trajectory, prompt included", 1, TOKENS)
-    # the rollout; what is said of accuracy: lab/results/compare, 5 seeds; k, N = 4, rate, weight: 2
+    # the rollout; accuracies: version 0.3 (git log: aee8684), 5 seeds; k, N = 4, rate, weight: 2
     group_size: int = option(8, "M: trajectories returned for each question", 1, 10_000)
     # With Z = 4: GRPO's accuracy (-0.2 points [-1.3, +0.8]) for 53 % of its tool calls. N = 2 and
     # Z = 1: -0.4 [-4.0, +3.3] for 61 %; N = 4: 73 %.
