@@ -1,7 +1,7 @@
 """Are two mathematical expressions equal? math-verify's verdict, from a process of its own.
 
 What the policy writes is hostile, and sympy computes some of it in C, where no exception stops it:
-"10^{10^{10}}" takes all time and memory. So a helper process compares, in a fork for each pair.
+"10^{10^{10}}" takes all time and memory. So a worker process compares, in a fork for each pair.
 The kernel ends the fork when its CPU time is up, whatever it does and whichever thread asked; no
 pair is judged in a state that another one left; and the training process never imports sympy.
 """
@@ -44,7 +44,7 @@ def same_expression(prediction: str, answer: str) -> bool:
     if texts[0] == texts[1]:
         return True
     brackets = {re.match(r"\(|\\\{|", text)[0] for text in texts}
-    return brackets != {"(", r"\{"} and ask_helper(texts)  # a set is no pair
+    return brackets != {"(", r"\{"} and ask_worker(texts)  # a set is no pair
 
 
 def as_latex(text: str) -> str:
@@ -64,44 +64,44 @@ def as_latex(text: str) -> str:
     return re.sub(r"(\^)?(\d*)\.(\d+)", exact, text.replace("varnothing", "emptyset"))
 
 
-def ask_helper(texts: tuple[str, str]) -> bool:
-    """One line to the helper process and one back."""
-    for _ in range(2):  # the second time if somebody had ended the helper
+def ask_worker(texts: tuple[str, str]) -> bool:
+    """One line to the worker process and one back."""
+    for _ in range(2):  # the second time if somebody had ended the worker
         with LOCK:
-            helper, reply = start_helper(os.getpid()), b""
+            worker, reply = start_worker(os.getpid()), b""
             try:
                 with suppress(BrokenPipeError):
-                    helper.stdin.write(json.dumps(texts).encode() + b"\n")
-                    reply = helper.stdout.readline()
+                    worker.stdin.write(json.dumps(texts).encode() + b"\n")
+                    reply = worker.stdout.readline()
             finally:
                 if not reply:  # also after Ctrl-C: a late reply must not answer the next question
-                    helper.kill()
-                    helper.wait()
-                    start_helper.cache_clear()
+                    worker.kill()
+                    worker.wait()
+                    start_worker.cache_clear()
         if reply:
             return reply == b"1\n"
     raise RuntimeError("the process that compares expressions was ended twice")
 
 
 @lru_cache(maxsize=1)
-def start_helper(owner: int) -> subprocess.Popen:
-    """The helper of process `owner`: after a fork, each has its own."""
-    helper = subprocess.Popen(
+def start_worker(owner: int) -> subprocess.Popen:
+    """The worker of process `owner`: after a fork, each has its own."""
+    worker = subprocess.Popen(
         [sys.executable, __file__],
         bufsize=0,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # out of reach of Ctrl-C: it ends when its stdin does
         env={**os.environ, "PYTHONHASHSEED": "0"},  # the order of sympy's sets
     )
-    if helper.stdout.readline() != b"ready\n":
+    if worker.stdout.readline() != b"ready\n":
         raise RuntimeError("math-verify cannot be imported: pip install -r requirements.txt")
-    return helper
+    return worker
 
 
 def answer_questions() -> None:
-    """The helper: pairs of expressions on stdin, 1 or 0 on stdout."""
+    """The worker: pairs of expressions on stdin, 1 or 0 on stdout, until its parent ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     import resource
 
     from latex2sympy2_extended import NormalizationConfig

@@ -164,7 +164,7 @@ def test_a_text_is_right_for_itself_and_every_text_is_judged(a, b):
 
 
 def test_answers_of_the_mini_world_never_reach_math_verify(monkeypatch):
-    monkeypatch.setattr(expressions, "ask_helper", None)  # a call would raise
+    monkeypatch.setattr(expressions, "ask_worker", None)  # a call would raise
     lines = [*(ROOT / "data/train.jsonl").open(), *(ROOT / "data/test.jsonl").open()]
     answers = [json.loads(line)["answer"] for line in lines]
     for answer, other in zip(answers, random.Random(0).sample(answers, len(answers)), strict=True):
@@ -199,7 +199,7 @@ def test_hostile_answers_take_bounded_time_in_any_thread():
             times.append((time.perf_counter() - start, hostile[:40], answer))
 
     assert judge_answer("(x-1)(x+1)", ["x^2-1"]) == 1
-    helper = expressions.start_helper(os.getpid())
+    worker = expressions.start_worker(os.getpid())
     threads = [threading.Thread(target=run) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -207,17 +207,17 @@ def test_hostile_answers_take_bounded_time_in_any_thread():
         thread.join()
     assert max(scores) == 0 and len(scores) == 2 * (4 * len(HOSTILE) + len(ENDLESS))
     assert max(times)[0] < 20  # two times 0.8 seconds of CPU time, on a busy machine
-    assert expressions.start_helper(os.getpid()) is helper and helper.poll() is None
+    assert expressions.start_worker(os.getpid()) is worker and worker.poll() is None
     assert judge_answer("(x-1)(x+1)", ["x^2-1"]) == 1
 
 
-def test_a_helper_that_was_killed_is_started_again():
-    expressions.start_helper(os.getpid()).kill()
+def test_a_worker_that_was_killed_is_started_again():
+    expressions.start_worker(os.getpid()).kill()
     assert judge_answer("3<x", ["x>3"]) == 1
 
 
 def test_without_math_verify_one_line_says_what_to_install(monkeypatch):
-    expressions.start_helper.cache_clear()
+    expressions.start_worker.cache_clear()
     monkeypatch.setattr(sys, "executable", shutil.which("true"))
     with pytest.raises(RuntimeError, match=r"pip install -r requirements\.txt"):
         judge_answer("3<x", ["x>3"])
