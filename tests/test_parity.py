@@ -122,3 +122,49 @@ def test_kl_k3():
         kl.sum().backward()
         assert_close(kl.detach(), case["expected"])
         assert_close(logp.grad, case["grad_logprob"])
+
+
+# ---- the released evaluation --------------------------------------------------------------
+
+SCORES = ("em", "acc", "f1", "math_equal")
+EVALUATION, EQUIVALENCE = load("evaluation"), load("math_equivalence")
+
+
+@pytest.mark.parametrize(
+    ("function", "pairs"),
+    [
+        (official.official_prediction, EVALUATION["extract_answer"]),
+        (official.last_boxed, EVALUATION["last_boxed_only_string"]),
+        (official.simplify_math, EQUIVALENCE["strip_string"]),
+    ],
+)
+def test_texts_of_the_evaluation(function, pairs):
+    for text, expected in pairs:
+        if expected is None:
+            with pytest.raises(ValueError):
+                function(text)
+        else:
+            assert function(text) == expected
+
+
+def test_mathematical_equality_of_the_evaluation():
+    for a, b, expected in EQUIVALENCE["is_equiv"]:
+        assert official.official_math_equal(a, b) is expected, (a, b)
+
+
+@pytest.mark.parametrize(
+    ("function", "scored"),
+    [(official.official_qa, "qa_metrics"), (official.official_math, "math_metrics")],
+)
+def test_scores_of_an_answer(function, scored):
+    assert len(EVALUATION[scored]) > 250
+    for prediction, answers, *expected in EVALUATION[scored]:
+        got = function(prediction, answers)
+        assert [got[key] for key in SCORES] == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("case", EVALUATION["end_to_end"], ids=lambda case: case["task"])
+def test_the_evaluation_end_to_end(case):
+    for (output, prediction, answer), expected in zip(case["items"], case["per_item"], strict=True):
+        got = official.official_scores(prediction, output, answer, case["task"] == "math")
+        assert [got[key] for key in SCORES] == pytest.approx(expected[:4], abs=1e-12)
