@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ECHO, TINY, TINY_QUESTIONS, TinyPolicy, small_policy
-from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map
 
@@ -80,24 +79,13 @@ class PretendGPU(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def move(model: nn.Module) -> nn.Module:
-    """All parameters and buffers of a model to the pretended GPU; tied ones stay tied."""
-    moved: dict[nn.Parameter, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter not in moved:
-                moved[parameter] = nn.Parameter(on_gpu(parameter.data), parameter.requires_grad)
-            setattr(module, name, moved[parameter])
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, on_gpu(buffer))
-    return model
-
-
 def numbers(config, on_gpu):
     """Figures but for the seconds, and the adapter, after a step."""
     policy = small_policy(TinyPolicy)
     if on_gpu:
-        policy = replace(policy, model=move(policy.model))
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        policy = replace(policy, model=policy.model._apply(lambda x: OnGPU(x.data)))
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
         assert policy.device == GPU
     policy.limits.recompute = config.rollout_rows == 3
     optimizer = torch.optim.AdamW(policy.parameters, lr=1e-3, foreach=False)

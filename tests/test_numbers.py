@@ -138,6 +138,7 @@ EVIL = "cbuiltins\nopen\n(V{}\nVw\ntR."  # a pickle that writes a file when it i
         ("adapter/adapter_config.json", b"junk \xff\x00", "cannot load"),
         ("adapter/adapter_model.safetensors", "adapter_model.bin", r"adapter_model\.safetensors"),
     ],
+    ids=range(8),
 )
 def test_a_folder_that_lies_is_refused_in_one_line_and_runs_nothing(folders, name, change, words):
     path = folders / name

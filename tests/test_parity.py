@@ -1,6 +1,7 @@
 """Our functions against numeric outputs of the official code; parity/README.md says which."""
 
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -69,26 +70,21 @@ def test_reward_units():
     assert official.official_boxed("\\boxed{7} and \\boxed 8") == "8"
     assert official.official_boxed("\\boxed{7} and \\boxed") is None
     assert not official.official_format("<think></think><answer>\\boxed 8 \\boxed{7</answer>")
-    assert official.f1_score("-5", "5") == 1 and official.f1_score("A", "A") == 0
 
 
 @cases("grpo_advantages")
 def test_group_advantages(case):
-    """Where the official numbers are float32 noise over 1e-6 ours are exact, and say otherwise."""
-    for group in dict.fromkeys(case["index"]):
-        members = [i for i, name in enumerate(case["index"]) if name == group]
-        scores = [case["scores"][i] for i in members]
-        A, expected = group_advantages(scores), [case["expected"][i] for i in members]
-        known = [j for j, value in enumerate(expected) if value is not None]  # null: empty mask
-        expected = torch.tensor([expected[j] for j in known])
+    """Equal rewards: there the official numbers are float32 noise over 1e-6, and ours exactly 0."""
+    groups = defaultdict(list)
+    for name, *pair in zip(case["index"], case["scores"], case["expected"], strict=True):
+        groups[name].append(pair)
+    for members in groups.values():
+        scores, expected = zip(*members, strict=True)
+        A, close = group_advantages(scores).tolist(), 0.2 if "pair_close" in case["tags"] else 1e-4
         if len(set(scores)) == 1:
-            assert A.tolist() == [0.0] * len(members)
-            noise = torch.tensor(scores) if len(members) == 1 else 0 * expected
-            assert (expected - noise).abs().max() < 0.1  # theirs for one: the plain reward
-        elif "pair_close" in case["tags"]:
-            torch.testing.assert_close(A[known], expected, atol=0.2, rtol=0)
-        else:
-            assert_close(A[known], expected)
+            expected = [0.0] * len(A)
+        for found, value in zip(A, expected, strict=True):
+            assert value is None or found == pytest.approx(value, abs=close)  # None: empty mask
 
 
 @cases("policy_loss")

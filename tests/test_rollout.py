@@ -401,3 +401,5 @@ def test_limits_of_calls_segments_and_trajectories_end_a_path(tiny):
         leaves = [leaf for leaves in groups for leaf in leaves]
         assert all(leaf.author == "policy" and leaf.depth() <= most for leaf in leaves)
         assert any(leaf.depth() == most and leaf.stop == "length" for leaf in leaves)
+        calls = [sum(s.author == "tool" for s in leaf.path()) for leaf in leaves]
+        assert all(n == 3 or leaf.stop != "tool" for n, leaf in zip(calls, leaves, strict=True))
