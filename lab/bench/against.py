@@ -29,6 +29,7 @@ from data.files import UserError
 from data.formats import Question, load_questions
 from engine.judge import judge_answer
 from engine.memory import GIB
+from engine.model import chat_frame
 
 from . import job as jobs
 from .job import Job, Size, clock, counted, force, made_on
@@ -112,6 +113,7 @@ def our_job(config: Config, forced: bool, described: bool) -> Job:
     policy = job.agent.policy
     if described:
         policy.tokenizer.chat_template = TURNS  # the model's own drops a system message
+        policy.frame = chat_frame(policy.tokenizer, policy.system_prompt, config, {})
     if forced:
         job.agent.tools |= {"search": jobs.search_of(policy, FORCED.result)}
         job.questions = [Question("Where does it lie?", ["1"])]
