@@ -369,7 +369,8 @@ class RunFolder:
 
     def choose_checkpoint(self) -> dict | None:
         """The newest whole one; an older one where the logs end before that, if there is one."""
-        found = self.checkpoints()
+        # One without checkpoint.json was being written when the process was killed.
+        found = [path for path in self.checkpoints() if (path / "checkpoint.json").exists()]
         whole = [each for each in map(read_checkpoint, found) if each]
         logged = [line.row["step"] for line in self.logs["metrics.jsonl"] if line.row]
         if not whole and (found or logged):

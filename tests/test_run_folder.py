@@ -356,6 +356,17 @@ def test_it_goes_on_without_what_is_lost(words, copy, whole, capsys):
         assert (0, "sampled") in known
 
 
+def test_killed_while_the_first_checkpoint_was_written(copy, whole, capsys):
+    for name in ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl"):
+        (copy / name).unlink()
+    shutil.rmtree(copy / "checkpoints")
+    (begun := copy / "checkpoints" / "step-000000" / "adapter").mkdir(parents=True)
+    (begun.parent / "checkpoint.json.tmp").write_text("{")
+    assert resume(copy) == 0
+    assert "going on after step 0" in capsys.readouterr().out
+    assert state_of(copy) == state_of(whole) and checkpoints(copy) == checkpoints(whole)
+
+
 REFUSED = {
     "none of its checkpoints is whole": lambda folder: [
         bit_flipped(f"checkpoints/{name}/state.json")(folder) for name in checkpoints(folder)
