@@ -54,7 +54,13 @@ class Decision:
     gain: float  # by how much H exceeds what the rule compares it with
     probability: float  # the rule's P, in [0, 1]
     forks: int  # extra paths wanted, beside the one that goes on
-    granted: int = 0  # how many of them the budget of the question allowed
+    granted: int = 0  # how many paths the budget let begin here
+    score: float | None = None  # a step's budget: what its rule compares with the threshold
+
+    @property
+    def rank(self) -> float:
+        """Where slots are short, tool results with a higher one come first."""
+        return self.gain if self.score is None else self.score
 
 
 def clip(x: float) -> float:
@@ -63,7 +69,8 @@ def clip(x: float) -> float:
 
 # Every rule is called with the same arguments, by name, and ignores those it has no use for:
 #   u                    a uniform draw from [0, 1)
-#   history              the entropies measured before this one
+#   history              the entropies measured before this one, in this tree
+#   threshold            of a step's budget: running_threshold
 # and these settings:
 RULE_SETTINGS = (
     "branch_probability",  # alpha of the paper, tau of the released code
@@ -71,6 +78,7 @@ RULE_SETTINGS = (
     "entropy_threshold",  # tau of the paper
     "entropy_sigma",  # k_sigma of the adaptive rule
     "max_branches",  # the most extra paths at one tool result: Z of the paper
+    "branch_score",  # what a step's budget looks at
 )
 
 
@@ -115,6 +123,16 @@ def adaptive(H, H_initial, *, history, entropy_sigma, max_branches, **_):
     return Decision(H, H_initial, gain=H - T, probability=float(H > T), forks=forks)
 
 
+def threshold(H, H_initial, *, entropy_threshold, max_branches, **_):
+    """Fork min(floor(H * max_branches), max_branches) times if H > entropy_threshold (same blog).
+
+    With its threshold of 0.5 that is never less than half of max_branches.
+    """
+    gain = H - entropy_threshold
+    forks = min(math.floor(H * max_branches), max_branches) if gain > 0 else 0
+    return Decision(H, H_initial, gain, probability=float(gain > 0), forks=forks)
+
+
 def random_control(H, H_initial, *, u, branch_probability, max_branches, **_):
     """Fork when u < branch_probability, whatever H: the control experiment nobody published."""
     forks = max_branches if u < branch_probability else 0
@@ -130,6 +148,34 @@ RULES: dict[str, Callable[..., Decision]] = {
     "paper": paper,
     "official": official,
     "adaptive": adaptive,
+    "threshold": threshold,
     "random": random_control,
     "none": never,
 }
+
+
+# ---- one budget for all questions of a step (ours) ----------------------------------------
+
+
+def above_threshold(H, H_initial, *, u, threshold, branch_score, max_branches, **_):
+    """Fork max_branches times where the score is above the threshold.
+
+    The scores: H (entropy), H - H_initial (gain) and u (random), which is the control.
+    """
+    gain = H - H_initial
+    score = {"entropy": H, "gain": gain, "random": u}[branch_score]
+    forks = max_branches if score > threshold else 0
+    return Decision(H, H_initial, gain, float(score > threshold), forks, score=score)
+
+
+def running_threshold(scores: Sequence[Sequence[float]], wanted: float) -> float:
+    """The score that `wanted` tool results of a step exceed, if it is like the last ones.
+
+    `scores` are those of every result of the last steps, a list a step. Without any nothing is
+    above it: all forks wait until the first paths have ended.
+    """
+    known = sorted((score for step in scores for score in step), reverse=True)
+    above = round(wanted * len(scores))
+    if not known:
+        return math.inf
+    return known[above] if above < len(known) else -math.inf

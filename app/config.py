@@ -50,10 +50,19 @@ class Config:
     # Z = 1: -0.4 [-4.0, +3.3] for 61 %; N = 4: 73 %.
     initial_rollouts: int = option(1, "N: begun at the question; M - N may branch off", 1, 10_000)
     # no rule is more accurate than another; adaptive takes 85 % of the calls where paper takes 61
-    branch_rule: str = option("paper", "when to fork after a tool result", choices=RULES)
+    budget: str = option(
+        "question", "who has M leaves, each question or, on average, all of a step's together",
+        choices=("question", "step"),
+    )  # fmt: skip
+    branch_rule: str = option("paper", "when to fork, a question's budget", choices=RULES)
+    branch_score: str = option(
+        "entropy", "what to fork at, a step's budget: where it is highest",
+        choices=("entropy", "gain", "random"),
+    )  # fmt: skip
+    max_leaves: int = option(8, "the most for one question, of a step's budget", 1, 10_000)
     branch_probability: float = option(0.5, "paper's alpha, official tau", 0, 1)
     entropy_weight: float = option(0.2, "paper's beta, official w", -1000, 1000)
-    entropy_threshold: float = option(0.5, "paper's tau", -1000, 1000)
+    entropy_threshold: float = option(0.5, "paper's tau; of the threshold rule", -1000, 1000)
     entropy_sigma: float = option(1.5, "k_sigma of the adaptive rule", -1000, 1000)
     # 5, 10 and 20 end within a point of each other
     entropy_tokens: int = option(10, "k: tokens measured after a tool result", 1, TOKENS)
@@ -91,6 +100,9 @@ class Config:
         if self.initial_rollouts > self.group_size:
             limit = f"at most group_size ({self.group_size})"
             raise UserError(f"--initial_rollouts {self.initial_rollouts}: it must be {limit}")
+        if self.budget == "step" and self.max_leaves < self.group_size:
+            limit = f"at least group_size ({self.group_size})"
+            raise UserError(f"--max_leaves {self.max_leaves}: it must be {limit}")
 
 
 TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool}
