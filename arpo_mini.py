@@ -63,17 +63,10 @@ from engine.packing import (
     token_logprobs,
 )
 from engine.writer import Writer
-from entropy import (
-    RULE_SETTINGS,
-    RULES,
-    Decision,
-    above_threshold,
-    normalised_entropy,
-    running_threshold,
-)
+from entropy import RULES, Decision, normalised_entropy, running_threshold
 
 SEARCH_CHARS = 200  # of each document that a search returns
-STEPS_BACK = 5  # whose scores set the threshold of a step's budget
+STEPS_BACK = 5  # whose scores set the threshold of rule step
 
 # ---- one step ------------------------------------------------------------------------------
 # Q questions, M trajectories each. A tree is made of segments; a trajectory is a leaf's path.
@@ -83,10 +76,9 @@ def train_step(
     policy: Policy, optimizer, questions: list[Question], config: Config, tools: dict, step: int,
     scores: Sequence[list[float]] = (),
 ) -> tuple[dict, list[list[Segment]], list[list[Reward]]]:  # fmt: skip
-    """One step of ARPO: figures of the update, and for each question its M leaves and rewards.
+    """One step of ARPO: figures of the update, and for each question its leaves and rewards.
 
-    All that it draws depends on the seed and the number of the step alone. `scores` of the last
-    steps' tool results set the threshold of a step's budget.
+    What it draws depends on the seed and the number of the step; `scores` are the last steps'.
     """
     started = time.perf_counter()
     writer, seed = open_writer(policy, config), config.seed * 1_000_003 + step
@@ -112,7 +104,7 @@ def grow(
     """All leaves that grow from these nodes, each a prompt or a tool result: a level a call."""
     growing = {budgets[node.path()[0]] for node in nodes}
     for budget in dict.fromkeys(budgets.values()):  # each once: a step's is that of every question
-        if budget not in growing:  # no path of it is open any more
+        if budget not in growing:  # no path of it can fork any more
             nodes = nodes + spend_rest(budget, config)
     if not nodes:
         return []
@@ -130,14 +122,15 @@ def grow(
 
 @dataclasses.dataclass(eq=False)  # identity, not value
 class Budget:
-    """Leaves that are still to begin, of one question or of all questions of a step."""
+    """Paths that are still to begin: of one question, or of all questions of a step."""
 
     slots: int  # forks while paths are open, then the rest
     rng: random.Random  # what the branch rule draws from
-    history: list[float] = dataclasses.field(default_factory=list)  # entropies, adaptive rule
-    threshold: float = math.inf  # a step's budget: fork at once where the score is above it
-    room: Counter = dataclasses.field(default_factory=Counter)  # question -> forks it may get
-    # Where the rest may begin, with a score: the question; with a step's budget every tool result.
+    most: float = math.inf  # of the slots that one question may take
+    threshold: float = math.inf  # rule step: fork at once where the score is above it
+    taken: Counter = dataclasses.field(default_factory=Counter)  # question -> slots
+    history: list[float] = dataclasses.field(default_factory=list)  # entropies, rule adaptive
+    # Where the rest may begin, with a score: the question; with rule step every result, too.
     places: dict[Segment, float] = dataclasses.field(default_factory=dict)
 
 
@@ -145,21 +138,20 @@ def rollout(
     writer: Writer, questions: list[Question], config: Config, tools: dict, seed: int,
     scores: Sequence[list[float]] = (),
 ) -> list[list[Segment]]:  # fmt: skip
-    """The leaves of each question, all distinct: `group_size` of them, or as many on average."""
+    """The leaves of each question, all distinct: M of them, with rule step M on average."""
     transformers.set_seed(seed % 2**32)  # torch, and what a tool may draw from
     M, N = config.group_size, config.initial_rollouts
     roots = [Segment("prompt", writer.policy.prompt(question.text)) for question in questions]
-    if config.budget == "step":
-        forks, room = (M - N) * len(roots), dict.fromkeys(roots, config.max_leaves - N)
+    if config.branch_rule == "step":
+        forks, most = (M - N) * len(roots), config.max_leaves - N
         T = running_threshold(scores, forks / max(1, config.max_branches))
-        budget = Budget(forks, random.Random(seed), threshold=T, room=Counter(room))
-        budgets, together = dict.fromkeys(roots, budget), len(roots)
+        budgets = dict.fromkeys(roots, Budget(forks, random.Random(seed), most, T))
+        together = len(roots)
     else:
         # A generator and a history for each question: what is decided in one tree does not depend
         # on how many others grow beside it.
         generators = [random.Random(f"{seed} {i}") for i in range(len(roots))]
-        pairs = zip(roots, generators, strict=True)
-        budgets = {root: Budget(M - N, rng, room=Counter({root: M - N})) for root, rng in pairs}
+        budgets = {root: Budget(M - N, rng) for root, rng in zip(roots, generators, strict=True)}
         together = max(1, config.rollout_rows // M)  # as many questions as fit side by side
     leaves = []
     for i in range(0, len(roots), together):
@@ -186,8 +178,8 @@ def decide_forks(
     for draft in drafts:
         node, budget = draft.parent, budgets[draft.path()[0]]
         if node.author == "prompt":
-            at_random = config.branch_score == "random"
-            budget.places[node] = budget.rng.random() if at_random else draft.entropy
+            drawn = config.branch_score == "random"
+            budget.places[node] = budget.rng.random() if drawn else draft.entropy
         elif node.decision is None:  # else the rest of the budget goes on from here
             node.decision = apply_rule(draft, budget, config)
             read.append(draft)
@@ -196,7 +188,7 @@ def decide_forks(
     for node in sorted((draft.parent for draft in read), key=lambda node: -node.decision.rank):
         budget = budgets[node.path()[0]]
         forked += grant(budget, node, node.decision.forks)
-        if config.budget == "step":
+        if config.branch_rule == "step":
             budget.places[node] = node.decision.rank
     return forked
 
@@ -206,18 +198,17 @@ def apply_rule(draft: Segment, budget: Budget, config: Config) -> Decision:
     first = draft.path()[1]  # the start of the same trajectory
     # The released code measures the segment that ends in the call: one call too early.
     measured = draft.parent.parent if config.branch_rule == "official" else draft
-    settings = {name: getattr(config, name) for name in RULE_SETTINGS}
-    rule = above_threshold if config.budget == "step" else RULES[config.branch_rule]
-    drawn = {"u": budget.rng.random(), "history": budget.history, "threshold": budget.threshold}
-    return rule(measured.entropy, first.entropy, **drawn, **settings)
+    rule = RULES[config.branch_rule]
+    known = {"u": budget.rng.random(), "history": budget.history, "threshold": budget.threshold}
+    return rule(measured.entropy, first.entropy, **known, **vars(config))
 
 
 def grant(budget: Budget, node: Segment, wanted: int) -> list[Segment]:
     """The node, once for each of the paths wanted there that the budget has a slot for."""
     root = node.path()[0]
-    granted = min(wanted, budget.slots, budget.room[root])
+    granted = min(wanted, budget.slots, budget.most - budget.taken[root])
     budget.slots -= granted
-    budget.room[root] -= granted
+    budget.taken[root] += granted
     if node.decision:
         total = node.decision.granted + granted
         node.decision = dataclasses.replace(node.decision, granted=total)
@@ -225,7 +216,7 @@ def grant(budget: Budget, node: Segment, wanted: int) -> list[Segment]:
 
 
 def spend_rest(budget: Budget, config: Config) -> list[Segment]:
-    """Where what is left begins: a step's at its highest scores, then, as a question's, there."""
+    """Where the rest begins: with rule step at the highest scores, then at the question itself."""
     nodes, places = [], sorted(budget.places, key=lambda node: -budget.places[node])
     for node in (node for node in places if node.decision):
         nodes += grant(budget, node, config.max_branches - node.decision.granted)
@@ -421,15 +412,8 @@ def safe_step(
     try:
         return policy.limits.retry(config, work, undo)
     except NonFinite as wrong:
-        named = [
-            f"{question.text!r} ({len(row)} tokens)"
-            for row in wrong.rows
-            for question in questions
-            if row[: len(prompt := policy.prompt(question.text))] == prompt
-        ]
-        where = f", in {', '.join(named[:3])}" if named else ""
-        more = f" and {len(named) - 3} more" if len(named) > 3 else ""
-        raise NonFinite(f"step {step}: {wrong}{where}{more}", wrong.rows) from None
+        prompts = {question.text: policy.prompt(question.text) for question in questions}
+        raise wrong.within(step, prompts) from None
 
 
 @dataclasses.dataclass

@@ -50,16 +50,11 @@ class Config:
     # Z = 1: -0.4 [-4.0, +3.3] for 61 %; N = 4: 73 %.
     initial_rollouts: int = option(1, "N: begun at the question; M - N may branch off", 1, 10_000)
     # no rule is more accurate than another; adaptive takes 85 % of the calls where paper takes 61
-    budget: str = option(
-        "question", "who has M leaves, each question or, on average, all of a step's together",
-        choices=("question", "step"),
-    )  # fmt: skip
-    branch_rule: str = option("paper", "when to fork, a question's budget", choices=RULES)
+    branch_rule: str = option("paper", "when to fork after a tool result", choices=RULES)
     branch_score: str = option(
-        "entropy", "what to fork at, a step's budget: where it is highest",
-        choices=("entropy", "gain", "random"),
-    )  # fmt: skip
-    max_leaves: int = option(8, "the most for one question, of a step's budget", 1, 10_000)
+        "entropy", "what rule step compares", choices=("entropy", "gain", "random")
+    )
+    max_leaves: int = option(8, "rule step: the most trajectories of a question", 1, 10_000)
     branch_probability: float = option(0.5, "paper's alpha, official tau", 0, 1)
     entropy_weight: float = option(0.2, "paper's beta, official w", -1000, 1000)
     entropy_threshold: float = option(0.5, "paper's tau; of the threshold rule", -1000, 1000)
@@ -100,7 +95,7 @@ class Config:
         if self.initial_rollouts > self.group_size:
             limit = f"at most group_size ({self.group_size})"
             raise UserError(f"--initial_rollouts {self.initial_rollouts}: it must be {limit}")
-        if self.budget == "step" and self.max_leaves < self.group_size:
+        if self.branch_rule == "step" and self.max_leaves < self.group_size:
             limit = f"at least group_size ({self.group_size})"
             raise UserError(f"--max_leaves {self.max_leaves}: it must be {limit}")
 

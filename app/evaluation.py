@@ -36,7 +36,7 @@ def evaluate(
     the same records, whatever was drawn before. `on_progress` is told how many more are done.
     """
     alone = {"group_size": samples, "initial_rollouts": samples, "branch_rule": "none"}
-    config = dataclasses.replace(config, **alone, budget="question")
+    config = dataclasses.replace(config, **alone)
     n = max(1, config.rollout_rows // samples)
     records: list[dict] = []
     while len(records) < len(questions):

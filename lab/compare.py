@@ -48,7 +48,7 @@ RESULTS = ROOT / "lab/results/compare"
 
 # A method is a name and what it changes in Config; `control` names what lab/controls.py changes in
 # the code. All return 64 trajectories a step.
-STEP = {"budget": "step", "questions_per_step": 16, "group_size": 4, "max_leaves": 8}
+STEP = {"branch_rule": "step", "questions_per_step": 16, "group_size": 4, "max_leaves": 8}
 GRPO = {"branch_rule": "none", "initial_rollouts": 8}
 PAPER = {"branch_rule": "paper", "initial_rollouts": 2, "max_branches": 1, "shared_weight": 0.0}
 OFF_POLICY = {"updates_per_rollout": 4}
@@ -128,7 +128,7 @@ CONTROLS = {"arpo-random": "arpo-paper"}
 DEFAULTS = {"eval_every": 5, "eval_part": 100_000}
 PATHS = "model_name adapter system_prompt dataset_path eval_path documents_path".split()
 OF_THE_RUNS = set(
-    "seed output_dir initial_rollouts branch_rule max_branches budget branch_score max_leaves "
+    "seed output_dir initial_rollouts branch_rule max_branches branch_score max_leaves "
     "questions_per_step group_size".split()
 )
 

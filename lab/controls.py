@@ -65,7 +65,7 @@ def oracle() -> None:
 
     def spend(budget: Budget, config) -> list[Segment]:
         results = [node for node in budget.places if node.decision]
-        if budget.slots and results and any(budget.room.values()):
+        if budget.slots and results and budget.most:
             budget.places |= spreads(budget, results, config, **now)
         return spend_rest(budget, config)
 
@@ -74,10 +74,11 @@ def oracle() -> None:
 
 def spreads(budget: Budget, results, config, writer, questions, tools) -> dict[Segment, float]:
     """Tool result -> variance of the rewards of what goes on from there."""
-    asked = dict(zip(budget.room, questions, strict=True))  # in the order of the questions
+    roots = [node for node in budget.places if node.author == "prompt"]  # as they were asked
+    asked = dict(zip(roots, questions, strict=True))
     begun = [node for node in results for _ in range(CONTINUATIONS)]
-    # Slots without room: nothing forks, and what the results share stays in the cache.
-    kept = Budget(1, random.Random(0), room=Counter(), places=dict(budget.places))
+    # A slot that nobody may take: nothing forks, and what the results share stays in the cache.
+    kept = Budget(1, random.Random(0), most=0, places=dict(budget.places))
     own = dict.fromkeys(asked, kept)
     before = writer.prefill_tokens
     rewards = {node: [] for node in results}
@@ -97,8 +98,8 @@ def live() -> None:
         roots = [Segment("prompt", writer.policy.prompt(q.text)) for q in questions]
         asked = dict(zip(roots, questions, strict=True))
         N, left = config.initial_rollouts, len(roots) * config.group_size
-        # Slots without room: nothing forks, and the prompts stay in the cache.
-        budgets = {root: Budget(1, random.Random(0), room=Counter()) for root in roots}
+        # A slot that nobody may take: nothing forks, and the prompts stay in the cache.
+        budgets = {root: Budget(1, random.Random(0), most=0) for root in roots}
         leaves = grow(writer, [root for root in roots for _ in range(N)], budgets, config, tools)
         rewards = {root: set() for root in roots}
         for leaf in leaves:
