@@ -96,8 +96,8 @@ def reward(
     if authors != [("policy", "tool")[i % 2] for i in range(len(turns))]:
         raise ValueError(f"turns must be policy, tool, policy, ...; got {', '.join(authors)}")
     texts = [text for author, text in turns if author == "policy"]
-    unread = len(turns) % 2 == 0  # it ends with a result that the policy never read
-    calls, last = (texts, "") if unread else (texts[:-1], texts[-1])
+    # An even number of turns ends with a result that the policy never read.
+    calls, last = (texts[:-1], texts[-1]) if len(turns) % 2 else (texts, "")
 
     answer = ANSWER.fullmatch(last)
     prediction = boxed(answer[1]) if answer else None
