@@ -103,9 +103,8 @@ def reward(
     prediction = boxed(answer[1]) if answer else None
     forged = any("<result>" in text or "</result>" in text for text in texts)
     well_formed = prediction is not None and not forged and all(map(CALL.fullmatch, calls))
-    accuracy = judge(prediction, answers) if well_formed else 0.0
-    total = total_reward(well_formed, accuracy, tools_used)
-    return Reward(total, accuracy, well_formed, tools_used)
+    right = judge(prediction, answers) if well_formed else 0.0
+    return Reward(total_reward(well_formed, right, tools_used), right, well_formed, tools_used)
 
 
 def total_reward(well_formed: bool, accuracy: float, tools_used: int) -> float:

@@ -95,12 +95,9 @@ def train_step(
 
 
 def grow(
-    writer: Writer,
-    nodes: list[Segment],
-    budgets: dict[Segment, Budget],
-    config: Config,
+    writer: Writer, nodes: list[Segment], budgets: dict[Segment, Budget], config: Config,
     tools: dict,
-) -> list[Segment]:
+) -> list[Segment]:  # fmt: skip
     """All leaves that grow from these nodes, each a prompt or a tool result: a level a call."""
     growing = {budgets[node.path()[0]] for node in nodes}
     for budget in dict.fromkeys(budgets.values()):  # each once: a step's is that of every question
@@ -108,11 +105,11 @@ def grow(
             nodes = nodes + spend_rest(budget, config)
     if not nodes:
         return []
-    k = config.entropy_tokens
-    drafts = writer.begin(nodes, k)  # a policy segment after each node: k tokens, their entropy
+    # A policy segment after each node: its first k tokens, and their entropy.
+    drafts = writer.begin(nodes, config.entropy_tokens)
     forked = decide_forks(drafts, budgets, config)  # tool results, once for each fork
     # A fork stands right after the result: the tokens measured there stay with the path before it.
-    drafts += writer.begin(forked, k)  # (R + forks) segments
+    drafts += writer.begin(forked, config.entropy_tokens)  # (R + forks) segments
     writer.finish(drafts, [node for some in budgets.values() if some.slots for node in some.places])
     results, leaves = call_tools(writer, drafts, config, tools)
     return leaves + grow(writer, results, budgets, config, tools)
@@ -207,8 +204,7 @@ def spend_rest(budget: Budget, config: Config) -> list[Segment]:
     nodes = []
     for node in sorted(budget.places, key=lambda n: (n.author == "prompt", -budget.places[n])):
         made = node.decision
-        wanted = config.max_branches - made.granted if made else budget.slots
-        nodes += grant(budget, node, wanted)
+        nodes += grant(budget, node, config.max_branches - made.granted if made else budget.slots)
     return nodes
 
 
@@ -283,9 +279,8 @@ def policy_loss(
     if ref_logp is not None:
         kl = kl_k3(logp, ref_logp)  # (B, T)
         loss = loss + config.kl_coefficient * (batch.weight * kl).sum() / total
-    clipped = batch.n_plus * (ratio > 1 + config.clip_high)  # (B, T)
-    clipped = clipped + batch.n_minus * (ratio < 1 - config.clip_low)
-    return loss, clipped.sum()
+    above, below = ratio > 1 + config.clip_high, ratio < 1 - config.clip_low  # (B, T)
+    return loss, (batch.n_plus * above + batch.n_minus * below).sum()
 
 
 def update(policy: Policy, optimizer, rows: list[Row], config: Config) -> dict:
