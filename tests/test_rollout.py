@@ -288,7 +288,7 @@ def test_forgetting_changes_nothing_that_is_written(tiny, rows, rule, monkeypatc
 
 @pytest.mark.parametrize("N", [1, 8])
 def test_a_level_takes_as_many_passes_as_its_longest_segment(tiny, monkeypatch, N):
-    """The probe, the probe of the forks, and what is then left of the longest one."""
+    """The first k tokens, those of the forks, and what is then left of the longest one."""
     begin, finish, begun, levels = Writer.begin, Writer.finish, [], []
 
     def counted_begin(self, nodes, k):
@@ -419,13 +419,13 @@ def test_as_many_calls_as_are_legal(tiny, scripted):
 
 def test_what_cannot_fork_any_more_begins_at_the_question(tiny, scripted, monkeypatch):
     """At the level at which the last open path of the question has ended, not after all others."""
-    levels, probe = [], arpo_mini.probe
+    levels, begin = [], Writer.begin
 
-    def watched(writer, nodes, config):
+    def watched(writer, nodes, k):
         levels.append(Counter(node.author for node in nodes))
-        return probe(writer, nodes, config)
+        return begin(writer, nodes, k)
 
-    monkeypatch.setattr(arpo_mini, "probe", watched)
+    monkeypatch.setattr(Writer, "begin", watched)
     config = replace(TINY, branch_rule="none", max_tool_calls=6)
     roll_out(tiny, config, ECHO, TINY_QUESTIONS)
     began = [level for level in levels if level["prompt"]]
