@@ -377,7 +377,7 @@ def train(config: Config, tools: dict | None = None, resume: Path | None = None)
 
 def safe_step(
     agent: Agent, optimizer, questions: list[Question], config: Config, step: int,
-    scores: Sequence[list[float]],
+    scores: Sequence[list[float]] = (),
 ) -> tuple[dict, list[list[Segment]], list[list[Reward]]]:  # fmt: skip
     """`train_step` and its figures; where the memory runs out, the same again with less at once."""
     policy = agent.policy
