@@ -269,7 +269,7 @@ def update(policy: Policy, optimizer, rows: list[Row], config: Config) -> dict:
     parts = list(micro_batches(rows, config.micro_batch_tokens))
     batches = [make_batch(some, policy.pad_id, policy.device, policy.lm.dtype) for some in parts]
     old, reference = fixed_logprobs(policy, batches, config)
-    n, loss_sum, clipped_sum, drifts = config.updates_per_rollout, 0.0, 0.0, []
+    n, loss_sum, clipped_sum, skipped, drifts = config.updates_per_rollout, 0.0, 0.0, 0, []
     for i in range(n):
         for p in policy.parameters:
             p.grad = torch.zeros_like(p)  # not None: Adam's momentum acts also without a gradient
@@ -282,16 +282,21 @@ def update(policy: Policy, optimizer, rows: list[Row], config: Config) -> dict:
             old_logp = logp.detach() if old_logp is None else old_logp
             loss, clipped = policy_loss(logp, old_logp, batch, config, total, ref_logp)
             require_finite("the loss", loss, texts)
-            loss.backward()
+            policy.scaler.scale(loss).backward()  # scaled in float16 only: nothing underflows
             loss_sum, clipped_sum = loss_sum + loss.item(), clipped_sum + clipped.item()
+        policy.scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters, MAX_GRAD_NORM)
-        require_finite("the gradient norm", grad_norm, [row.input_ids for row in rows])
-        optimizer.step()  # may overflow although the gradient did not
+        skipped += not grad_norm.isfinite()
+        if policy.scaler.get_scale() == 1:  # above that, the step is skipped and it is halved
+            require_finite("the gradient norm", grad_norm, [row.input_ids for row in rows])
+        policy.scaler.step(optimizer)  # may overflow although the gradient did not
+        policy.scaler.update()
         weights = torch.nn.utils.get_total_norm([p.detach() for p in policy.parameters])
         require_finite("a weight after the step", weights, [])
     drift = torch.cat(drifts).abs().tolist() if drifts else []
     figures = {"loss": loss_sum / n, "clip_fraction": clipped_sum / (total * n)}
-    figures |= {"grad_norm": grad_norm.item(), "train_tokens": sum(map(len, rows))}
+    figures |= {"train_tokens": sum(map(len, rows)), "skipped_updates": int(skipped)}
+    figures["grad_norm"] = grad_norm.item() if grad_norm.isfinite() else None
     drift_mean = sum(drift) / len(drift) if drift else None
     return figures | {"drift_mean": drift_mean, "drift_max": max(drift, default=None)}
 
@@ -325,7 +330,8 @@ def train(config: Config, tools: dict | None = None, resume: Path | None = None)
         agent.refuse_long(test, config.eval_path)
         policy = agent.policy
         optimizer = torch.optim.AdamW(policy.parameters, lr=config.learning_rate, weight_decay=0.0)
-        run.start(policy.model, optimizer, policy.limits, policy.prompt("question"))
+        saved = policy.scaler, policy.limits
+        run.start(policy.model, optimizer, *saved, policy.prompt("question"))
         with progress_bar() as bar:
             before = evaluate_midway(run, agent, test, bar, step=0)
             task = bar.add_task("train", total=config.steps, completed=run.step)
@@ -361,7 +367,7 @@ def safe_step(
         return {**step_metrics(groups, rewards), **short, **figures}, groups, rewards
 
     # The same seed and step number draw the same again: only the update has to be undone.
-    undo = snapshot(policy.parameters, optimizer)  # some optimizer steps may have been taken
+    undo = snapshot(policy, optimizer)  # some optimizer steps may have been taken
     try:
         return policy.limits.retry(config, work, undo)
     except NonFinite as wrong:

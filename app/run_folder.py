@@ -382,13 +382,13 @@ class RunFolder:
         older = [each for each in whole if each["step"] <= until]
         return next(iter(older + whole), None)  # None: it was stopped before the first one
 
-    def start(self, model: Module, optimizer, limits, prompt: list[int]) -> None:
-        """Make the folder, or restore what the checkpoint has of the optimizer and `limits`.
+    def start(self, model: Module, optimizer, scaler, limits, prompt: list[int]) -> None:
+        """Make the folder, or restore what the checkpoint has of optimizer, `scaler` and `limits`.
 
         `limits`, a dataclass, is kept with every checkpoint: what is computed at once. `prompt` are
         the token ids of any question, which change with the system prompt and the tools.
         """
-        self.model, self.optimizer, self.limits = model, optimizer, limits
+        self.model, self.optimizer, self.scaler, self.limits = model, optimizer, scaler, limits
         self.made_by |= {
             "device": model.device.type,
             "weights of model_name": fingerprint_model(model),
@@ -400,6 +400,7 @@ class RunFolder:
             others = restore(self.checkpoint["path"], optimizer)
             done, self.seconds_before = self.checkpoint["step"], others["seconds"]
             vars(limits).update(others["limits"])
+            scaler.load_state_dict(others["scaler"])
         if self.folder is None:
             self.folder = new_folder(self.config.output_dir)
             self.hold()
@@ -462,6 +463,7 @@ class RunFolder:
 
     def remember(self, step: int) -> None:
         others = {"seconds": self.seconds(), "limits": dataclasses.asdict(self.limits)}
+        others["scaler"] = self.scaler.state_dict()
         self.done = step, checkpoint_files(self.model, self.optimizer, others)
 
     def save(self) -> None:

@@ -197,8 +197,8 @@ def memory_limit(memory_gb: float | None, device: torch.device) -> float | None:
 # ---- to try again -------------------------------------------------------------------------
 
 
-def snapshot(parameters: list[torch.nn.Parameter], optimizer) -> Callable[[], None]:
-    """Keeps the trained parameters and the optimizer's state on the CPU: call it to restore both.
+def snapshot(policy, optimizer) -> Callable[[], None]:
+    """Keeps what an update changes on the CPU, the scale of the loss too: call it to restore it.
 
     An update that runs out of memory may have taken some of its optimizer steps already.
     """
@@ -206,13 +206,15 @@ def snapshot(parameters: list[torch.nn.Parameter], optimizer) -> Callable[[], No
     def kept(value):
         return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
 
-    weights, state = tree_map(kept, (parameters, optimizer.state_dict()))
+    weights, state = tree_map(kept, (policy.parameters, optimizer.state_dict()))
+    scaler = copy.deepcopy(policy.scaler)
 
     def restore() -> None:
         optimizer.zero_grad()
         with torch.no_grad():
-            for parameter, value in zip(parameters, weights, strict=True):
+            for parameter, value in zip(policy.parameters, weights, strict=True):
                 parameter.copy_(value)
         optimizer.load_state_dict(copy.deepcopy(state))  # it takes what it is given as its own
+        vars(policy.scaler).update(vars(copy.deepcopy(scaler)))
 
     return restore

@@ -25,6 +25,7 @@ from advantage import Segment
 from data.files import UserError, reason
 from engine.checks import refuse_windows, require_same_logprobs
 from engine.memory import Limits, OutOfMemory, fit
+from engine.packing import NonFinite
 
 # What the libraries say about themselves is not for the reader of this screen: loading bars,
 # deprecations, a padding warning that takes left padding for right padding.
@@ -67,6 +68,11 @@ class Policy:
         self.turn_end = self.eos_ids[0]  # what a demonstration ends with
         shape = self.lm.config.get_text_config()
         self.vocab_size = shape.vocab_size
+        half = self.lm.dtype == torch.float16
+        # Else it is switched off, and its methods hand through what they are given.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+        if half:
+            self.lm.get_output_embeddings().register_forward_hook(refuse_overflow)
         self.context = getattr(shape, "max_position_embeddings", None) or math.inf  # in tokens
 
     def prompt(self, question: str) -> list[int]:
@@ -74,8 +80,7 @@ class Policy:
         for i, token in self.tokenizer.added_tokens_decoder.items():
             if i in self.markers:  # a question cannot end its own turn
                 question = question.replace(token.content, toolbox.broken(token.content))
-        before, after = self.frame
-        return self.encode(before + question + after, self.frame, special=True)
+        return self.encode(question.join(self.frame), self.frame, special=True)
 
     def encode(self, text: str, frame: Sequence[str] = (), special: bool = False) -> list[int]:
         """Token ids; the spelling of a special token is one only where it may be `special`.
@@ -121,8 +126,7 @@ class Policy:
         """(author, text) of every segment after the prompt: no eos, nothing after a closed tag."""
         turns = []
         for segment in leaf.path()[1:]:
-            token_ids = segment.token_ids[:-1] if segment.stop == "eos" else segment.token_ids
-            text = self.decode(token_ids)
+            text = self.decode(segment.token_ids[: -1 if segment.stop == "eos" else None])
             if segment.stop in ("tool", "answer") and (closed := toolbox.last_closed(text)):
                 # One token may be `><`: what it carries beside the tag was never decided on.
                 text = "".join(text.rpartition(f"</{closed[0]}>")[:2])
@@ -177,7 +181,7 @@ def load_policy(config, tools: dict[str, toolbox.Tool], trainable: bool) -> Poli
 def load_model(config) -> tuple:
     """The model and its tokenizer. What comes with them runs only with `trust_remote_code`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = number_type(config.dtype, device)
     nf4 = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
     )
@@ -196,6 +200,23 @@ def load_model(config) -> tuple:
     if found["missing_keys"]:
         raise ValueError(f"the model has no {', '.join(sorted(found['missing_keys'])[:3])}")
     return lm, transformers.AutoTokenizer.from_pretrained(name, padding_side="left", **trust)
+
+
+def number_type(name: str, device: str) -> torch.dtype:
+    """Of --dtype. The adapter and all that is made of the logits are float32 whatever it says."""
+    if name == "auto" and device == "cpu":
+        name = "float32"
+    elif name == "auto":  # older cards only emulate bfloat16, slowly
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bfloat16" if native else "float16"
+    return getattr(torch, name)
+
+
+def refuse_overflow(head, args, logits: torch.Tensor) -> None:
+    """Hook of a model in float16: what got beyond its largest number, 65504, is inf or nan here."""
+    if not logits.isfinite().all():
+        words = "activations are too large for float16"
+        raise NonFinite(f"{words}; --dtype bfloat16 or --dtype float32 has room for them", [])
 
 
 # What an adapter may say of itself and add no more than B A x to the W x of a layer.

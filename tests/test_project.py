@@ -66,7 +66,7 @@ def test_what_there_is_and_how_large():
         "app without the page": (lines("app", without=["app/page"]), 1500),
         "lab": (lines("lab"), 2200),
         "tests": (lines("tests"), 7700),
-        "settings": (len(dataclasses.fields(Config)), 45),
+        "settings": (len(dataclasses.fields(Config)), 50),
         "words of the README": (len((ROOT / "README.md").read_text().split()), 900),
     }
     assert not {name: pair for name, pair in limits.items() if pair[0] > pair[1]}
