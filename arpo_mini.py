@@ -45,9 +45,10 @@ from app.run_folder import RunFolder
 from app.screen import comparison, print_log_head, print_log_line, print_table, progress_bar, say
 from data.formats import Question, load_questions
 from engine import official
+from engine.checks import refuse_long
 from engine.judge import judge_answer, measures
 from engine.memory import snapshot
-from engine.model import Policy, load_policy, refuse_long
+from engine.model import Policy, load_policy
 from engine.packing import (
     Batch,
     NonFinite,
@@ -59,6 +60,7 @@ from engine.packing import (
     split_tree,
     token_logprobs,
 )
+from engine.processes import joined, shared
 from engine.writer import Writer
 from entropy import RULE_SETTINGS, RULES, Decision, normalised_entropy
 
@@ -284,6 +286,8 @@ def update(policy: Policy, optimizer, rows: list[Row], config: Config) -> dict:
             require_finite("the loss", loss, texts)
             policy.scaler.scale(loss).backward()  # scaled in float16 only: nothing underflows
             loss_sum, clipped_sum = loss_sum + loss.item(), clipped_sum + clipped.item()
+        if policy.processes.count > 1:
+            policy.processes.add_up(policy.parameters, total)
         policy.scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters, MAX_GRAD_NORM)
         skipped += not grad_norm.isfinite()
@@ -323,15 +327,14 @@ def train(config: Config, tools: dict | None = None, resume: Path | None = None)
     """Evaluate, then roll out, reward, credit and update step by step, and evaluate again."""
     check_training(config)
     questions, test = load_questions(config.dataset_path), load_questions(config.eval_path)
-    with RunFolder(config, resume) as run:
+    with RunFolder(config, resume, joined()) as run:
         start = dataclasses.replace(config, adapter=run.adapter)
         agent = load_agent(start, tools, trainable=True)
         agent.refuse_long(questions, config.dataset_path)
         agent.refuse_long(test, config.eval_path)
         policy = agent.policy
         optimizer = torch.optim.AdamW(policy.parameters, lr=config.learning_rate, weight_decay=0.0)
-        saved = policy.scaler, policy.limits
-        run.start(policy.model, optimizer, *saved, policy.prompt("question"))
+        run.start(policy.model, optimizer, policy.scaler, policy.limits, policy.prompt("question"))
         with progress_bar() as bar:
             before = evaluate_midway(run, agent, test, bar, step=0)
             task = bar.add_task("train", total=config.steps, completed=run.step)
@@ -360,9 +363,10 @@ def safe_step(
     policy = agent.policy
 
     def work(fitted: Config):
-        figures, groups, rewards = train_step(
-            policy, optimizer, questions, fitted, agent.tools, step
-        )
+        def of_some(some: list[Question], number: int):
+            return train_step(policy, optimizer, some, fitted, agent.tools, number)
+
+        figures, groups, rewards = policy.processes.shared(of_some, questions, step)
         short = {"short_answers": short_answers(policy, groups)}
         return {**step_metrics(groups, rewards), **short, **figures}, groups, rewards
 
@@ -390,6 +394,7 @@ class Agent:
     tools: dict[str, toolbox.Tool]
     config: Config
 
+    @shared
     def roll_out(
         self, questions: list[Question], config: Config, seed: int
     ) -> tuple[list[list[Segment]], list[list[Reward]]]:

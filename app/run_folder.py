@@ -30,6 +30,7 @@ import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import filelock
@@ -40,6 +41,7 @@ from torch.nn import Module
 
 from app.config import Config
 from app.page.read import LOGS, Line, lacks_figures, read_log
+from app.screen import console
 from data.files import UserError, reason
 
 VERSION = "0.4"  # of arpo_mini; a change after which a step gives other numbers raises it
@@ -54,6 +56,7 @@ CHECKPOINT = (  # its files beside checkpoint.json
     "optimizer.safetensors",
     "state.json",
 )
+ALONE = SimpleNamespace(rank=0, count=1)
 logger = logging.getLogger("arpo_mini")
 
 
@@ -298,10 +301,15 @@ class RunFolder:
     Ctrl-C, SIGTERM or an error. A second signal does not wait for that.
     """
 
-    def __init__(self, config: Config, folder: Path | None = None):
-        """A new run, which touches the disk in `start`, or the run in `folder`, to go on with."""
+    def __init__(self, config: Config, folder: Path | None = None, processes=ALONE):
+        """A new run, which touches the disk in `start`, or the run in `folder`, to go on with.
+
+        Only the first of several processes writes, to the disk and to the screen.
+        """
         self.config, self.folder = config, folder and Path(folder).resolve()
-        self.made_by, self.checkpoint = made_by(config), None
+        self.processes, self.writes, self.checkpoint = processes, processes.rank == 0, None
+        self.made_by = made_by(config) | {"processes": processes.count}
+        console.quiet = console.quiet or not self.writes
         self.done: tuple[int, dict] | None = None  # the last completed step, and its files
         self.logs: dict[str, list[Line]] = {name: [] for name in LOGS}
         self.metrics: list[dict] = []
@@ -324,7 +332,7 @@ class RunFolder:
             self.old_handler = signal.signal(signal.SIGTERM, terminate)
         try:
             if self.folder:  # what is in it changes in `start`, when all is checked
-                self.hold()
+                self.hold() if self.writes else None
                 self.logs = {n: read_log(self.folder / n, lacks_figures) for n in LOGS}
                 self.checkpoint = self.choose_checkpoint()
             if self.checkpoint:
@@ -340,6 +348,8 @@ class RunFolder:
     def __exit__(self, kind, error, trace) -> None:
         try:
             if error and self.done and not isinstance(error, CannotWrite):
+                for number in (signal.SIGINT, signal.SIGTERM) if self.processes.count > 1 else ():
+                    signal.signal(number, signal.SIG_IGN)  # who launched them sends one more
                 self.save()
                 named = f'"{self.folder}"' if " " in str(self.folder) else self.folder
                 logger.info(f"step {self.step} is saved; go on with: train --resume {named}")
@@ -401,6 +411,13 @@ class RunFolder:
             done, self.seconds_before = self.checkpoint["step"], others["seconds"]
             vars(limits).update(others["limits"])
             scaler.load_state_dict(others["scaler"])
+        if self.processes.count > 1:
+            self.processes.agree(model, self.made_by)
+        if not self.writes:
+            logged = [[line.row for line in lines if line.row] for lines in self.logs.values()]
+            some = [[row for row in rows if row["step"] <= done] for rows in logged]
+            (self.metrics, self.evaluations, _), self.done = some, (done, {})
+            return
         if self.folder is None:
             self.folder = new_folder(self.config.output_dir)
             self.hold()
@@ -440,6 +457,8 @@ class RunFolder:
 
     def append(self, name: str, row: dict) -> None:
         """A line to one of the logs; every line names its step."""
+        if not self.writes:
+            return
         with writing(self.folder), (self.folder / name).open("ab") as file:
             file.write(json.dumps(row).encode() + b"\n")
 
@@ -464,11 +483,14 @@ class RunFolder:
     def remember(self, step: int) -> None:
         others = {"seconds": self.seconds(), "limits": dataclasses.asdict(self.limits)}
         others["scaler"] = self.scaler.state_dict()
-        self.done = step, checkpoint_files(self.model, self.optimizer, others)
+        files = checkpoint_files(self.model, self.optimizer, others) if self.writes else {}
+        self.done = step, files
 
     def save(self) -> None:
         """A checkpoint of the last completed step, its adapter in adapter/, old ones pruned."""
         step, files = self.done
+        if not self.writes:
+            return
         path = self.folder / "checkpoints" / f"step-{step:06d}"
         with writing(self.folder):
             for folder in (path / "adapter", self.folder / "adapter"):

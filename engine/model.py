@@ -23,9 +23,9 @@ import transformers
 import tools as toolbox
 from advantage import Segment
 from data.files import UserError, reason
-from engine.checks import refuse_windows, require_same_logprobs
+from engine.checks import refuse_overflow, refuse_windows, require_same_logprobs
 from engine.memory import Limits, OutOfMemory, fit
-from engine.packing import NonFinite
+from engine.processes import joined
 
 # What the libraries say about themselves is not for the reader of this screen: loading bars,
 # deprecations, a padding warning that takes left padding for right padding.
@@ -68,6 +68,7 @@ class Policy:
         self.turn_end = self.eos_ids[0]  # what a demonstration ends with
         shape = self.lm.config.get_text_config()
         self.vocab_size = shape.vocab_size
+        self.processes = joined()
         half = self.lm.dtype == torch.float16
         # Else it is switched off, and its methods hand through what they are given.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
@@ -180,7 +181,7 @@ def load_policy(config, tools: dict[str, toolbox.Tool], trainable: bool) -> Poli
 
 def load_model(config) -> tuple:
     """The model and its tokenizer. What comes with them runs only with `trust_remote_code`."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     dtype = number_type(config.dtype, device)
     nf4 = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
@@ -212,13 +213,6 @@ def number_type(name: str, device: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def refuse_overflow(head, args, logits: torch.Tensor) -> None:
-    """Hook of a model in float16: what got beyond its largest number, 65504, is inf or nan here."""
-    if not logits.isfinite().all():
-        words = "activations are too large for float16"
-        raise NonFinite(f"{words}; --dtype bfloat16 or --dtype float32 has room for them", [])
-
-
 # What an adapter may say of itself and add no more than B A x to the W x of a layer.
 PLAIN_LORA = """r lora_alpha lora_dropout use_rslora use_dora rank_pattern alpha_pattern task_type
     target_modules target_parameters exclude_modules modules_to_save layers_to_transform revision
@@ -248,15 +242,6 @@ def add_adapter(lm, config, trainable: bool) -> peft.PeftModel:
     if missing or foreign:  # peft would write a foreign one over the base model, or drop it
         raise ValueError(f"missing adapter keys: {missing[:3]}, foreign ones: {foreign[:3]}")
     return model
-
-
-def refuse_long(policy: Policy, questions: list, path: str, config) -> None:
-    """A prompt that leaves no room to answer is named before the work begins: UserError."""
-    room = min(config.max_total_tokens, policy.context)
-    for number, question in enumerate(questions, start=1):
-        if (n := len(policy.prompt(question.text))) >= room:
-            limit = f"no room to answer within --max_total_tokens and the model's context ({room})"
-            raise UserError(f"{path}, question {number}: a prompt of {n} tokens leaves {limit}")
 
 
 def read_system_prompt(path: str | None, tools: dict[str, toolbox.Tool]) -> str:

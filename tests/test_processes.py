@@ -1,0 +1,201 @@
+"""Two processes over gloo on a CPU train as one does; one that ends takes the other with it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import (
+    ECHO,
+    TINY,
+    TINY_QUESTIONS,
+    TinyPolicy,
+    lines_of,
+    roll_out,
+    small_policy,
+    write_questions,
+)
+from test_update import flat_gradient, some_rewards
+
+import app.cli
+import arpo_mini
+from app.run_folder import RunFolder
+from arpo_mini import credit, update
+from data.files import UserError
+from engine import processes
+
+ROOT = Path(__file__).parent.parent
+QUESTIONS = TINY_QUESTIONS * 2 + TINY_QUESTIONS[:1]  # three for one process, two for the other
+FEW = (
+    "--questions_per_step 3 --group_size 3 --max_segment_tokens 40 --eval_every 2 --eval_part 1"
+    " --save_every 2 --steps"
+).split()
+
+
+def of_a_step(share=slice(None)):
+    """Figures and gradient of an update on these trees, and the adapter after a second one."""
+    policy = small_policy(TinyPolicy)
+    groups = list(enumerate(roll_out(policy, TINY, ECHO, QUESTIONS)))[share]
+    rows = [row for i, g in groups for row in credit(g, some_rewards(g, i), TINY)]
+
+    def train(lr):
+        def work(some, seed):
+            return (
+                update(policy, torch.optim.SGD(policy.parameters, lr=lr), rows, TINY),
+                [[]] * len(some),
+                some,
+            )
+
+        return policy.processes.shared(work, QUESTIONS, 0)[0]
+
+    figures, gradient = train(0.0), flat_gradient(policy)
+    train(1.0)
+    return {"figures": figures, "grad": gradient, "after": [p.data for p in policy.parameters]}
+
+
+def launch(*args):
+    """Two processes that know of each other, as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    env = os.environ | there | {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    command = [sys.executable, *map(str, args)]
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
+    return [subprocess.Popen(command, env=env | rank, **both) for rank in ranks]
+
+
+def ended(started):
+    found = [(process.communicate(timeout=300), process.returncode) for process in started]
+    return [(code, out, err) for (out, err), code in found]
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_gradient_of_one_and_the_same_adapter(tmp_path):
+    for code, _, error in ended(launch(__file__, "step", tmp_path)):
+        assert code == 0, error
+    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    torch.manual_seed(0)
+    alone = of_a_step()
+    for each in (one, two):
+        assert (each["grad"] - alone["grad"]).norm() < 1e-6 * alone["grad"].norm()
+        assert each["figures"] == pytest.approx(alone["figures"], rel=1e-5, abs=2e-6)
+    assert all(map(torch.equal, one["after"], two["after"]))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_questions(tmp_path_factory.mktemp("data") / "few.jsonl", each=2)
+
+
+@pytest.mark.slow
+def test_the_adapters_are_equal_after_every_step_and_process_0_alone_writes(tmp_path, data):
+    flags = [*FEW, 3, "--eval_path", data, "--output_dir", tmp_path / "run"]
+    (code, out, error), (other, nothing, no_error) = ended(
+        launch(__file__, "train", tmp_path, *flags)
+    )
+    assert (code, other, nothing) == (0, 0, ""), error + no_error
+    sums = [lines_of(tmp_path, f"{rank}.jsonl") for rank in (0, 1)]
+    assert sums[0][1:] == sums[1] and len({*map(str, sums[0])}) == 4  # first: the beginning
+    metrics = lines_of(tmp_path / "run", "metrics.jsonl")
+    assert [(m["step"], m["groups"], m["rollouts"]) for m in metrics] == [
+        (step, 3, 9) for step in (1, 2, 3)
+    ]
+    asked = [e["questions"] for e in lines_of(tmp_path / "run", "evaluations.jsonl")]
+    assert asked == [6, 6, 3, 3, 6, 6] and "test accuracy" in out
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "0.jsonl", "1.jsonl"}
+
+
+@pytest.mark.slow
+def test_one_that_is_killed_ends_the_other_and_both_go_on_later(tmp_path, data):
+    """Then Ctrl-C, which a terminal sends to both; another number of processes is refused."""
+    run = tmp_path / "run"
+    flags = ["--eval_path", data, "--output_dir", run]
+
+    def stopped(args, number, whom):
+        started, log = launch("arpo_mini.py", "train", *args), run / "metrics.jsonl"
+        done = len(lines_of(run, log.name)) if log.exists() else 0
+        while not log.exists() or log.read_text(encoding="utf-8").count("\n") < done + 1:
+            time.sleep(0.05)
+            assert started[0].poll() is None
+        time.sleep(0.3)
+        for process in whom(started):
+            process.send_signal(number)
+        return ended(started)
+
+    first, killed = stopped([*FEW, 50, *flags], signal.SIGKILL, lambda some: some[1:])
+    assert killed[0] == -signal.SIGKILL and first[0] == 2
+    assert first[2] == "error: another process of this run has ended, and so does this one\n"
+    assert f"is saved; go on with: train --resume {run}" in first[1]
+    for code, out, error in stopped(["--resume", run], signal.SIGINT, list):
+        assert (code, error) == (130, "stopped\n"), out
+    steps = len(lines_of(run, "metrics.jsonl"))
+    (one, two) = ended(launch("arpo_mini.py", "train", "--resume", run, "--steps", steps + 1))
+    assert (one[0], two[0]) == (0, 0), one[2] + two[2]
+    alone = [sys.executable, "arpo_mini.py", "train", "--resume", run]
+    refused = subprocess.run(alone, cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert "processes is 2 there and 1 here" in refused.stderr
+
+
+# ---- in one process -----------------------------------------------------------------------
+
+
+def test_one_process_meets_nobody_and_a_gpu_is_not_shared(monkeypatch):
+    alone, given = processes.Processes(), object()
+    assert alone.shared(lambda some, seed: (some, seed, given), [1, 2], 3) == ([1, 2], 3, given)
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match=r"^process 1 has no GPU of its own: this machine has 1$"):
+        processes.Processes()
+
+
+def test_out_of_memory_is_repeated_alone_until_it_has_met_the_others(monkeypatch):
+    some = processes.Processes()
+    some.count = 2
+
+    def work(questions, seed):
+        some.met = questions == [5]
+        raise torch.OutOfMemoryError("no memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        some.shared(work, [7, 8], 0)
+    with pytest.raises(UserError, match=r"^no memory; it takes a smaller --micro_batch_tokens$"):
+        some.shared(work, [5, 8], 0)
+    monkeypatch.setattr(some, "exchange", lambda facts: [facts, {**facts, "seed": 1}])
+    with pytest.raises(UserError, match=r"^process 1 was started with another seed$"):
+        some.agree(torch.nn.Linear(1, 1), {"seed": 0, "steps": 5})
+
+
+def test_the_figures_of_all_are_those_of_the_whole_step():
+    figures = [
+        {"part": 0.75, "loss": 1.0, "train_tokens": 3, "seconds_update": 2.0, "drift_mean": 0.1},
+        {"part": 0.25, "loss": 5.0, "train_tokens": 4, "seconds_update": 1.0, "drift_mean": None},
+    ]
+    expected = {"loss": 2.0, "train_tokens": 7, "seconds_update": 2.0, "drift_mean": 0.1}
+    assert processes.merged(figures) == pytest.approx(expected)
+
+
+if __name__ == "__main__":
+    what, folder, *args = sys.argv[1:]
+    rank = processes.joined().rank
+    if what == "step":
+        torch.save(of_a_step(slice(rank, None, 2)), Path(folder) / f"{rank}.pt")
+        sys.exit()
+    remember = RunFolder.remember
+
+    def told(run, step):
+        remember(run, step)
+        sums = [p.double().sum().item() for p in run.model.parameters() if p.requires_grad]
+        with (Path(folder) / f"{rank}.jsonl").open("a") as file:
+            file.write(json.dumps(sums) + "\n")
+
+    RunFolder.remember = told
+    sys.exit(app.cli.main(["train", *args], arpo_mini.train, arpo_mini.load_agent))
