@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from app.cli import refuse_unwritable, write_text
 from app.config import option
@@ -48,20 +48,13 @@ def paragraphs(row: dict) -> list[tuple[str, str]]:
     return [(title, "".join(text).strip()) for title, text in context]
 
 
-def documents(flags: Flags) -> Iterator[tuple[str, str]]:
-    for name in filter(None, flags.data.split(",")):
-        for number, (_, found) in enumerate(read_rows(name, paragraphs, LEGAL)):
-            if number == flags.rows:
-                break
-            yield from found
-
-
 def make(args: list[str]) -> None:
     flags, _ = parse("python -m lab.corpus", __doc__, args, Flags, names=())
     if not flags.data:
         raise UserError("--data is missing: a file or hub data set with contexts")
     refuse_unwritable("--output", flags.output)
-    once = dict.fromkeys(pair for pair in documents(flags) if pair[1])
+    sets = [islice(read_rows(x, paragraphs, LEGAL), flags.rows) for x in flags.data.split(",")]
+    once = dict.fromkeys(pair for rows in sets for _, found in rows for pair in found if pair[1])
     lines = (json.dumps({"title": title, "text": text}) + "\n" for title, text in once)
     write_text("--output", flags.output, "".join(lines))
     say(f"{flags.output}: {len(once):,} documents")
