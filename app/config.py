@@ -84,9 +84,7 @@ class Config:
     save_every: int = option(10, "steps between checkpoints; --resume needs one", 1, STEPS)
     eval_every: int = option(50, "steps between evaluations while training; 0: none", 0, STEPS)
     # before and after training all questions are asked
-    eval_part: int = option(
-        20, "questions a domain in those (others: all); 0: never evaluate", 0, 10**9
-    )
+    eval_part: int = option(20, "of each domain in those (others: all); 0: never", 0, 10**9)
 
     def __post_init__(self):
         check(self)

@@ -97,8 +97,7 @@ def evaluate_midway(
 
 def first_per_domain(questions: list[Question], n: int) -> list[Question]:
     """The first n questions of every domain."""
-    seen: Counter = Counter()
-    some = []
+    seen, some = Counter(), []
     for question in questions:
         seen[question.domain] += 1
         if seen[question.domain] <= n:
@@ -146,7 +145,6 @@ def summary(records: list[dict], k: int | None = None) -> dict:
             "well_formed": mean([mean(record["well_formed"]) for record in some]),
             "tool_calls": calls,
             "tool_productivity": accuracy / calls if calls else None,
-            # near the accuracy in percent, unless calls are rare
             "official_productivity": 100 * official * calls / (calls + 0.1),
             "entropy_initial": mean([record["entropy_initial"] for record in some]),
             "entropy_after_tool": mean([record["entropy_after_tool"] for record in some]),

@@ -302,10 +302,7 @@ class RunFolder:
     """
 
     def __init__(self, config: Config, folder: Path | None = None, processes=ALONE):
-        """A new run, which touches the disk in `start`, or the run in `folder`, to go on with.
-
-        Only the first of several processes writes, to the disk and to the screen.
-        """
+        """A new run or the one in `folder`; `start` writes. Of several processes the first does."""
         self.config, self.folder = config, folder and Path(folder).resolve()
         self.processes, self.writes, self.checkpoint = processes, processes.rank == 0, None
         self.made_by = made_by(config) | {"processes": processes.count}
@@ -414,9 +411,8 @@ class RunFolder:
         if self.processes.count > 1:
             self.processes.agree(model, self.made_by)
         if not self.writes:
-            logged = [[line.row for line in lines if line.row] for lines in self.logs.values()]
-            some = [[row for row in rows if row["step"] <= done] for rows in logged]
-            (self.metrics, self.evaluations, _), self.done = some, (done, {})
+            logged = [line.row for line in self.logs[LOGS[1]] if line.row]
+            self.evaluations, self.done = [x for x in logged if x["step"] <= done], (done, {})
             return
         if self.folder is None:
             self.folder = new_folder(self.config.output_dir)

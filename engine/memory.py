@@ -55,19 +55,13 @@ def path_bytes(shape, dtype_bytes: int, columns: int) -> int:
 
 
 def kept_bytes(shape, dtype_bytes: int, recompute: bool) -> int:
-    """What one token of the update keeps from the forward to the backward pass.
-
-    All of every layer, or with `recompute` (gradient checkpointing) the input of every layer.
-    """
+    """Of a token, for the backward pass: every layer, or with `recompute` the input of each."""
     each = dtype_bytes * shape.hidden_size if recompute else layer_bytes(shape, dtype_bytes)
     return shape.num_hidden_layers * each
 
 
 def passing_bytes(shape, dtype_bytes: int, recompute: bool) -> int:
-    """What one token takes beside that while the backward pass is in one layer.
-
-    Half a layer for gradients, and with `recompute` the layer itself.
-    """
+    """Beside that, in the layer being passed: half of it in gradients, if recomputed it itself."""
     layer = layer_bytes(shape, dtype_bytes)
     return layer // 2 + (layer if recompute else 0)
 
@@ -94,11 +88,6 @@ def weight_bytes(lm: torch.nn.Module) -> int:
     return sum(p.nbytes for p in lm.parameters()) + scales
 
 
-def trained_bytes(parameters: int) -> int:
-    """Gradient and the two moments of AdamW, float32, of the adapter's parameters."""
-    return 12 * parameters
-
-
 # ---- what is computed at once -------------------------------------------------------------
 
 
@@ -116,11 +105,9 @@ class Limits:
 
     def fitted(self, config):
         """The same settings, with what is computed at once no larger than fits."""
-        return dataclasses.replace(
-            config,
-            rollout_rows=min(config.rollout_rows, self.rollout_rows),
-            micro_batch_tokens=min(config.micro_batch_tokens, self.micro_batch_tokens),
-        )
+        caps = {name: getattr(self, name) for name in ("rollout_rows", "micro_batch_tokens")}
+        least = {name: min(getattr(config, name), cap) for name, cap in caps.items()}
+        return dataclasses.replace(config, **least)
 
     def retry(self, config, work: Callable[[Any], Any], undo: Callable[[], None] = lambda: None):
         """work(fitted settings). When the memory runs out: `undo`, half at once, the same again.
@@ -165,7 +152,8 @@ def fit(config, lm: torch.nn.Module) -> Limits:
     total = memory_limit(config.memory_gb, lm.device)
     if total is None:
         return Limits()
-    trained = trained_bytes(sum(p.numel() for p in lm.parameters() if p.requires_grad))
+    # Of each parameter of the adapter, in float32: its gradient and AdamW's two moments.
+    trained = 12 * sum(p.numel() for p in lm.parameters() if p.requires_grad)
     b, V = lm.dtype.itemsize, lm.config.get_text_config().vocab_size
     left = USABLE * total - weight_bytes(lm) - trained
     rows = (left - SCORES_BYTES) // path_bytes(lm.config, b, config.max_total_tokens)

@@ -69,8 +69,7 @@ class Policy:
         shape = self.lm.config.get_text_config()
         self.vocab_size = shape.vocab_size
         self.processes = joined()
-        half = self.lm.dtype == torch.float16
-        # Else it is switched off, and its methods hand through what they are given.
+        half = self.lm.dtype == torch.float16  # else its methods hand through what they are given
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         if half:
             self.lm.get_output_embeddings().register_forward_hook(refuse_overflow)
@@ -207,12 +206,10 @@ def load_model(config) -> tuple:
 
 def number_type(name: str, device: str) -> torch.dtype:
     """Of --dtype. The adapter and all that is made of the logits are float32 whatever it says."""
-    if name == "auto" and device == "cpu":
-        name = "float32"
-    elif name == "auto":  # older cards only emulate bfloat16, slowly
+    if name == "auto" and device != "cpu":  # older cards only emulate bfloat16, slowly
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         name = "bfloat16" if native else "float16"
-    return getattr(torch, name)
+    return getattr(torch, name.replace("auto", "float32"))
 
 
 # What an adapter may say of itself and add no more than B A x to the W x of a layer.

@@ -6,7 +6,7 @@ step, so that all adapters stay the same. Process 0 alone writes files. One proc
 
 import os
 from datetime import timedelta
-from functools import lru_cache, wraps
+from functools import lru_cache
 from operator import mul
 
 import torch
@@ -65,9 +65,9 @@ class Processes:
         try:
             mine = work(questions[self.rank :: self.count], number + 1_000_000_007 * self.rank)
         except torch.OutOfMemoryError as error:
-            if self.met:  # the others do not repeat the step
-                raise UserError(f"{error}; it takes a smaller --micro_batch_tokens") from None
-            raise
+            if not self.met:  # else the others do not repeat the step
+                raise
+            raise UserError(f"{error}; it takes a smaller --micro_batch_tokens") from None
         trees = [list(shared_by(leaves)) for leaves in mine[1]]  # pickled parents first: not deep
         said = self.exchange((trees, {**mine[0], "part": self.part}, *mine[1:]))
         _, figures, *found = zip(*said, strict=True)
@@ -91,7 +91,6 @@ def merged(figures: tuple[dict, ...]) -> dict:
 def shared(roll_out):
     """An agent's method: each process rolls out its share of the questions, and all get all."""
 
-    @wraps(roll_out)
     def of_all(self, questions, config, seed):
         def work(some, seed):
             return {}, *roll_out(self, some, config, seed)

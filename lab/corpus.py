@@ -1,12 +1,10 @@
 """A corpus to search, from the contexts of a data set: every paragraph once, whatever asks for it.
 
-python -m lab.corpus --data hotpotqa/hotpot_qa:distractor/validation --output documents.jsonl
-
-a row's paragraphs                                         as in
-context: {"title": [..], "sentences": [[..], ..]}          HotpotQA on the hub ("content": 2Wiki)
-context: [[title, [sentence, ..]], ..]                     HotpotQA's own files
-paragraphs: [{"title": .., "paragraph_text": ..}, ..]      MuSiQue
-context: "..", and title if there is one                   SQuAD
+A row's paragraphs are read from
+    context: {"title": [..], "sentences": [[..], ..]}     HotpotQA on the hub ("content": 2Wiki)
+    context: [[title, [sentence, ..]], ..]                HotpotQA's own files
+    paragraphs: [{"title": .., "paragraph_text": ..}]     MuSiQue
+    context: "..", and title if there is one              SQuAD
 """
 
 from __future__ import annotations
@@ -22,10 +20,7 @@ from app.screen import say
 from data.files import UserError, read_rows
 from lab.command import exit_code, parse
 
-LEGAL = (
-    '{"context": {"title": [".."], "sentences": [[".."]]}}, {"context": [["title", [".."]]]}, '
-    '{"paragraphs": [{"title": "..", "paragraph_text": ".."}]}, {"title": "..", "context": ".."}'
-)
+LEGAL = '{"context": {"title": [".."], "sentences": [[".."]]}}, or see lab.corpus --help'
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import json
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from statistics import median
@@ -34,7 +33,7 @@ REPEATS = 2  # timed steps, after one that is watched for its peak
 SHAPES = ("qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-0.6b")
 CHECKS = {  # each may take a quarter of the time
     "fast tests": [*"-m pytest -q -p no:cacheprovider -n 8 -m".split(), "not slow"],
-    "default run": f"arpo_mini.py train --output_dir {tempfile.gettempdir()}/arpo-gpu".split(),
+    "default run": "arpo_mini.py train --output_dir runs/gpu".split(),
 }
 # shape, trajectories, tokens of each, GiB that the run must stay within
 GOALS = [("qwen3-1.7b", 16, 1024, 6), ("qwen3-4b", 8, 1024, 8), ("qwen3-8b", 8, 2048, 12)]
@@ -47,14 +46,12 @@ def cases() -> dict[str, tuple[str, dict]]:
     for preset in (PRESETS[card] for card in plan.CARDS):
         wanted += [(shape, *(preset[k] for k in names[:3]), True) for shape in SHAPES]
     wanted += [(shape, 8, 1024, None, four) for shape in SHAPES for four in (True, False)]
-    found = {}
+    found = {"qwen3-1.7b, --preset 8gb": ("qwen3-1.7b", dict(PRESETS["8gb"]))}
     for shape, group, tokens, gib, four in wanted:
         name = f"{shape} {'4-bit' if four else 'bf16'}, {group} paths of {tokens} tokens"
         name += f", within {gib:g} GiB" if gib else ""
         found[name] = (shape, dict(zip(names, (group, tokens, gib, four), strict=True)))
-    ordered = [*found.items()]
-    ordered.insert(len(GOALS), ("qwen3-1.7b, --preset 8gb", ("qwen3-1.7b", dict(PRESETS["8gb"]))))
-    return dict(ordered)
+    return found
 
 
 def measure(name: str, settings: dict, config: Config) -> dict:
@@ -125,9 +122,9 @@ def decoding(name: str, settings: dict, config: Config) -> dict:
     writer = open_writer(job.agent.policy, job.agent.config)
     with torch.profiler.profile() as seen:  # of the CPU, and of a GPU where there is one
         rollout(writer, job.asked(1), job.agent.config, job.agent.tools, seed=1)
-    events = Counter(event.name for event in seen.events())
+    events = Counter(event.name for event in seen.events()).items()
     kinds = {"launches": "LaunchKernel", "waits": "Synchronize", ".item()": "_local_scalar_dense"}
-    totals = {kind: sum(n for e, n in events.items() if kinds[kind] in e) for kind in kinds}
+    totals = {kind: sum(n for e, n in events if part in e) for kind, part in kinds.items()}
     return {kind: round(n / writer.decode_steps, 1) for kind, n in totals.items()}
 
 
