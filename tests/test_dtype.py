@@ -89,18 +89,14 @@ def test_every_dtype_samples_what_it_trains_and_has_the_gradient_of_float32(
 
 
 def test_auto_is_what_the_machine_has_natively(monkeypatch):
-    assert model.number_type("auto", "cpu") == torch.float32
-    for native, wanted in ((True, torch.bfloat16), (False, torch.float16)):
-
-        def supported(including_emulation, native=native):
-            return native or including_emulation
-
+    found = [model.number_type("auto", "cpu")]
+    for native in (True, False):
+        supported = functools.partial(lambda native, including_emulation: native, native)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-        assert model.number_type("auto", "cuda") == wanted
-        assert model.number_type("float32", "cuda") == torch.float32
-    with pytest.raises(
-        UserError, match=r"^--dtype half: choose one of auto, bfloat16, float16, fl"
-    ):
+        found += [model.number_type(name, "cuda:0") for name in ("auto", "float32")]
+    full = torch.float32
+    assert found == [full, torch.bfloat16, full, torch.float16, full]
+    with pytest.raises(UserError, match=r"^--dtype half: choose one of auto, bfloat16, float16, f"):
         Config(dtype="half")
 
 
@@ -174,9 +170,6 @@ def test_a_step_out_of_memory_is_repeated_with_the_scale_it_began_with(
     assert {int(s["step"]) for s in optimizer.state.values()} == {1}
 
 
-# ---- activations that are too large -------------------------------------------------------
-
-
 def test_a_model_too_loud_for_float16_is_refused_and_names_the_others(tmp_path, capsys):
     folder = shutil.copytree(DATA / "tiny-qwen3", tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
@@ -198,9 +191,6 @@ def test_one_that_becomes_too_loud_ends_its_step_in_one_line(restored_half, ques
     agent = Agent(policy, tools, config)
     with pytest.raises(NonFinite, match=r"^step 5: activations are too large.*--dtype bfloat16"):
         safe_step(agent, optimizer, questions[2:4], config, 5)
-
-
-# ---- the rest of the way ------------------------------------------------------------------
 
 
 def test_a_cold_start_is_scaled_too(restored_half, tools):

@@ -94,51 +94,40 @@ def data(tmp_path_factory):
     return write_questions(tmp_path_factory.mktemp("data") / "few.jsonl", each=2)
 
 
-@pytest.mark.slow
-def test_the_adapters_are_equal_after_every_step_and_process_0_alone_writes(tmp_path, data):
-    flags = [*FEW, 3, "--eval_path", data, "--output_dir", tmp_path / "run"]
-    (code, out, error), (other, nothing, no_error) = ended(
-        launch(__file__, "train", tmp_path, *flags)
-    )
-    assert (code, other, nothing) == (0, 0, ""), error + no_error
-    sums = [lines_of(tmp_path, f"{rank}.jsonl") for rank in (0, 1)]
-    assert sums[0][1:] == sums[1] and len({*map(str, sums[0])}) == 4  # first: the beginning
-    metrics = lines_of(tmp_path / "run", "metrics.jsonl")
-    assert [(m["step"], m["groups"], m["rollouts"]) for m in metrics] == [
-        (step, 3, 9) for step in (1, 2, 3)
-    ]
-    asked = [e["questions"] for e in lines_of(tmp_path / "run", "evaluations.jsonl")]
-    assert asked == [6, 6, 3, 3, 6, 6] and "test accuracy" in out
-    assert {path.name for path in tmp_path.iterdir()} == {"run", "0.jsonl", "1.jsonl"}
+def stopped(started, log, number, whom):
+    """After one more step is logged, in the middle of the next one."""
+    lines = log.read_bytes().count(b"\n") if log.exists() else 0
+    while not log.exists() or log.read_bytes().count(b"\n") == lines:
+        time.sleep(0.05)
+        assert started[0].poll() is None
+    for process in started[whom]:
+        process.send_signal(number)
+    return ended(started)
 
 
 @pytest.mark.slow
-def test_one_that_is_killed_ends_the_other_and_both_go_on_later(tmp_path, data):
-    """Then Ctrl-C, which a terminal sends to both; another number of processes is refused."""
-    run = tmp_path / "run"
-    flags = ["--eval_path", data, "--output_dir", run]
-
-    def stopped(args, number, whom):
-        started, log = launch("arpo_mini.py", "train", *args), run / "metrics.jsonl"
-        done = len(lines_of(run, log.name)) if log.exists() else 0
-        while not log.exists() or log.read_text(encoding="utf-8").count("\n") < done + 1:
-            time.sleep(0.05)
-            assert started[0].poll() is None
-        time.sleep(0.3)
-        for process in whom(started):
-            process.send_signal(number)
-        return ended(started)
-
-    first, killed = stopped([*FEW, 50, *flags], signal.SIGKILL, lambda some: some[1:])
-    assert killed[0] == -signal.SIGKILL and first[0] == 2
-    assert first[2] == "error: another process of this run has ended, and so does this one\n"
-    assert f"is saved; go on with: train --resume {run}" in first[1]
-    for code, out, error in stopped(["--resume", run], signal.SIGINT, list):
+def test_a_run_of_two_processes_from_its_beginning_to_its_end(tmp_path, data):
+    """Killed, interrupted, resumed; the same adapters after every step; process 0 writes alone."""
+    run, resume = tmp_path / "run", ["--resume", tmp_path / "run"]
+    train, log = (__file__, "train", tmp_path), run / "metrics.jsonl"
+    started = launch(*train, *FEW, 50, "--eval_path", data, "--output_dir", run)
+    (code, out, error), killed = stopped(started, log, signal.SIGKILL, slice(1, None))
+    assert (code, killed[0], killed[1]) == (2, -signal.SIGKILL, "")
+    assert error == "error: another process of this run has ended, and so does this one\n"
+    assert f"is saved; go on with: train --resume {run}" in out
+    for code, out, error in stopped(launch(*train, *resume), log, signal.SIGINT, slice(None)):
         assert (code, error) == (130, "stopped\n"), out
-    steps = len(lines_of(run, "metrics.jsonl"))
-    (one, two) = ended(launch("arpo_mini.py", "train", "--resume", run, "--steps", steps + 1))
-    assert (one[0], two[0]) == (0, 0), one[2] + two[2]
-    alone = [sys.executable, "arpo_mini.py", "train", "--resume", run]
+    steps = len(lines_of(run, log.name)) + 2
+    one, two = ended(launch(*train, *resume, "--steps", steps))
+    assert (one[0], two[0], two[1]) == (0, 0, ""), one[2] + two[2]
+    sums = [lines_of(tmp_path, f"{rank}.jsonl") for rank in (0, 1)]
+    assert sums[0][1:] == sums[1] and len({*map(str, sums[0])}) == len(sums[0]) > 2
+    metrics = lines_of(run, log.name)
+    found = [(m["step"], m["groups"], m["rollouts"]) for m in metrics]
+    assert found == [(step, 3, 9) for step in range(1, steps + 1)]
+    assert lines_of(run, "evaluations.jsonl")[-1]["questions"] == 6
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "0.jsonl", "1.jsonl"}
+    alone = [sys.executable, "arpo_mini.py", "train", "--resume", run, "--steps", "99"]
     refused = subprocess.run(alone, cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
     assert "processes is 2 there and 1 here" in refused.stderr
@@ -174,15 +163,6 @@ def test_out_of_memory_is_repeated_alone_until_it_has_met_the_others(monkeypatch
         some.agree(torch.nn.Linear(1, 1), {"seed": 0, "steps": 5})
 
 
-def test_the_figures_of_all_are_those_of_the_whole_step():
-    figures = [
-        {"part": 0.75, "loss": 1.0, "train_tokens": 3, "seconds_update": 2.0, "drift_mean": 0.1},
-        {"part": 0.25, "loss": 5.0, "train_tokens": 4, "seconds_update": 1.0, "drift_mean": None},
-    ]
-    expected = {"loss": 2.0, "train_tokens": 7, "seconds_update": 2.0, "drift_mean": 0.1}
-    assert processes.merged(figures) == pytest.approx(expected)
-
-
 if __name__ == "__main__":
     what, folder, *args = sys.argv[1:]
     rank = processes.joined().rank
@@ -190,6 +170,8 @@ if __name__ == "__main__":
         torch.save(of_a_step(slice(rank, None, 2)), Path(folder) / f"{rank}.pt")
         sys.exit()
     remember = RunFolder.remember
+
+    (Path(folder) / f"{rank}.jsonl").unlink(missing_ok=True)
 
     def told(run, step):
         remember(run, step)
