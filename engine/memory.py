@@ -67,11 +67,8 @@ def passing_bytes(shape, dtype_bytes: int, recompute: bool) -> int:
 
 
 def layer_bytes(shape, dtype_bytes: int) -> int:
-    """What one layer keeps of a token.
-
-    The float32 inputs of its norms, q, k, v and the output of the attention, three products of the
-    MLP, and the inputs of its seven LoRA adapters in float32: each a copy of its own, unless the
-    model computes in float32.
+    """Of a token: the float32 inputs of the norms, q, k, v and the output of the attention, three
+    products of the MLP, and the inputs of seven LoRA adapters, copies unless all is float32.
     """
     D, F = shape.hidden_size, shape.intermediate_size
     heads = shape.num_attention_heads * head_dim(shape)

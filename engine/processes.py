@@ -1,13 +1,12 @@
 """Several processes, a GPU or a core each: `accelerate launch arpo_mini.py train`, or torchrun.
 
-Each writes the trees of its share of the questions; gradients are summed before every optimizer
-step, so that all adapters stay the same. Process 0 alone writes files. One process meets nobody.
+Each rolls out its share of the questions; gradients are summed before every optimizer step, so
+that all adapters stay the same. Process 0 alone writes files. One process meets nobody.
 """
 
 import os
 from datetime import timedelta
 from functools import lru_cache
-from operator import mul
 
 import torch
 import torch.distributed as dist
@@ -19,9 +18,8 @@ MEANS, SUMS = ("loss", "clip_fraction", "drift_mean"), ("train_tokens", "prefill
 
 
 class Processes:
-    met, part = False, 1.0  # the others in this step; of the step's tokens
-
     def __init__(self):
+        self.met, self.part = False, 1.0  # the others in this step; of the step's tokens
         self.rank, self.count = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1)))
         if self.count > 1:
             gpu, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
@@ -31,29 +29,35 @@ class Processes:
             kind = "cpu:gloo,cuda:nccl" if there and dist.is_nccl_available() else "gloo"
             dist.init_process_group(kind, timeout=timedelta(days=1))
 
-    def exchange(self, mine) -> list:
-        """What each of them says; over gloo, which notices where one has ended."""
-        said = [None] * self.count
+    def meet(self, collective, *given) -> None:
+        self.met = True
         try:
-            dist.all_gather_object(said, mine)
+            collective(*given)
         except RuntimeError:
             raise UserError("another process of this run has ended, and so does this one") from None
-        self.met = True
+
+    def exchange(self, mine) -> list:
+        """What each of them says; over gloo, which notices where one has ended."""
+        self.meet(dist.all_gather_object, said := [None] * self.count, mine)
         return said
 
     def agree(self, model: torch.nn.Module, facts: dict) -> None:
         """All begin with the adapter of process 0; UserError where the facts are not the same."""
+        if facts["questions_per_step"] < self.count:
+            raise UserError(
+                f"--questions_per_step: each of {self.count} processes needs a question"
+            )
         for rank, other in enumerate(self.exchange(facts)):
             if odd := [name for name in facts if facts[name] != other.get(name)]:
                 raise UserError(f"process {rank} was started with another {', '.join(odd)}")
         for p in filter(lambda p: p.requires_grad, model.parameters()):
-            dist.broadcast(p.data, src=0)
+            self.meet(dist.broadcast, p.data, 0)
 
     def add_up(self, parameters: list, total: float) -> None:
         """Gradients of means over `total` tokens become that of the mean over all tokens."""
         flat = torch.cat([p.grad.flatten() for p in parameters])
         self.part = total / sum(self.exchange(total))
-        dist.all_reduce(flat.mul_(self.part))
+        self.meet(dist.all_reduce, flat.mul_(self.part))
         for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             p.grad = grad.view_as(p)
 
@@ -80,9 +84,9 @@ def merged(figures: tuple[dict, ...]) -> dict:
 
     def of_all(name: str):
         known = [f for f in figures if f[name] is not None]
-        values, parts = [f[name] for f in known], [f["part"] for f in known]
+        values = [f[name] for f in known]
         if name in MEANS and known:
-            return sum(map(mul, values, parts)) / sum(parts)
+            return sum(f[name] * f["part"] for f in known) / sum(f["part"] for f in known)
         return sum(values) if name in SUMS else max(values, default=None)
 
     return {name: of_all(name) for name in figures[0] if name != "part"}

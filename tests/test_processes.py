@@ -160,7 +160,9 @@ def test_out_of_memory_is_repeated_alone_until_it_has_met_the_others(monkeypatch
         some.shared(work, [5, 8], 0)
     monkeypatch.setattr(some, "exchange", lambda facts: [facts, {**facts, "seed": 1}])
     with pytest.raises(UserError, match=r"^process 1 was started with another seed$"):
-        some.agree(torch.nn.Linear(1, 1), {"seed": 0, "steps": 5})
+        some.agree(torch.nn.Linear(1, 1), {"seed": 0, "questions_per_step": 2})
+    with pytest.raises(UserError, match=r"^--questions_per_step: each of 2 processes needs a"):
+        some.agree(torch.nn.Linear(1, 1), {"questions_per_step": 1})
 
 
 if __name__ == "__main__":
