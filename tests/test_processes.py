@@ -73,7 +73,9 @@ def launch(*args):
 
 def ended(started):
     found = [(process.communicate(timeout=300), process.returncode) for process in started]
-    return [(code, out, err) for (out, err), code in found]
+    # peft's import says that a kernel is missing, before `engine` can silence it
+    lines = [[x for x in err.splitlines() if "gemm_4bit" not in x] for (_, err), _ in found]
+    return [(code, out, err) for ((out, _), code), err in zip(found, lines, strict=True)]
 
 
 @pytest.mark.slow
@@ -113,13 +115,13 @@ def test_a_run_of_two_processes_from_its_beginning_to_its_end(tmp_path, data):
     started = launch(*train, *FEW, 50, "--eval_path", data, "--output_dir", run)
     (code, out, error), killed = stopped(started, log, signal.SIGKILL, slice(1, None))
     assert (code, killed[0], killed[1]) == (2, -signal.SIGKILL, "")
-    assert error == "error: another process of this run has ended, and so does this one\n"
+    assert error == ["error: another process of this run has ended, and so does this one"]
     assert f"is saved; go on with: train --resume {run}" in out
     for code, out, error in stopped(launch(*train, *resume), log, signal.SIGINT, slice(None)):
-        assert (code, error) == (130, "stopped\n"), out
+        assert (code, error) == (130, ["stopped"]), out
     steps = len(lines_of(run, log.name)) + 2
     one, two = ended(launch(*train, *resume, "--steps", steps))
-    assert (one[0], two[0], two[1]) == (0, 0, ""), one[2] + two[2]
+    assert (one[0], two[0], two[1]) == (0, 0, ""), [*one, *two]
     sums = [lines_of(tmp_path, f"{rank}.jsonl") for rank in (0, 1)]
     assert sums[0][1:] == sums[1] and len({*map(str, sums[0])}) == len(sums[0]) > 2
     metrics = lines_of(run, log.name)
