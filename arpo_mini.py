@@ -48,9 +48,10 @@ from app.run_folder import RunFolder
 from app.screen import comparison, print_log_head, print_log_line, print_table, progress_bar, say
 from data.formats import Question, load_questions
 from engine import official
+from engine.checks import refuse_long
 from engine.judge import judge_answer, measures
 from engine.memory import snapshot
-from engine.model import Policy, load_policy, refuse_long
+from engine.model import Policy, load_policy
 from engine.packing import (
     Batch,
     NonFinite,
@@ -60,8 +61,10 @@ from engine.packing import (
     micro_batches,
     require_finite,
     split_tree,
+    take_step,
     token_logprobs,
 )
+from engine.processes import joined, shared
 from engine.writer import Writer
 from entropy import RULES, Decision, running_threshold
 
@@ -142,7 +145,8 @@ def rollout(
     roots = [Segment("prompt", writer.policy.prompt(question.text)) for question in questions]
     if config.branch_rule == "step":
         forks, most = (M - N) * len(roots), config.max_leaves - N
-        T = running_threshold(scores, forks / max(1, config.max_branches))
+        wanted = config.questions_per_step * (M - N) / max(1, config.max_branches)
+        T = running_threshold(scores, wanted)  # of the whole step, which processes may share
         budgets = dict.fromkeys(roots, Budget(forks, random.Random(seed), most, T))
         together = len(roots)
     else:
@@ -295,7 +299,7 @@ def update(policy: Policy, optimizer, rows: list[Row], config: Config) -> dict:
     parts = list(micro_batches(rows, config.micro_batch_tokens))
     batches = [make_batch(some, policy.pad_id, policy.device, policy.lm.dtype) for some in parts]
     old, reference = fixed_logprobs(policy, batches, config)
-    n, loss_sum, clipped_sum, drifts = config.updates_per_rollout, 0.0, 0.0, []
+    n, loss_sum, clipped_sum, skipped, drifts = config.updates_per_rollout, 0.0, 0.0, 0, []
     for i in range(n):
         for p in policy.parameters:
             p.grad = torch.zeros_like(p)  # not None: Adam's momentum acts also without a gradient
@@ -308,16 +312,14 @@ def update(policy: Policy, optimizer, rows: list[Row], config: Config) -> dict:
             old_logp = logp.detach() if old_logp is None else old_logp
             loss, clipped = policy_loss(logp, old_logp, batch, config, total, ref_logp)
             require_finite("the loss", loss, texts)
-            loss.backward()
+            policy.scaler.scale(loss).backward()  # scaled in float16 only: nothing underflows
             loss_sum, clipped_sum = loss_sum + loss.item(), clipped_sum + clipped.item()
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters, MAX_GRAD_NORM)
-        require_finite("the gradient norm", grad_norm, [row.input_ids for row in rows])
-        optimizer.step()  # may overflow although the gradient did not
-        weights = torch.nn.utils.get_total_norm([p.detach() for p in policy.parameters])
-        require_finite("a weight after the step", weights, [])
+        grad_norm = take_step(policy, optimizer, total, MAX_GRAD_NORM, rows)
+        skipped += grad_norm is None
     drift = torch.cat(drifts).abs().tolist() if drifts else []
     figures = {"loss": loss_sum / n, "clip_fraction": clipped_sum / (total * n)}
-    figures |= {"grad_norm": grad_norm.item(), "train_tokens": sum(map(len, rows))}
+    figures |= {"grad_norm": grad_norm, "skipped_updates": skipped}
+    figures["train_tokens"] = sum(map(len, rows))
     drift_mean = sum(drift) / len(drift) if drift else None
     return figures | {"drift_mean": drift_mean, "drift_max": max(drift, default=None)}
 
@@ -344,14 +346,14 @@ def train(config: Config, tools: dict | None = None, resume: Path | None = None)
     """Evaluate, then roll out, reward, credit and update step by step, and evaluate again."""
     check_training(config)
     questions, test = load_questions(config.dataset_path), load_questions(config.eval_path)
-    with RunFolder(config, resume) as run:
+    with RunFolder(config, resume, joined()) as run:
         start = dataclasses.replace(config, adapter=run.adapter)
         agent = load_agent(start, tools, trainable=True)
         agent.refuse_long(questions, config.dataset_path)
         agent.refuse_long(test, config.eval_path)
         policy = agent.policy
         optimizer = torch.optim.AdamW(policy.parameters, lr=config.learning_rate, weight_decay=0.0)
-        run.start(policy.model, optimizer, policy.limits, policy.prompt("question"))
+        run.start(policy.model, optimizer, policy.scaler, policy.limits, policy.prompt("question"))
         with progress_bar() as bar:
             before = evaluate_midway(run, agent, test, bar, step=0)
             task = bar.add_task("train", total=config.steps, completed=run.step)
@@ -383,14 +385,15 @@ def safe_step(
     policy = agent.policy
 
     def work(fitted: Config):
-        figures, groups, rewards = train_step(
-            policy, optimizer, questions, fitted, agent.tools, step, scores
-        )
+        def of_some(some: list[Question], number: int):
+            return train_step(policy, optimizer, some, fitted, agent.tools, number, scores)
+
+        figures, groups, rewards = policy.processes.shared(of_some, questions, step)
         short = {"short_answers": short_answers(policy, groups)}
         return {**step_metrics(groups, rewards), **short, **figures}, groups, rewards
 
     # The same seed and step number draw the same again: only the update has to be undone.
-    undo = snapshot(policy.parameters, optimizer)  # some optimizer steps may have been taken
+    undo = snapshot(policy, optimizer)  # some optimizer steps may have been taken
     try:
         return policy.limits.retry(config, work, undo)
     except NonFinite as wrong:
@@ -406,6 +409,7 @@ class Agent:
     tools: dict[str, toolbox.Tool]
     config: Config
 
+    @shared
     def roll_out(
         self, questions: list[Question], config: Config, seed: int
     ) -> tuple[list[list[Segment]], list[list[Reward]]]:

@@ -16,6 +16,7 @@ from entropy import RULES
 DATA = Path(__file__).resolve().parent.parent / "data"
 STEPS = 999_999  # the most: the folders of checkpoints have six digits
 TOKENS = 10_000_000  # more than any model can read
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 def option(default: Any, help: str, low=None, high=None, **legal) -> Any:
@@ -31,6 +32,7 @@ class Config:
     adapter: str | None = option(None, "folder of a LoRA adapter to start from")
     trust_remote_code: bool = option(False, "run Python code that comes with the model")
     load_in_4bit: bool = option(True, "quantise the frozen weights to NF4 (bitsandbytes)")
+    dtype: str = option("auto", "of activations; auto: by the machine", choices=DTYPES)
     lora_rank: int = option(16, "rank of the LoRA adapter, on all linear layers", 1, 1024)
     system_prompt: str | None = option(None, "file with another one; {tools} stands for the tools")
     thinking: bool = option(True, "false: ask the chat template for an empty think block (Qwen3)")
@@ -86,9 +88,7 @@ class Config:
     save_every: int = option(10, "steps between checkpoints; --resume needs one", 1, STEPS)
     eval_every: int = option(50, "steps between evaluations while training; 0: none", 0, STEPS)
     # before and after training all questions are asked
-    eval_part: int = option(
-        20, "questions a domain in those (others: all); 0: never evaluate", 0, 10**9
-    )
+    eval_part: int = option(20, "of each domain in those (others: all); 0: never", 0, 10**9)
 
     def __post_init__(self):
         check(self)

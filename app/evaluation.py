@@ -95,8 +95,7 @@ def evaluate_midway(
 
 def first_per_domain(questions: list[Question], n: int) -> list[Question]:
     """The first n questions of every domain."""
-    seen: Counter = Counter()
-    some = []
+    seen, some = Counter(), []
     for question in questions:
         seen[question.domain] += 1
         if seen[question.domain] <= n:
@@ -144,7 +143,7 @@ def summary(records: list[dict], k: int | None = None) -> dict:
             "well_formed": mean([mean(record["well_formed"]) for record in some]),
             "tool_calls": calls,
             "tool_productivity": accuracy / calls if calls else None,
-            "official_productivity": official_productivity(official, calls),
+            "official_productivity": 100 * official * calls / (calls + 0.1),
             "entropy_initial": mean([record["entropy_initial"] for record in some]),
             "entropy_after_tool": mean([record["entropy_after_tool"] for record in some]),
         }
@@ -152,8 +151,3 @@ def summary(records: list[dict], k: int | None = None) -> dict:
     domains = sorted({record["domain"] for record in records})
     by_domain = {d: figures([r for r in records if r["domain"] == d]) for d in domains}
     return {**figures(records), "domains": by_domain}
-
-
-def official_productivity(accuracy: float, calls: float) -> float:
-    """`tool_productivity` of evaluator.py: near the accuracy in percent, unless calls are rare."""
-    return 100 * accuracy * calls / (calls + 0.1)

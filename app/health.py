@@ -27,6 +27,8 @@ def notes(m: dict) -> Iterator[str]:
     if equal > groups / 2:
         which = f"all {groups}" if equal == groups else f"{equal} of {groups}"
         yield f"{which} groups had identical rewards: no gradient from them"
+    if m.get("skipped_updates"):
+        yield f"{m['skipped_updates']} updates skipped: a gradient overflowed, its scale is halved"
     if m["well_formed"] < 0.5:
         yield f"only {m['well_formed']:.0%} of the trajectories are well-formed: the rest score -1"
 

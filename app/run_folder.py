@@ -30,6 +30,7 @@ import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import filelock
@@ -40,6 +41,7 @@ from torch.nn import Module
 
 from app.config import Config
 from app.page.read import LOGS, Line, lacks_figures, read_log
+from app.screen import console
 from data.files import UserError, reason
 
 VERSION = "0.5"  # of arpo_mini; a change after which a step gives other numbers raises it
@@ -54,6 +56,7 @@ CHECKPOINT = (  # its files beside checkpoint.json
     "optimizer.safetensors",
     "state.json",
 )
+ALONE = SimpleNamespace(rank=0, count=1)
 logger = logging.getLogger("arpo_mini")
 
 
@@ -298,10 +301,12 @@ class RunFolder:
     Ctrl-C, SIGTERM or an error. A second signal does not wait for that.
     """
 
-    def __init__(self, config: Config, folder: Path | None = None):
-        """A new run, which touches the disk in `start`, or the run in `folder`, to go on with."""
+    def __init__(self, config: Config, folder: Path | None = None, processes=ALONE):
+        """A new run or the one in `folder`; `start` writes. Of several processes the first does."""
         self.config, self.folder = config, folder and Path(folder).resolve()
-        self.made_by, self.checkpoint = made_by(config), None
+        self.processes, self.writes, self.checkpoint = processes, processes.rank == 0, None
+        self.made_by = made_by(config) | {"processes": processes.count}
+        console.quiet = console.quiet or not self.writes
         self.done: tuple[int, dict] | None = None  # the last completed step, and its files
         self.scores: list[list[float]] = []  # of the last steps' tool results
         self.logs: dict[str, list[Line]] = {name: [] for name in LOGS}
@@ -325,7 +330,7 @@ class RunFolder:
             self.old_handler = signal.signal(signal.SIGTERM, terminate)
         try:
             if self.folder:  # what is in it changes in `start`, when all is checked
-                self.hold()
+                self.hold() if self.writes else None
                 self.logs = {n: read_log(self.folder / n, lacks_figures) for n in LOGS}
                 self.checkpoint = self.choose_checkpoint()
             if self.checkpoint:
@@ -341,6 +346,8 @@ class RunFolder:
     def __exit__(self, kind, error, trace) -> None:
         try:
             if error and self.done and not isinstance(error, CannotWrite):
+                for number in (signal.SIGINT, signal.SIGTERM) if self.processes.count > 1 else ():
+                    signal.signal(number, signal.SIG_IGN)  # who launched them sends one more
                 self.save()
                 named = f'"{self.folder}"' if " " in str(self.folder) else self.folder
                 logger.info(f"step {self.step} is saved; go on with: train --resume {named}")
@@ -383,13 +390,13 @@ class RunFolder:
         older = [each for each in whole if each["step"] <= until]
         return next(iter(older + whole), None)  # None: it was stopped before the first one
 
-    def start(self, model: Module, optimizer, limits, prompt: list[int]) -> None:
-        """Make the folder, or restore what the checkpoint has of the optimizer and `limits`.
+    def start(self, model: Module, optimizer, scaler, limits, prompt: list[int]) -> None:
+        """Make the folder, or restore what the checkpoint has of optimizer, `scaler` and `limits`.
 
         `limits`, a dataclass, is kept with every checkpoint: what is computed at once. `prompt` are
         the token ids of any question, which change with the system prompt and the tools.
         """
-        self.model, self.optimizer, self.limits = model, optimizer, limits
+        self.model, self.optimizer, self.scaler, self.limits = model, optimizer, scaler, limits
         self.made_by |= {
             "device": model.device.type,
             "weights of model_name": fingerprint_model(model),
@@ -402,6 +409,13 @@ class RunFolder:
             done, self.seconds_before = self.checkpoint["step"], others["seconds"]
             vars(limits).update(others["limits"])
             self.scores = others["scores"]
+            scaler.load_state_dict(others["scaler"])
+        if self.processes.count > 1:
+            self.processes.agree(model, self.made_by)
+        if not self.writes:
+            logged = [line.row for line in self.logs[LOGS[1]] if line.row]
+            self.evaluations, self.done = [x for x in logged if x["step"] <= done], (done, {})
+            return
         if self.folder is None:
             self.folder = new_folder(self.config.output_dir)
             self.hold()
@@ -441,6 +455,8 @@ class RunFolder:
 
     def append(self, name: str, row: dict) -> None:
         """A line to one of the logs; every line names its step."""
+        if not self.writes:
+            return
         with writing(self.folder), (self.folder / name).open("ab") as file:
             file.write(json.dumps(row).encode() + b"\n")
 
@@ -464,12 +480,15 @@ class RunFolder:
 
     def remember(self, step: int) -> None:
         others = {"seconds": self.seconds(), "limits": dataclasses.asdict(self.limits)}
-        others["scores"] = self.scores
-        self.done = step, checkpoint_files(self.model, self.optimizer, others)
+        others |= {"scores": self.scores, "scaler": self.scaler.state_dict()}
+        files = checkpoint_files(self.model, self.optimizer, others) if self.writes else {}
+        self.done = step, files
 
     def save(self) -> None:
         """A checkpoint of the last completed step, its adapter in adapter/, old ones pruned."""
         step, files = self.done
+        if not self.writes:
+            return
         path = self.folder / "checkpoints" / f"step-{step:06d}"
         with writing(self.folder):
             for folder in (path / "adapter", self.folder / "adapter"):

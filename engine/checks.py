@@ -1,4 +1,4 @@
-"""Models that would train silently wrong: refused when they are loaded, by what they compute.
+"""What cannot be used is refused: questions too long, models that would train silently wrong.
 
 A tree is written from a cache that forks and trained as one packed row. A layer that looks at more
 than the mask, the positions and the cache that it is given makes other numbers of it.
@@ -12,7 +12,8 @@ import re
 import torch
 
 from advantage import Segment
-from engine.packing import make_batch, make_row, token_logprobs
+from data.files import UserError
+from engine.packing import NonFinite, make_batch, make_row, token_logprobs
 
 
 def refuse_windows(lm, longest: int) -> None:
@@ -63,3 +64,19 @@ def require_same_logprobs(policy, config) -> None:
             if not off < 3 * torch.finfo(policy.lm.dtype).eps ** 0.5:
                 why = "a window, ALiBi, a recurrent layer, dropout or scaled logits do that"
                 raise ValueError(f"log-probs of a forked row are {off:.2g} off the sampled; {why}")
+
+
+def refuse_overflow(head, args, logits: torch.Tensor) -> None:
+    """Hook of a model in float16: what got beyond its largest number, 65504, is inf or nan here."""
+    if not logits.isfinite().all():
+        words = "activations are too large for float16"
+        raise NonFinite(f"{words}; --dtype bfloat16 or --dtype float32 has room for them", [])
+
+
+def refuse_long(policy, questions: list, path: str, config) -> None:
+    """A prompt that leaves no room to answer is named before the work begins: UserError."""
+    room = min(config.max_total_tokens, policy.context)
+    for number, question in enumerate(questions, start=1):
+        if (n := len(policy.prompt(question.text))) >= room:
+            limit = f"no room to answer within --max_total_tokens and the model's context ({room})"
+            raise UserError(f"{path}, question {number}: a prompt of {n} tokens leaves {limit}")

@@ -4,6 +4,8 @@ What the policy writes is hostile, and sympy computes some of it in C, where no 
 "10^{10^{10}}" takes all time and memory. So a worker process compares, in a fork for each pair.
 The kernel ends the fork when its CPU time is up, whatever it does and whichever thread asked; no
 pair is judged in a state that another one left; and the training process never imports sympy.
+
+Windows has no fork: there the worker itself compares, and is ended when it takes too long.
 """
 
 import json
@@ -13,10 +15,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 from functools import lru_cache
 
 MAX_SECONDS = 0.8  # of CPU time for a pair; most take 10 to 100 ms
+MAX_WAIT = 5.0  # seconds for a pair where there is no fork
 MAX_MEMORY = 2**30  # bytes
 MAX_LENGTH = 150  # characters
 LOCK = threading.Lock()
@@ -76,20 +80,27 @@ def as_latex(text: str) -> str:
 
 def ask_worker(texts: tuple[str, str]) -> bool:
     """One line to the worker process and one back."""
+    forks = hasattr(os, "fork")
     for _ in range(2):  # the second time if somebody had ended the worker
         with LOCK:
             worker, reply = start_worker(os.getpid()), b""
+            alarm, began = threading.Timer(MAX_WAIT, worker.kill), time.monotonic()
             try:
+                if not forks:
+                    alarm.start()
                 with suppress(BrokenPipeError):
                     worker.stdin.write(json.dumps(texts).encode() + b"\n")
                     reply = worker.stdout.readline()
             finally:
+                alarm.cancel()
                 if not reply:  # also after Ctrl-C: a late reply must not answer the next question
                     worker.kill()
                     worker.wait()
                     start_worker.cache_clear()
         if reply:
-            return reply == b"1\n"
+            return reply.strip() == b"1"
+        if not forks and time.monotonic() - began >= MAX_WAIT:
+            return False
     raise RuntimeError("the process that compares expressions was ended twice")
 
 
@@ -97,25 +108,24 @@ def ask_worker(texts: tuple[str, str]) -> bool:
 def start_worker(owner: int) -> subprocess.Popen:
     """The worker of process `owner`: after a fork, each has its own."""
     worker = subprocess.Popen(
-        [sys.executable, __file__],
+        [sys.executable, __file__, *["fork"] * hasattr(os, "fork")],
         bufsize=0,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "PYTHONHASHSEED": "0"},  # the order of sympy's sets
     )
-    if worker.stdout.readline() != b"ready\n":
+    if worker.stdout.readline().strip() != b"ready":
         raise RuntimeError("math-verify cannot be imported: pip install -r requirements.txt")
     return worker
 
 
-def answer_questions() -> None:
+def answer_questions(forks: bool) -> None:
     """The worker: pairs of expressions on stdin, 1 or 0 on stdout, until its parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    import resource
-
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
+    from sympy.core.random import seed
 
     # units=True would take the t of 2t for a unit
     spelling = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
@@ -130,11 +140,21 @@ def answer_questions() -> None:
         # In both directions: for 5 alone, "2x + 1 = 5" would be right.
         return bool(p and a) and verify(a, p, **verify_options) and verify(p, a, **verify_options)
 
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
+    with suppress(ImportError, OSError, ValueError):  # Windows has no limit, macOS may refuse it
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     for texts in WARM_UP:
         equal(texts)
     print("ready", flush=True)
     for line in sys.stdin:
+        if not forks:
+            equals = False
+            with suppress(Exception):  # deliberately everything: what is hostile is unequal
+                seed(0)
+                equals = equal(json.loads(line))
+            print(int(equals), flush=True)
+            continue
         fork = os.fork()
         if fork == 0:
             equals = False
@@ -157,4 +177,4 @@ WARM_UP = [  # they fill the caches and make the imports that most pairs need
 ]
 
 if __name__ == "__main__":
-    answer_questions()
+    answer_questions(forks="fork" in sys.argv)

@@ -29,8 +29,7 @@ def judge_answer(prediction: str, answers: list[str]) -> float:
         if p is None or a is None:
             score = judge_other(prediction, answer)
         else:  # most answers are found here, at once
-            words_both = isinstance(p, list) and isinstance(a, list)
-            score = overlap(p, a) if words_both else float(p == a)
+            score = overlap(p, a) if isinstance(p, list) and isinstance(a, list) else float(p == a)
         best = max(best, score)
     return best
 

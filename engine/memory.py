@@ -55,29 +55,20 @@ def path_bytes(shape, dtype_bytes: int, columns: int) -> int:
 
 
 def kept_bytes(shape, dtype_bytes: int, recompute: bool) -> int:
-    """What one token of the update keeps from the forward to the backward pass.
-
-    All of every layer, or with `recompute` (gradient checkpointing) the input of every layer.
-    """
+    """Of a token, for the backward pass: every layer, or with `recompute` the input of each."""
     each = dtype_bytes * shape.hidden_size if recompute else layer_bytes(shape, dtype_bytes)
     return shape.num_hidden_layers * each
 
 
 def passing_bytes(shape, dtype_bytes: int, recompute: bool) -> int:
-    """What one token takes beside that while the backward pass is in one layer.
-
-    Half a layer for gradients, and with `recompute` the layer itself.
-    """
+    """Beside that, in the layer being passed: half of it in gradients, if recomputed it itself."""
     layer = layer_bytes(shape, dtype_bytes)
     return layer // 2 + (layer if recompute else 0)
 
 
 def layer_bytes(shape, dtype_bytes: int) -> int:
-    """What one layer keeps of a token.
-
-    The float32 inputs of its norms, q, k, v and the output of the attention, three products of the
-    MLP, and the inputs of its seven LoRA adapters in float32: each a copy of its own, unless the
-    model computes in float32.
+    """Of a token: the float32 inputs of the norms, q, k, v and the output of the attention, three
+    products of the MLP, and the inputs of seven LoRA adapters, copies unless all is float32.
     """
     D, F = shape.hidden_size, shape.intermediate_size
     heads = shape.num_attention_heads * head_dim(shape)
@@ -92,11 +83,6 @@ def weight_bytes(lm: torch.nn.Module) -> int:
     states = [getattr(p, "quant_state", None) for p in lm.parameters()]
     scales = sum(state.absmax.nbytes for state in states if state is not None)
     return sum(p.nbytes for p in lm.parameters()) + scales
-
-
-def trained_bytes(parameters: int) -> int:
-    """Gradient and the two moments of AdamW, float32, of the adapter's parameters."""
-    return 12 * parameters
 
 
 # ---- what is computed at once -------------------------------------------------------------
@@ -116,11 +102,9 @@ class Limits:
 
     def fitted(self, config):
         """The same settings, with what is computed at once no larger than fits."""
-        return dataclasses.replace(
-            config,
-            rollout_rows=min(config.rollout_rows, self.rollout_rows),
-            micro_batch_tokens=min(config.micro_batch_tokens, self.micro_batch_tokens),
-        )
+        caps = {name: getattr(self, name) for name in ("rollout_rows", "micro_batch_tokens")}
+        least = {name: min(getattr(config, name), cap) for name, cap in caps.items()}
+        return dataclasses.replace(config, **least)
 
     def retry(self, config, work: Callable[[Any], Any], undo: Callable[[], None] = lambda: None):
         """work(fitted settings). When the memory runs out: `undo`, half at once, the same again.
@@ -165,7 +149,8 @@ def fit(config, lm: torch.nn.Module) -> Limits:
     total = memory_limit(config.memory_gb, lm.device)
     if total is None:
         return Limits()
-    trained = trained_bytes(sum(p.numel() for p in lm.parameters() if p.requires_grad))
+    # Of each parameter of the adapter, in float32: its gradient and AdamW's two moments.
+    trained = 12 * sum(p.numel() for p in lm.parameters() if p.requires_grad)
     b, V = lm.dtype.itemsize, lm.config.get_text_config().vocab_size
     left = USABLE * total - weight_bytes(lm) - trained
     rows = (left - SCORES_BYTES) // path_bytes(lm.config, b, config.max_total_tokens)
@@ -197,8 +182,8 @@ def memory_limit(memory_gb: float | None, device: torch.device) -> float | None:
 # ---- to try again -------------------------------------------------------------------------
 
 
-def snapshot(parameters: list[torch.nn.Parameter], optimizer) -> Callable[[], None]:
-    """Keeps the trained parameters and the optimizer's state on the CPU: call it to restore both.
+def snapshot(policy, optimizer) -> Callable[[], None]:
+    """Keeps what an update changes on the CPU, the scale of the loss too: call it to restore it.
 
     An update that runs out of memory may have taken some of its optimizer steps already.
     """
@@ -206,13 +191,15 @@ def snapshot(parameters: list[torch.nn.Parameter], optimizer) -> Callable[[], No
     def kept(value):
         return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
 
-    weights, state = tree_map(kept, (parameters, optimizer.state_dict()))
+    weights, state = tree_map(kept, (policy.parameters, optimizer.state_dict()))
+    scaler = copy.deepcopy(policy.scaler)
 
     def restore() -> None:
         optimizer.zero_grad()
         with torch.no_grad():
-            for parameter, value in zip(parameters, weights, strict=True):
+            for parameter, value in zip(policy.parameters, weights, strict=True):
                 parameter.copy_(value)
         optimizer.load_state_dict(copy.deepcopy(state))  # it takes what it is given as its own
+        vars(policy.scaler).update(vars(copy.deepcopy(scaler)))
 
     return restore

@@ -23,8 +23,9 @@ import transformers
 import tools as toolbox
 from advantage import Segment
 from data.files import UserError, reason
-from engine.checks import refuse_windows, require_same_logprobs
+from engine.checks import refuse_overflow, refuse_windows, require_same_logprobs
 from engine.memory import Limits, OutOfMemory, fit
+from engine.processes import joined
 
 # What the libraries say about themselves is not for the reader of this screen: loading bars,
 # deprecations, a padding warning that takes left padding for right padding.
@@ -67,6 +68,11 @@ class Policy:
         self.turn_end = self.eos_ids[0]  # what a demonstration ends with
         shape = self.lm.config.get_text_config()
         self.vocab_size = shape.vocab_size
+        self.processes = joined()
+        half = self.lm.dtype == torch.float16  # else its methods hand through what they are given
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+        if half:
+            self.lm.get_output_embeddings().register_forward_hook(refuse_overflow)
         self.context = getattr(shape, "max_position_embeddings", None) or math.inf  # in tokens
 
     def prompt(self, question: str) -> list[int]:
@@ -74,8 +80,7 @@ class Policy:
         for i, token in self.tokenizer.added_tokens_decoder.items():
             if i in self.markers:  # a question cannot end its own turn
                 question = question.replace(token.content, toolbox.broken(token.content))
-        before, after = self.frame
-        return self.encode(before + question + after, self.frame, special=True)
+        return self.encode(question.join(self.frame), self.frame, special=True)
 
     def encode(self, text: str, frame: Sequence[str] = (), special: bool = False) -> list[int]:
         """Token ids; the spelling of a special token is one only where it may be `special`.
@@ -121,8 +126,7 @@ class Policy:
         """(author, text) of every segment after the prompt: no eos, nothing after a closed tag."""
         turns = []
         for segment in leaf.path()[1:]:
-            token_ids = segment.token_ids[:-1] if segment.stop == "eos" else segment.token_ids
-            text = self.decode(token_ids)
+            text = self.decode(segment.token_ids[: -1 if segment.stop == "eos" else None])
             if segment.stop in ("tool", "answer") and (closed := toolbox.last_closed(text)):
                 # One token may be `><`: what it carries beside the tag was never decided on.
                 text = "".join(text.rpartition(f"</{closed[0]}>")[:2])
@@ -167,6 +171,8 @@ def load_policy(config, tools: dict[str, toolbox.Tool], trainable: bool) -> Poli
     except Exception as error:  # deliberately everything: a folder may hold anything
         names = f"--model_name {config.model_name} --adapter {config.adapter}"
         legal = "; --trust_remote_code true runs it" if "trust_remote_code" in str(error) else ""
+        if config.load_in_4bit and re.search("bitsandbytes|4.?bit", str(error)):
+            legal = "; --load_in_4bit false does without it"  # as on some systems' CPUs
         raise UserError(f"cannot {doing} {names}: {reason(error)}{legal}") from None
     if config.max_total_tokens > policy.context:
         words = f"the model's context ends at {policy.context} tokens, and so do trajectories"
@@ -176,8 +182,8 @@ def load_policy(config, tools: dict[str, toolbox.Tool], trainable: bool) -> Poli
 
 def load_model(config) -> tuple:
     """The model and its tokenizer. What comes with them runs only with `trust_remote_code`."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+    dtype = number_type(config.dtype, device)
     nf4 = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
     )
@@ -196,6 +202,14 @@ def load_model(config) -> tuple:
     if found["missing_keys"]:
         raise ValueError(f"the model has no {', '.join(sorted(found['missing_keys'])[:3])}")
     return lm, transformers.AutoTokenizer.from_pretrained(name, padding_side="left", **trust)
+
+
+def number_type(name: str, device: str) -> torch.dtype:
+    """Of --dtype. The adapter and all that is made of the logits are float32 whatever it says."""
+    if name == "auto" and device != "cpu":  # older cards only emulate bfloat16, slowly
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bfloat16" if native else "float16"
+    return getattr(torch, name.replace("auto", "float32"))
 
 
 # What an adapter may say of itself and add no more than B A x to the W x of a layer.
@@ -227,15 +241,6 @@ def add_adapter(lm, config, trainable: bool) -> peft.PeftModel:
     if missing or foreign:  # peft would write a foreign one over the base model, or drop it
         raise ValueError(f"missing adapter keys: {missing[:3]}, foreign ones: {foreign[:3]}")
     return model
-
-
-def refuse_long(policy: Policy, questions: list, path: str, config) -> None:
-    """A prompt that leaves no room to answer is named before the work begins: UserError."""
-    room = min(config.max_total_tokens, policy.context)
-    for number, question in enumerate(questions, start=1):
-        if (n := len(policy.prompt(question.text))) >= room:
-            limit = f"no room to answer within --max_total_tokens and the model's context ({room})"
-            raise UserError(f"{path}, question {number}: a prompt of {n} tokens leaves {limit}")
 
 
 def read_system_prompt(path: str | None, tools: dict[str, toolbox.Tool]) -> str:

@@ -152,8 +152,7 @@ def token_logprobs(policy, batch: Batch, temperature: float) -> Tensor:
         read = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         out = policy.lm.get_decoder()(**read, position_ids=batch.position_ids, use_cache=False)
     b, t = batch.weight.nonzero(as_tuple=True)  # (n,)
-    # (n, D) what predicts token t: the only shift there is
-    hidden = out.last_hidden_state[b, batch.parent[b, t]]
+    hidden = out.last_hidden_state[b, batch.parent[b, t]]  # (n, D) before t: the only shift
     target = batch.input_ids[b, t]  # (n,)
 
     def logp_of(hidden: Tensor, target: Tensor) -> Tensor:
@@ -164,6 +163,25 @@ def token_logprobs(policy, batch: Batch, temperature: float) -> Tensor:
     chunks = zip(hidden.split(size), target.split(size), strict=True)
     logp = torch.cat([checkpoint(logp_of, h, y, use_reentrant=False) for h, y in chunks])  # (n,)
     return logp.new_zeros(batch.weight.shape).index_put((b, t), logp)
+
+
+def take_step(policy, optimizer, total: float, most: float, rows: list[Row]) -> float | None:
+    """An optimizer step with a gradient of the norm `most` at most; the norm before.
+
+    None: the scaled gradient of float16 was too large, so that the step is left out.
+    """
+    if policy.processes.count > 1:
+        policy.processes.add_up(policy.parameters, total)
+    policy.scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters, most)
+    too_large = policy.scaler.get_scale() > 1 and not norm.isfinite()
+    if not too_large:
+        require_finite("the gradient norm", norm, [row.input_ids for row in rows])
+    policy.scaler.step(optimizer)  # may overflow although the gradient did not
+    policy.scaler.update()
+    weights = torch.nn.utils.get_total_norm([p.detach() for p in policy.parameters])
+    require_finite("a weight after the step", weights, [])
+    return None if too_large else norm.item()
 
 
 @contextmanager

@@ -113,14 +113,13 @@ class Writer:
 
     def record(self, drafts, added: list[int], scores: tuple[Tensor, ...], sampled: Tensor) -> None:
         """Tell each draft what its new tokens were drawn with: log-prob and entropy, in nats."""
-        logp, H = [], []
-        for step, tokens in zip(scores, sampled.T, strict=True):  # (R, V), (R): a step at a time
-            logp.append(step.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0])
-            H.append(token_entropy(step))
-        logp, H = torch.stack(logp, dim=1).tolist(), torch.stack(H, dim=1).tolist()  # (R, S)
-        for row, (draft, n) in enumerate(zip(drafts, added, strict=True)):
-            draft.logp += logp[row][:n]
-            draft.token_entropy += H[row][:n]
+        pairs = zip(scores, sampled.T, strict=True)  # (R, V), (R): a step at a time
+        logp = [step.log_softmax(dim=-1).gather(1, y[:, None])[:, 0] for step, y in pairs]
+        H = torch.stack([token_entropy(step) for step in scores], dim=1).tolist()  # (R, S)
+        logp = torch.stack(logp, dim=1).tolist()  # (R, S)
+        for draft, n, new_logp, new_H in zip(drafts, added, logp, H, strict=True):
+            draft.logp += new_logp[:n]
+            draft.token_entropy += new_H[:n]
 
     # ---- the cache ------------------------------------------------------------------------
 

@@ -140,9 +140,9 @@ def answers(nodes: list[list[float]]) -> dict[str, Estimate | None]:
 # ---- command line -------------------------------------------------------------------------
 
 TAKEN = (  # the settings of `train` that matter here
-    "model_name adapter load_in_4bit system_prompt thinking eval_path documents_path memory_gb "
-    "search_results tool_time_limit max_tool_calls max_result_tokens max_segment_tokens "
-    "max_total_tokens entropy_tokens rollout_rows seed"
+    "model_name adapter load_in_4bit dtype system_prompt thinking eval_path documents_path "
+    "memory_gb search_results tool_time_limit max_tool_calls max_result_tokens "
+    "max_segment_tokens max_total_tokens entropy_tokens rollout_rows seed"
 ).split()
 
 

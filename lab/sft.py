@@ -62,6 +62,7 @@ class Settings:
     adapter: str | None = same("adapter")
     trust_remote_code: bool = same("trust_remote_code")
     load_in_4bit: bool = same("load_in_4bit")
+    dtype: str = same("dtype")
     lora_rank: int = same("lora_rank")
     system_prompt: str | None = same("system_prompt")
     thinking: bool = same("thinking")
@@ -163,16 +164,18 @@ def update(policy: Policy, optimizer, rows: list[Row], config: Config) -> float:
         logp = token_logprobs(policy, batch, temperature=1.0)  # (B, T), 0 if not counted
         loss = -logp.sum() / total
         require_finite("the loss", loss, [row.input_ids for row in group])
-        loss.backward()
+        policy.scaler.scale(loss).backward()
         loss_sum += loss.item()
+    policy.scaler.unscale_(optimizer)
     torch.nn.utils.clip_grad_norm_(policy.parameters, MAX_GRAD_NORM)
-    optimizer.step()
+    policy.scaler.step(optimizer)
+    policy.scaler.update()
     return loss_sum
 
 
 def fitting_update(policy: Policy, optimizer, rows: list[Row], config: Config) -> float:
     """`update`; where the memory runs out, the same again with less at once."""
-    undo = snapshot(policy.parameters, optimizer)
+    undo = snapshot(policy, optimizer)
     return policy.limits.retry(config, lambda c: update(policy, optimizer, rows, c), undo)
 
 

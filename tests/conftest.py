@@ -60,7 +60,7 @@ def with_random_adapter(policy):
 @pytest.fixture(scope="session")
 def config():
     few = {"initial_rollouts": 2, "max_branches": 1, "max_tool_calls": 2}  # soon over
-    return Config(load_in_4bit=False, entropy_tokens=64, **few)
+    return Config(load_in_4bit=False, dtype="float32", entropy_tokens=64, **few)  # on a GPU, too
 
 
 @pytest.fixture(scope="session")

@@ -105,7 +105,7 @@ def load_net(config, adapter):
     return get_peft_model(Net(), LoraConfig(r=2, target_modules=["linear"]))
 
 
-def step_of_net(model, optimizer, limits, config, step):
+def step_of_net(model, optimizer, scaler, limits, config, step):
     """It depends on the seed, the step, and what was computed before."""
     torch.manual_seed(1000 * config.seed + step)
     if step == 1:
@@ -113,8 +113,9 @@ def step_of_net(model, optimizer, limits, config, step):
     for _ in range(config.updates_per_rollout):
         loss = model(torch.randn(8, 4)).square().mean() * limits.rollout_rows
         optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
     return {"loss": loss.item(), "clip_fraction": 0.0, "drift_mean": None, "drift_max": None}
 
 
@@ -126,7 +127,8 @@ def train(config, resume=None):
         agent, limits, model = Agent(), Limits(), load_net(config, run.adapter)
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate)
-        run.start(model, optimizer, limits, [1, 2, 3])
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=3)
+        run.start(model, optimizer, scaler, limits, [1, 2, 3])
         with progress_bar() as bar:
             before = evaluate_midway(run, agent, test, bar, 0)
             print_log_head()
@@ -136,7 +138,7 @@ def train(config, resume=None):
                     evaluate_midway(run, agent, some, bar, step - 1)
                 asked = questions_of_step(questions, step, config)
                 groups, rewards = agent.roll_out(asked, config, step)
-                metrics = step_of_net(model, optimizer, limits, config, step)
+                metrics = step_of_net(model, optimizer, scaler, limits, config, step)
                 metrics |= step_metrics(groups, rewards)
                 metrics |= {"short_answers": short_answers(agent.policy, groups)}
                 metrics |= {"train_tokens": 10, "prefill_tokens": 10}

@@ -229,6 +229,9 @@ def test_trl_pays_what_we_pay(policy):
 
 def test_every_goal_and_preset_is_measured_the_most_important_first():
     cases = gpu.cases()
+    shape, preset = cases.pop("qwen3-1.7b, --preset 8gb")
+    assert next(iter(gpu.cases())) not in cases
+    assert (shape, preset) == ("qwen3-1.7b", PRESETS["8gb"])
     settings = [case for _, case in cases.values()]
     assert [(shape, *case.values())[:4] for shape, case in [*cases.values()][:3]] == gpu.GOALS
     n = len(gpu.SHAPES)
@@ -251,7 +254,22 @@ def test_a_sweep_ends_in_time_and_keeps_what_it_has(monkeypatch, tmp_path, capsy
     report = gpu.sweep(gpu.cases(), Config(), 540, str(path))
     assert clock[0] == 500 and len(report["figures"]) == 5  # a sixth might end too late
     assert json.loads(path.read_text()) == report
-    assert "after 5 of 27 cases" in capsys.readouterr().out
+    assert "the time is over before qwen3-4b 4-bit, 8 paths" in capsys.readouterr().out
+
+
+def test_the_whole_command_is_rehearsed_on_a_cpu(monkeypatch, tmp_path, capsys):
+    """With a tiny model, and with other commands for the tests and the default run."""
+    small, path = {"group_size": 3, "max_total_tokens": 320}, tmp_path / "gpu.json"
+    monkeypatch.setattr(gpu, "CHECKS", {"fast tests": ["-c", "print('2 passed')"]})
+    monkeypatch.setattr(gpu, "GOALS", [])
+    monkeypatch.setattr(gpu, "REPEATS", 1)
+    cases = {name: (TINY, small | {"load_in_4bit": name == "4"}) for name in ("4", "32", "more")}
+    report = gpu.whole(cases, Config(entropy_tokens=8), seconds=9000, path=str(path))
+    assert [*report["figures"]] == [*cases] and report["fast tests"] == ["2 passed"]
+    assert all(row["seconds"] > 0 for row in report["figures"].values())
+    assert report["a decoded token"][".item()"] > 0 == report["a decoded token"]["launches"]
+    assert json.loads(path.read_text()) == report
+    assert gpu.check(["-c", "while 1: 1"], 1.0) == ["not done in 1 seconds"]
 
 
 def test_running_out_of_memory_is_a_figure_too(monkeypatch):

@@ -69,7 +69,7 @@ def test_the_example_of_a_tool_runs(tmp_path):
 
 def test_the_documents_name_what_there_is():
     """Every module of a command, and every flag of ours."""
-    from lab import compare, forking, sft
+    from lab import compare, corpus, forking, sft
     from lab.bench import __main__ as bench
 
     text = documents()
@@ -81,12 +81,17 @@ def test_the_documents_name_what_there_is():
         sft.Settings,
         compare.Flags,
         forking.Flags,
+        corpus.Flags,
         *(f for _, f in bench.COMMANDS.values()),
     )
     ours |= {item.name for each in classes for item in dataclasses.fields(each)} | {
         "preset",
         "help",
     }
-    lines = [x for x in text.splitlines() if not re.search(r"chromium|\$shot|pngquant|pip ", x)]
+    lines = [
+        x
+        for x in text.splitlines()
+        if not re.search(r"chromium|\$shot|pngquant|pip |launch |torchrun ", x)
+    ]
     flags = set(re.findall(r"(?<!\w)--(\w+)", "\n".join(lines)))
     assert flags and flags <= ours, flags - ours

@@ -224,3 +224,20 @@ def test_without_math_verify_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(sys, "executable", shutil.which("true"))
     with pytest.raises(RuntimeError, match=r"pip install -r requirements\.txt"):
         judge_answer("3<x", ["x>3"])
+
+
+def test_where_there_is_no_fork_and_no_limit_of_memory(tmp_path, monkeypatch):
+    """As on Windows: the worker itself compares, and is ended when a pair takes too long."""
+    (tmp_path / "resource.py").write_text("raise ImportError", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.delattr(os, "fork")
+    monkeypatch.setattr(expressions, "MAX_WAIT", 2.0)
+    expressions.start_worker.cache_clear()
+    worker = expressions.start_worker(os.getpid())
+    assert judge_answer("(x-1)(x+1)", ["x^2-1"]) == 1 and judge_answer("3<x", ["x>4"]) == 0
+    assert judge_answer("\\frac{", ["\\sqrt{2}"]) == 0
+    assert expressions.start_worker(os.getpid()) is worker
+    start = time.perf_counter()
+    assert judge_answer(ENDLESS[1], ["\\sqrt{2}"]) == 0 and time.perf_counter() - start < 20
+    assert judge_answer("(x-1)(x+1)", ["x^2-1"]) == 1
+    expressions.start_worker.cache_clear()

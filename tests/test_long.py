@@ -13,7 +13,8 @@ from app.config import Config
 from arpo_mini import Agent, judge, load_agent, open_writer, rollout, train
 from data.files import UserError
 from data.formats import Question
-from engine.model import load_policy, refuse_long
+from engine.checks import refuse_long
+from engine.model import load_policy
 from lab.bench.job import Size, counted, force, script_of, search_of
 from tools import Tool, ToolResult, result_text
 

@@ -1,13 +1,17 @@
-"""Peak memory and speed on one GPU: the goals, the presets under their cap, 4-bit and bfloat16.
+"""All that is to be known of one GPU, in 9 minutes, the most important first: goals, a training
+under the 8 GB preset, a decoded token profiled, the fast tests, the default run, presets, dtypes.
 
-Weights of no meaning, forced trajectories of three tool turns, one question a step. Every case
-begins with nothing on the GPU. The most important come first: time on a GPU may be short.
+Models have weights of no meaning and forced trajectories of three tool turns, one question a step.
+Every case begins with nothing on the GPU. The whole way was rehearsed on a CPU (tests/test_bench).
 """
 
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 import time
+from collections import Counter
 from statistics import median
 
 import torch
@@ -15,6 +19,7 @@ import torch
 from app.cli import refuse_unwritable, write_text
 from app.config import PRESETS, Config
 from app.screen import say
+from arpo_mini import open_writer, rollout
 from data.files import UserError
 from engine.memory import GIB, OutOfMemory, free_memory, weight_bytes
 
@@ -23,8 +28,13 @@ from .job import Size, clock, counted, forced, made_on, peak_bytes
 
 FIGURES = "seconds seconds_rollout seconds_update generated_tokens train_tokens".split()
 TURNS, SEGMENT = 3, 64  # of a trajectory
+FEW = {"initial_rollouts": 2, "questions_per_step": 1}
 REPEATS = 2  # timed steps, after one that is watched for its peak
 SHAPES = ("qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-0.6b")
+CHECKS = {  # each may take a quarter of the time
+    "fast tests": [*"-m pytest -q -p no:cacheprovider -n 8 -m".split(), "not slow"],
+    "default run": "arpo_mini.py train --output_dir runs/gpu".split(),
+}
 # shape, trajectories, tokens of each, GiB that the run must stay within
 GOALS = [("qwen3-1.7b", 16, 1024, 6), ("qwen3-4b", 8, 1024, 8), ("qwen3-8b", 8, 2048, 12)]
 
@@ -36,7 +46,7 @@ def cases() -> dict[str, tuple[str, dict]]:
     for preset in (PRESETS[card] for card in plan.CARDS):
         wanted += [(shape, *(preset[k] for k in names[:3]), True) for shape in SHAPES]
     wanted += [(shape, 8, 1024, None, four) for shape in SHAPES for four in (True, False)]
-    found = {}
+    found = {"qwen3-1.7b, --preset 8gb": ("qwen3-1.7b", dict(PRESETS["8gb"]))}
     for shape, group, tokens, gib, four in wanted:
         name = f"{shape} {'4-bit' if four else 'bf16'}, {group} paths of {tokens} tokens"
         name += f", within {gib:g} GiB" if gib else ""
@@ -46,8 +56,7 @@ def cases() -> dict[str, tuple[str, dict]]:
 
 def measure(name: str, settings: dict, config: Config) -> dict:
     """A step that is watched for its peak, beside the predicted one; then medians of others."""
-    few = {"initial_rollouts": 2, "questions_per_step": 1}
-    config = dataclasses.replace(config, **few, **settings)
+    config = dataclasses.replace(config, **FEW | settings)
     shape, steps = plan.model_config(name), []
     # the results, and a prompt of about their length
     result = config.max_total_tokens // (TURNS + 1) - SEGMENT
@@ -90,17 +99,52 @@ def run(config: Config, own) -> dict:
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     path = own.json or f"lab/results/gpu-{name}.json"
     refuse_unwritable("--json", path)
-    return sweep(cases(), config, 60 * own.minutes, path)
+    return whole(cases(), config, 60 * own.minutes, path)
 
 
-def sweep(some: dict, config: Config, seconds: float, path: str) -> dict:
+def whole(some: dict, config: Config, seconds: float, path: str) -> dict:
+    """First the cases that matter most, then profile and checks, then the other cases."""
+    end, items = time.monotonic() + seconds, [*some.items()]
+    report = sweep(dict(items[: len(GOALS) + 1]), config, 0.4 * seconds, path)
+    report["a decoded token"] = decoding(*items[0][1], config)
+    say(f"a decoded token: {report['a decoded token']}")
+    for name, command in CHECKS.items():
+        report[name] = check(command, seconds / 4)
+        say(f"{name}: {' | '.join(report[name])}")
+    write_text("--json", path, json.dumps(report, indent=1) + "\n")
+    return sweep(dict(items[len(GOALS) + 1 :]), config, end - time.monotonic(), path, report)
+
+
+def decoding(name: str, settings: dict, config: Config) -> dict:
+    """What one token of all rows asks for: kernels launched, times that the CPU waits for it."""
+    config = dataclasses.replace(config, **FEW | settings)
+    job = forced(config, Size(1, 16, 16), plan.model_config(name))
+    writer = open_writer(job.agent.policy, job.agent.config)
+    with torch.profiler.profile() as seen:  # of the CPU, and of a GPU where there is one
+        rollout(writer, job.asked(1), job.agent.config, job.agent.tools, seed=1)
+    events = Counter(event.name for event in seen.events()).items()
+    kinds = {"launches": "LaunchKernel", "waits": "Synchronize", ".item()": "_local_scalar_dense"}
+    totals = {kind: sum(n for e, n in events if part in e) for kind, part in kinds.items()}
+    return {kind: round(n / writer.decode_steps, 1) for kind, n in totals.items()}
+
+
+def check(command: list[str], seconds: float) -> list[str]:
+    """The last lines that it printed."""
+    try:
+        how = {"capture_output": True, "text": True, "timeout": seconds}
+        return subprocess.run([sys.executable, *command], **how).stdout.splitlines()[-20:]
+    except subprocess.TimeoutExpired:
+        return [f"not done in {seconds:.0f} seconds"]
+
+
+def sweep(some: dict, config: Config, seconds: float, path: str, report=None) -> dict:
     """The cases in turn while there is time; the figures so far are written after each."""
-    figures, started, longest = {}, time.monotonic(), 0.0
-    report = made_on(config) | {"figures": figures}
+    report = report or made_on(config) | {"figures": {}}
+    figures, started, longest = report["figures"], time.monotonic(), 0.0
     for name, case in some.items():
         began = time.monotonic()
         if began - started + longest > seconds:
-            say(f"the time is over after {len(figures)} of {len(some)} cases")
+            say(f"the time is over before {name}")
             break
         figures[name] = measured(*case, config)
         write_text("--json", path, json.dumps(report, indent=1) + "\n")

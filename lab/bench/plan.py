@@ -1,7 +1,8 @@
 """What fits which card, from the shapes of a model alone: nothing is loaded, no GPU is needed.
 
 A run is planned as engine/memory plans it: how many paths are decoded side by side, and how many
-tokens one backward pass takes. In bytes, where b is 2 (bfloat16) and r the rank of the adapter:
+tokens one backward pass takes. In bytes, b of them for a number (4 with --dtype float32, else 2),
+and with an adapter of rank r:
 
     weights   0.5 + 4 / 64 a parameter of a linear layer (NF4, a float32 scale for every 64; else
               b), b for embedding, head and norms; a tied head is no second copy
@@ -92,10 +93,12 @@ def predict(
 
 def planned(shape: PretrainedConfig, counts: Counts, config: Config) -> dict:
     """What a run with these settings computes at once, and the memory that takes."""
-    size = counts.weight_bytes(config.load_in_4bit, b=2)
+    b = 4 if config.dtype == "float32" else 2  # as on a GPU
+    size = counts.weight_bytes(config.load_in_4bit, b)
     frozen = torch.empty(size, dtype=torch.uint8, device="meta")
     adapter = torch.empty(counts.adapter(config.lora_rank), device="meta", requires_grad=True)
-    cpu = {"device": torch.device("cpu"), "dtype": torch.bfloat16}  # no GPU is asked
+    dtype = torch.float32 if b == 4 else torch.bfloat16
+    cpu = {"device": torch.device("cpu"), "dtype": dtype}  # no GPU is asked
     lm = SimpleNamespace(parameters=lambda: [frozen, adapter], config=shape, **cpu)
     limits, longest = memory.fit(config, lm), config.max_total_tokens
     rollouts = config.questions_per_step * config.group_size
@@ -103,7 +106,7 @@ def planned(shape: PretrainedConfig, counts: Counts, config: Config) -> dict:
     # a trajectory is never cut
     tokens = min(config.micro_batch_tokens, limits.micro_batch_tokens, rollouts * longest)
     tokens, recompute = int(max(longest, tokens)), limits.recompute
-    parts = predict(shape, counts, config, rows, tokens, recompute)
+    parts = predict(shape, counts, config, rows, tokens, recompute, b)
     at_once = {"paths": rows, "tokens a pass": tokens, "recomputed": recompute}
     fits = config.memory_gb is None or parts["peak GiB"] <= config.memory_gb
     return {**at_once, **parts, "limit GiB": config.memory_gb, "fits": fits}

@@ -1,0 +1,238 @@
+"""float16 and bfloat16: the same training within a bound, and what does not fit is said."""
+
+import dataclasses
+import functools
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import kept, lines_of, load, roll_out
+from safetensors.torch import load_file, save_file
+from test_update import flat_gradient, packed_rows
+
+import app.cli
+import arpo_mini
+from app.config import DATA, PRESETS, Config
+from app.health import notes
+from arpo_mini import Agent, safe_step, update
+from data.files import UserError
+from engine import model
+from engine.memory import Limits
+from engine.packing import NonFinite
+from engine.writer import Writer
+from lab import sft
+from lab.bench import plan
+
+# Measured: 5e-6, 0.01 and 0.03 nats between sampler and trainer at the worst token; 0.003 and 0.02
+# of the float32 gradient.
+BOUNDS = {"float32": (1e-4, 1e-5), "float16": (0.04, 0.01), "bfloat16": (0.2, 0.06)}
+
+
+def still(policy):
+    return torch.optim.SGD(policy.parameters, lr=0.0)
+
+
+@pytest.fixture(scope="module")
+def half(config, tools):
+    config = dataclasses.replace(config, group_size=4, dtype="float16")
+    return load(config, tools), config
+
+
+@pytest.fixture
+def restored_half(half):
+    """The policy in float16, whose adapter and scale a test may change."""
+    policy, _ = half
+    policy.scaler, policy.limits = torch.amp.GradScaler("cpu"), Limits()
+    with kept(policy.parameters):
+        yield half
+
+
+@pytest.fixture(scope="module")
+def rows(config, policy, tools, questions):
+    """Of a rollout in float32."""
+    config = dataclasses.replace(config, group_size=4)
+    return packed_rows(roll_out(policy, config, tools, questions), config)
+
+
+@pytest.mark.parametrize("four", [False, True])
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_every_dtype_samples_what_it_trains_and_has_the_gradient_of_float32(
+    dtype, four, config, tools, questions, policy, policy_4bit, rows, monkeypatch
+):
+    drift, off = BOUNDS[dtype]
+    config = dataclasses.replace(config, group_size=4, dtype=dtype, load_in_4bit=four)
+    own, wanted, caches = load(config, tools), getattr(torch, dtype), []
+    store = Writer.store
+
+    def watched(self, *args, **kwargs):
+        store(self, *args, **kwargs)
+        caches.append(self.kv)
+
+    monkeypatch.setattr(Writer, "store", watched)
+    groups = roll_out(own, config, tools, questions[2:4])
+    assert {x.dtype for kv in caches for path in kv.values() for x in path} == {wanted}
+    assert own.lm.dtype == wanted and {p.dtype for p in own.parameters} == {torch.float32}
+    if four:
+        layer = own.lm.get_decoder().layers[0].self_attn.q_proj.base_layer
+        assert layer.compute_dtype == wanted
+    figures = update(own, still(own), packed_rows(groups, config), config)
+    assert figures["drift_max"] < drift and figures["skipped_updates"] == 0
+    expected = policy_4bit if four else policy
+    update(expected, still(expected), rows, config)
+    update(own, still(own), rows, config)
+    a, b = flat_gradient(expected), flat_gradient(own)
+    assert a.norm() > 1e-4 and (a - b).norm() <= off * a.norm()
+    expected.model.zero_grad()
+
+
+def test_auto_is_what_the_machine_has_natively(monkeypatch):
+    found = [model.number_type("auto", "cpu")]
+    for native in (True, False):
+        supported = functools.partial(lambda native, including_emulation: native, native)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+        found += [model.number_type(name, "cuda:0") for name in ("auto", "float32")]
+    full = torch.float32
+    assert found == [full, torch.bfloat16, full, torch.float16, full]
+    with pytest.raises(UserError, match=r"^--dtype half: choose one of auto, bfloat16, float16, f"):
+        Config(dtype="half")
+
+
+def test_small_gradients_do_not_underflow(half, policy, rows):
+    """Advantages of a thousandth: float16 alone would make zeros of many of their gradients."""
+    own, config = half
+    small = [dataclasses.replace(row) for row in rows]
+    for row in small:
+        row.A_plus, row.A_minus = ([1e-3 * a for a in A] for A in (row.A_plus, row.A_minus))
+    found = []
+    for each, scaler in ((policy, None), (own, None), (own, torch.amp.GradScaler(enabled=False))):
+        each.scaler = scaler or each.scaler
+        update(each, still(each), small, config)
+        found.append(flat_gradient(each).clone())
+        each.model.zero_grad()
+    expected, scaled, unscaled = found
+    assert (scaled - expected).norm() < 0.01 * expected.norm()
+    assert (unscaled - expected).norm() > 0.1 * expected.norm()
+
+
+def test_a_gradient_that_overflows_is_skipped_counted_and_said(restored_half, rows):
+    """The weights stay, the scale is halved; where it is 1 already, the number itself is wrong."""
+    policy, config = restored_half
+    first, infinite = policy.parameters[0], [True]
+    before = [p.detach().clone() for p in policy.parameters]
+    optimizer = torch.optim.AdamW(policy.parameters, lr=1e-3)
+    config = dataclasses.replace(config, updates_per_rollout=2)
+
+    def overflow(grad):
+        return grad * (math.inf if infinite and infinite.pop() else 1.0)
+
+    with first.register_hook(overflow):
+        figures = update(policy, optimizer, rows, config)
+        assert figures["skipped_updates"] == 1 and figures["grad_norm"] > 0
+        assert policy.scaler.get_scale() == 2**15
+        assert not all(map(torch.equal, before, policy.parameters))  # the second one was made
+        infinite.append(True)
+        now = [p.detach().clone() for p in policy.parameters]
+        figures = update(
+            policy, optimizer, rows, dataclasses.replace(config, updates_per_rollout=1)
+        )
+        assert figures["grad_norm"] is None and all(map(torch.equal, now, policy.parameters))
+        metrics = lines_of(Path(__file__).parent / "run", "metrics.jsonl")[0] | figures
+        (said,) = [words for words in notes(metrics) if "skipped" in words]
+        assert said.startswith("1 updates skipped")
+        policy.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+        infinite.append(True)
+        with pytest.raises(NonFinite, match="the gradient norm is"):
+            update(policy, optimizer, rows, config)
+
+
+def test_a_step_out_of_memory_is_repeated_with_the_scale_it_began_with(
+    restored_half, questions, tools, monkeypatch, caplog
+):
+    """Also between `unscale_` and the end of an optimizer step, which GradScaler remembers."""
+    policy, config = restored_half
+    config = dataclasses.replace(config, questions_per_step=2, kl_coefficient=0.1)
+    policy.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
+    optimizer = torch.optim.AdamW(policy.parameters, lr=1e-3)
+    real, fails = torch.optim.AdamW.step, [True]
+
+    def step(self, *args, **kwargs):
+        real(self, *args, **kwargs)
+        if fails and fails.pop():
+            raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    agent = Agent(policy, tools, config)
+    safe_step(agent, optimizer, questions[2:4], config, 1)
+    assert policy.scaler.state_dict()["scale"] == 16.0 and "out of memory" in caplog.text
+    assert {int(s["step"]) for s in optimizer.state.values()} == {1}
+
+
+def test_a_model_too_loud_for_float16_is_refused_and_names_the_others(tmp_path, capsys):
+    folder = shutil.copytree(DATA / "tiny-qwen3", tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"] *= 2.0**20
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    args = ["show", "--model_name", str(folder), "--load_in_4bit", "false", "--dtype"]
+    codes = [app.cli.main([*args, d], arpo_mini.train, arpo_mini.load_agent) for d in BOUNDS]
+    error = capsys.readouterr().err
+    assert codes == [0, 2, 0] and error.count("\n") == 1 and str(folder) in error
+    assert "too large for float16; --dtype bfloat16 or --dtype float32" in error
+
+
+def test_one_that_becomes_too_loud_ends_its_step_in_one_line(restored_half, questions, tools):
+    policy, config = restored_half
+    with torch.no_grad():
+        for p in policy.parameters:
+            p.mul_(1e4)
+    optimizer = torch.optim.AdamW(policy.parameters, lr=1e-3)
+    agent = Agent(policy, tools, config)
+    with pytest.raises(NonFinite, match=r"^step 5: activations are too large.*--dtype bfloat16"):
+        safe_step(agent, optimizer, questions[2:4], config, 5)
+
+
+def test_a_cold_start_is_scaled_too(restored_half, tools):
+    policy, config = restored_half
+    rows = [sft.demonstration_row(policy, *sft.demonstrations_of_the_world(1, tools, 0, 0.0))]
+    policy.scaler = torch.amp.GradScaler("cpu", growth_interval=1)
+    optimizer = torch.optim.AdamW(policy.parameters, lr=1e-3)
+    first, second = (sft.fitting_update(policy, optimizer, rows, config) for _ in range(2))
+    assert second < first and policy.scaler.get_scale() == 2**18
+
+
+def test_the_plan_knows_the_dtype():
+    shape = plan.model_config("qwen3-1.7b")
+    counts, preset = plan.count(shape), PRESETS["12gb"]
+    plans = {d: plan.planned(shape, counts, Config(**preset, dtype=d)) for d in BOUNDS}
+    assert plans["float16"] == plans["bfloat16"] and plans["float32"]["paths"] > 0
+    assert plans["float32"]["weights GiB"] > plans["float16"]["weights GiB"] + 0.5  # embedding
+    whole = [plan.planned(shape, counts, Config(load_in_4bit=False, dtype=d)) for d in BOUNDS]
+    assert whole[0]["weights GiB"] == pytest.approx(2 * whole[1]["weights GiB"])
+    assert whole[0]["rollout GiB"] > 1.3 * whole[1]["rollout GiB"]
+
+
+SHORT = "--questions_per_step 1 --group_size 3 --eval_part 0 --max_segment_tokens 40 --steps"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_run_that_goes_on_is_the_whole_one(dtype, tmp_path, monkeypatch):
+    """Bit for bit, with the scale of the loss, which grows after every step here."""
+    grows = functools.partialmethod(torch.amp.GradScaler.__init__, growth_interval=1)
+    monkeypatch.setattr(torch.amp.GradScaler, "__init__", grows)
+
+    def train(*args):
+        args = ["train", *map(str, args)]
+        assert app.cli.main(args, arpo_mini.train, arpo_mini.load_agent) == 0
+
+    for name, steps in (("whole", 4), ("run", 2)):
+        flags = ["--kl_coefficient", 0.1, "--output_dir", tmp_path / name, *SHORT.split(), steps]
+        train("--dtype", dtype, *flags)
+    train("--resume", tmp_path / "run", "--steps", 4)
+    last, other = (tmp_path / name / "checkpoints/step-000004" for name in ("whole", "run"))
+    for name in ("adapter/adapter_model.safetensors", "optimizer.safetensors"):
+        assert (last / name).read_bytes() == (other / name).read_bytes()
+    one, two = (json.loads((x / "state.json").read_text())["scaler"] for x in (last, other))
+    assert one == two == ({} if dtype == "bfloat16" else {**one, "scale": 2.0**20})

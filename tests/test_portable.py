@@ -1,0 +1,75 @@
+"""Windows and macOS, pretended: what is absent there, line ends, paths."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import write_questions
+
+from app.config import DATA, Config
+from data.files import UserError, load_documents
+from data.formats import load_questions
+from engine import model
+
+ROOT = Path(__file__).parent.parent
+WITHOUT = """
+import os, runpy, signal, sys
+sys.modules["fcntl"] = None  # an import of it fails
+for name in ("SIGHUP", "SIGPROF", "SIGALRM", "setitimer", "ITIMER_PROF"):
+    delattr(signal, name)
+del os.fork
+def open_file(path, *args, real=os.open, **kwargs):
+    if os.path.isdir(path):
+        raise PermissionError(13, "a folder")
+    return real(path, *args, **kwargs)
+os.open = open_file
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_run_where_half_of_the_system_is_absent(tmp_path):
+    """No fcntl, no fork, no timers, no sync of folders; CRLF files and a folder with spaces."""
+    folder, few = tmp_path / "my runs", tmp_path / "few questions.jsonl"
+    write_questions(few)
+    few.write_bytes(few.read_bytes().replace(b"\n", b"\r\n"))
+    flags = "--steps 2 --questions_per_step 2 --group_size 2 --max_segment_tokens 40 --eval_part 1"
+    first = [*flags.split(), "--dataset_path", few, "--eval_path", few, "--output_dir", folder]
+    for more in (first, ["--resume", folder, "--steps", 3]):
+        command = [sys.executable, "-c", WITHOUT, ROOT / "arpo_mini.py", "train", *more]
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert json.loads((folder / "config.json").read_text("utf-8"))["steps"] == 3
+
+
+def test_line_ends_change_nothing_and_a_drive_letter_is_no_data_set(tmp_path):
+    for name, read in (("test.jsonl", load_questions), ("documents.jsonl", load_documents)):
+        text = (DATA / name).read_bytes()
+        (tmp_path / name).write_bytes(text.replace(b"\n", b"\r\n"))
+        assert list(read(str(tmp_path / name))) == list(read(str(DATA / name)))
+    for path in ("C:/data/mine", "C:\\my data\\mine.jsonl", "D:mine"):
+        with pytest.raises(UserError, match="No such file") as error:
+            load_questions(path)
+        assert path in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("Using `bitsandbytes` 4-bit quantization requires bitsandbytes: `pip install`"),
+        NotImplementedError("Could not run 'bitsandbytes::gemv_4bit' with arguments from 'CPU'"),
+    ],
+)
+def test_where_nf4_does_not_run_one_line_says_what_does(error, monkeypatch):
+    def load_model(config):
+        raise error
+
+    monkeypatch.setattr(model, "load_model", load_model)
+    with pytest.raises(UserError, match=r"; --load_in_4bit false does without it$"):
+        model.load_policy(Config(), {}, trainable=True)
+    with pytest.raises(UserError) as plain:
+        model.load_policy(Config(load_in_4bit=False), {}, trainable=True)
+    assert "false does" not in str(plain.value)
