@@ -141,7 +141,7 @@ def rollout(
 ) -> list[list[Segment]]:  # fmt: skip
     """The leaves of each question, all distinct: M of them, with rule step M on average."""
     transformers.set_seed(seed % 2**32)  # torch, and what a tool may draw from
-    M, N = config.group_size, config.initial_rollouts
+    M, N, leaves = config.group_size, config.initial_rollouts, []
     roots = [Segment("prompt", writer.policy.prompt(question.text)) for question in questions]
     if config.branch_rule == "step":
         forks, most = (M - N) * len(roots), config.max_leaves - N
@@ -153,7 +153,6 @@ def rollout(
         # A generator for each: decisions in one tree do not depend on how many grow beside it.
         budgets = {r: Budget(M - N, random.Random(f"{seed} {i}")) for i, r in enumerate(roots)}
         together = max(1, config.rollout_rows // M)  # as many questions as fit side by side
-    leaves = []
     for i in range(0, len(roots), together):
         some = roots[i : i + together]
         nodes = [root for root in some for _ in range(N)]
@@ -299,7 +298,7 @@ def update(policy: Policy, optimizer, rows: list[Row], config: Config) -> dict:
     parts = list(micro_batches(rows, config.micro_batch_tokens))
     batches = [make_batch(some, policy.pad_id, policy.device, policy.lm.dtype) for some in parts]
     old, reference = fixed_logprobs(policy, batches, config)
-    n, loss_sum, clipped_sum, skipped, drifts = config.updates_per_rollout, 0.0, 0.0, 0, []
+    n, loss_sum, clipped_sum, norms, drifts = config.updates_per_rollout, 0.0, 0.0, [], []
     for i in range(n):
         for p in policy.parameters:
             p.grad = torch.zeros_like(p)  # not None: Adam's momentum acts also without a gradient
@@ -314,11 +313,10 @@ def update(policy: Policy, optimizer, rows: list[Row], config: Config) -> dict:
             require_finite("the loss", loss, texts)
             policy.scaler.scale(loss).backward()  # scaled in float16 only: nothing underflows
             loss_sum, clipped_sum = loss_sum + loss.item(), clipped_sum + clipped.item()
-        grad_norm = take_step(policy, optimizer, total, MAX_GRAD_NORM, rows)
-        skipped += grad_norm is None
+        norms.append(take_step(policy, optimizer, total, MAX_GRAD_NORM, rows))  # None: left out
     drift = torch.cat(drifts).abs().tolist() if drifts else []
     figures = {"loss": loss_sum / n, "clip_fraction": clipped_sum / (total * n)}
-    figures |= {"grad_norm": grad_norm, "skipped_updates": skipped}
+    figures |= {"grad_norm": norms[-1], "skipped_updates": norms.count(None)}
     figures["train_tokens"] = sum(map(len, rows))
     drift_mean = sum(drift) / len(drift) if drift else None
     return figures | {"drift_mean": drift_mean, "drift_max": max(drift, default=None)}
@@ -410,18 +408,14 @@ class Agent:
     config: Config
 
     @shared
-    def roll_out(
-        self, questions: list[Question], config: Config, seed: int
-    ) -> tuple[list[list[Segment]], list[list[Reward]]]:
+    def roll_out(self, questions: list[Question], config: Config, seed: int) -> tuple[list, list]:
         """Leaves and rewards of each question; where the memory runs out, fewer rows at once."""
 
         def work(fitted: Config):
             writer = open_writer(self.policy, fitted)
             groups = rollout(writer, questions, fitted, self.tools, seed)
-            return groups, [
-                [judge(self.policy, leaf, question, fitted) for leaf in leaves]
-                for question, leaves in zip(questions, groups, strict=True)
-            ]
+            pairs = zip(questions, groups, strict=True)
+            return groups, [[judge(self.policy, leaf, q, fitted) for leaf in x] for q, x in pairs]
 
         return self.policy.limits.retry(config, work)
 

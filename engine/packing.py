@@ -174,14 +174,13 @@ def take_step(policy, optimizer, total: float, most: float, rows: list[Row]) -> 
         policy.processes.add_up(policy.parameters, total)
     policy.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters, most)
-    too_large = policy.scaler.get_scale() > 1 and not norm.isfinite()
-    if not too_large:
+    if policy.scaler.get_scale() == 1 or norm.isfinite():
         require_finite("the gradient norm", norm, [row.input_ids for row in rows])
     policy.scaler.step(optimizer)  # may overflow although the gradient did not
     policy.scaler.update()
     weights = torch.nn.utils.get_total_norm([p.detach() for p in policy.parameters])
     require_finite("a weight after the step", weights, [])
-    return None if too_large else norm.item()
+    return norm.item() if norm.isfinite() else None
 
 
 @contextmanager

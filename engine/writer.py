@@ -147,8 +147,7 @@ class Writer:
             cache.update(*(part.transpose(1, 2) for part in parts), i // 2)  # (R, heads, C, d)
         ids = pad_sequence([torch.tensor(tokens) for tokens in unread], **LEFT, padding_value=pad)
         mask = [pad_sequence([torch.ones(n) for n in some], **LEFT) for some in (lengths, news)]
-        device = self.policy.device
-        return ids.to(device), torch.cat(mask, dim=1).long().to(device), cache
+        return *(x.to(self.policy.device) for x in (ids, torch.cat(mask, dim=1).long())), cache
 
     def known(self, draft: Segment, most: int) -> KV | None:
         """Keys and values of at most so many first tokens of a path, as far as they are known."""
@@ -167,8 +166,6 @@ class Writer:
         """
         keep = [begins or draft.stop in (None, "tool") for draft in drafts]
         rows = [draft for draft, kept in zip(drafts, keep, strict=True) if kept]
-        if not rows:
-            return
         seen = seen & torch.tensor(keep, device=seen.device)[:, None]
         lengths = [n for n, kept in zip(seen.sum(dim=1).tolist(), keep, strict=True) if kept]
         split: list[tuple[Tensor, ...]] = []

@@ -45,7 +45,15 @@ from data.formats import Demonstration, load_demonstrations
 from engine.judge import as_number
 from engine.memory import snapshot
 from engine.model import RESULT_FRAME, Policy, load_policy
-from engine.packing import Row, make_batch, make_row, micro_batches, require_finite, token_logprobs
+from engine.packing import (
+    Row,
+    make_batch,
+    make_row,
+    micro_batches,
+    require_finite,
+    take_step,
+    token_logprobs,
+)
 from lab.command import TRAIN, exit_code, parse
 from tools import ToolError, ToolResult, calculate, result_text
 
@@ -166,10 +174,7 @@ def update(policy: Policy, optimizer, rows: list[Row], config: Config) -> float:
         require_finite("the loss", loss, [row.input_ids for row in group])
         policy.scaler.scale(loss).backward()
         loss_sum += loss.item()
-    policy.scaler.unscale_(optimizer)
-    torch.nn.utils.clip_grad_norm_(policy.parameters, MAX_GRAD_NORM)
-    policy.scaler.step(optimizer)
-    policy.scaler.update()
+    take_step(policy, optimizer, total, MAX_GRAD_NORM, rows)
     return loss_sum
 
 
