@@ -383,6 +383,7 @@ class Agent:
     policy: Policy
     tools: dict[str, toolbox.Tool]
     config: Config
+    prefill_tokens: int = 0  # prompt and result tokens that the last rollout read
 
     def roll_out(
         self, questions: list[Question], config: Config, seed: int
@@ -392,6 +393,7 @@ class Agent:
         def work(fitted: Config):
             writer = open_writer(self.policy, fitted)
             groups = rollout(writer, questions, fitted, self.tools, seed)
+            self.prefill_tokens = writer.prefill_tokens
             return groups, [
                 [judge(self.policy, leaf, question, fitted) for leaf in leaves]
                 for question, leaves in zip(questions, groups, strict=True)
