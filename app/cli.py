@@ -205,7 +205,7 @@ COMMANDS = {  # name: (function, its flags beside those of Config)
         "--answer": {"help": "its right answer, where the question is your own"},
         "--example": {"choices": tuple(EXAMPLES), "help": "a question that is ready"},
         "--compare": {"metavar": "RULE", "help":
-                      "the same question and seed under this rule too, or grpo: all from the start"},
+                      "a second tree of the same seed, under this rule or grpo (none, N = M)"},
         "--html": {"help": "write the tree to this file too, as a page for a browser"},
     }),
     "report": (report_command, {
