@@ -216,7 +216,8 @@ def test_show_draws_two_trees_one_under_the_other(tmp_path, capsys):
     assert main("show", "--example", "divisible", "--compare", "grpo", "--html", path) == 0
     *trees, costs, more, _ = capsys.readouterr().out.splitlines()
     heads = [line for line in trees if line.startswith("----")]
-    assert heads == ["---- paper ----", "---- grpo ----"]
+    paper = "---- paper: forks where P = 0.5 + 0.2 gain > 0.5 ----"
+    assert heads == [paper, "---- grpo: never forks ----"]
     assert "\n".join(trees).count("leaf 7: ") == 2
     for name, line in (("paper", costs), ("grpo ", more)):
         words = r"  1 tool calls, \d+ tokens generated, 1,234 prefilled; \d of 8 answers right"

@@ -62,11 +62,22 @@ def trees_page(shown: list[Shown]) -> str:
     return page(f"arpo_mini: a rollout, {' and '.join(each.name for each in shown)}", runs)
 
 
+IN_WORDS = {
+    "paper": "forks where P = {branch_probability} + {entropy_weight} gain > {entropy_threshold}",
+    "official": "forks with chance P = {branch_probability} + {entropy_weight} gain",
+    "adaptive": "forks where H > mean + {entropy_sigma} std of the H before; that is the gain",
+    "random": "forks with chance {branch_probability}, whatever H is",
+    "none": "never forks",
+}
+
+
 def print_trees(shown: list[Shown]) -> None:
     """One under the other; then what each of them took."""
-    for name, _, record, _ in shown:
-        if len(shown) > 1:
-            say(f"---- {name} ----")
+    for name, config, record, _ in shown:
+        settings = dataclasses.asdict(config)
+        say(f"---- {name}: {IN_WORDS[config.branch_rule].format(**settings)} ----")
+        if config.branch_rule not in ("adaptive", "none"):
+            say("gain = H - H_initial, entropies after a result and at the start: 0 sure, 1 unsure")
         print_tree(draw_tree(record))
     width = max(len(each.name) for each in shown)
     for each in shown:
