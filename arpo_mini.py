@@ -15,9 +15,12 @@ loaded, how caches, packed rows and memory work (engine/), flags, files and tabl
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 import sys
 import time
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -40,7 +43,7 @@ from app import cli
 from app.config import Config, check_training
 from app.evaluation import evaluate_midway, first_per_domain
 from app.health import remarks
-from app.records import questions_of_step, record_trees, short_answers, step_metrics
+from app.records import questions_of_step, record_trees, scores_of, short_answers, step_metrics
 from app.run_folder import RunFolder
 from app.screen import comparison, print_log_head, print_log_line, print_table, progress_bar, say
 from data.formats import Question, load_questions
@@ -60,24 +63,26 @@ from engine.packing import (
     token_logprobs,
 )
 from engine.writer import Writer
-from entropy import RULE_SETTINGS, RULES, Decision, normalised_entropy
+from entropy import RULES, Decision, normalised_entropy, running_threshold
 
 SEARCH_CHARS = 200  # of each document that a search returns
+STEPS_BACK = 5  # whose scores set the threshold of rule step
 
 # ---- one step ------------------------------------------------------------------------------
 # Q questions, M trajectories each. A tree is made of segments; a trajectory is a leaf's path.
 
 
 def train_step(
-    policy: Policy, optimizer, questions: list[Question], config: Config, tools: dict, step: int
-) -> tuple[dict, list[list[Segment]], list[list[Reward]]]:
-    """One step of ARPO: figures of the update, and for each question its M leaves and rewards.
+    policy: Policy, optimizer, questions: list[Question], config: Config, tools: dict, step: int,
+    scores: Sequence[list[float]] = (),
+) -> tuple[dict, list[list[Segment]], list[list[Reward]]]:  # fmt: skip
+    """One step of ARPO: figures of the update, and for each question its leaves and rewards.
 
-    All that it draws depends on the seed and the number of the step alone.
+    What it draws depends on the seed and the number of the step; `scores` are the last steps'.
     """
     started = time.perf_counter()
-    writer = open_writer(policy, config)
-    groups = rollout(writer, questions, config, tools, config.seed * 1_000_003 + step)  # Q x M
+    writer, seed = open_writer(policy, config), config.seed * 1_000_003 + step
+    groups = rollout(writer, questions, config, tools, seed, scores)  # Q x M leaves in all
     asked = zip(questions, groups, strict=True)
     rewards = [[judge(policy, leaf, q, config) for leaf in leaves] for q, leaves in asked]  # Q x M
     writer.kv.clear()  # the update has the memory to itself
@@ -97,18 +102,17 @@ def grow(
     tools: dict,
 ) -> list[Segment]:
     """All leaves that grow from these nodes, each a prompt or a tool result: a level a call."""
-    growing = {node.path()[0] for node in nodes}
-    for root, budget in budgets.items():
-        if root not in growing:  # no path of it can fork any more: the rest begins at the question
-            nodes = nodes + [root] * budget.slots
-            budget.slots = 0
+    growing = {budgets[node.path()[0]] for node in nodes}
+    for budget in dict.fromkeys(budgets.values()):  # each once: a step's is that of every question
+        if budget not in growing:  # no path of it can fork any more
+            nodes = nodes + spend_rest(budget, config)
     if not nodes:
         return []
     drafts = probe(writer, nodes, config)  # a policy segment after each node, its first k tokens
     forked = decide_forks(drafts, budgets, config)  # tool results, once for each fork
     # A fork stands right after the result: the tokens measured there stay with the path before it.
     drafts += probe(writer, forked, config)  # (R + forks) segments
-    writer.finish(drafts)
+    writer.finish(drafts, [node for some in budgets.values() if some.slots for node in some.places])
     results, leaves = call_tools(writer, drafts, config, tools)
     return leaves + grow(writer, results, budgets, config, tools)
 
@@ -116,27 +120,40 @@ def grow(
 # ---- the rollout ---------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)  # identity, not value
 class Budget:
-    """What a question may still spend, and what its branch rule draws from and remembers."""
+    """Paths that are still to begin: of one question, or of all questions of a step."""
 
-    slots: int  # trajectories that are still to begin: forks while paths are open, else the rest
-    rng: random.Random
-    history: list[float] = dataclasses.field(default_factory=list)  # entropies, adaptive rule
+    slots: int  # forks while paths are open, then the rest
+    rng: random.Random  # what the branch rule draws from
+    most: float = math.inf  # of the slots that one question may take
+    threshold: float = math.inf  # rule step: fork at once where the score is above it
+    taken: Counter = dataclasses.field(default_factory=Counter)  # question -> slots
+    history: list[float] = dataclasses.field(default_factory=list)  # entropies, rule adaptive
+    # Where the rest may begin, with a score: the question; with rule step every result, too.
+    places: dict[Segment, float] = dataclasses.field(default_factory=dict)
 
 
 def rollout(
-    writer: Writer, questions: list[Question], config: Config, tools: dict, seed: int
-) -> list[list[Segment]]:
-    """Exactly `group_size` distinct leaves for each question."""
+    writer: Writer, questions: list[Question], config: Config, tools: dict, seed: int,
+    scores: Sequence[list[float]] = (),
+) -> list[list[Segment]]:  # fmt: skip
+    """The leaves of each question, all distinct: M of them, with rule step M on average."""
     transformers.set_seed(seed % 2**32)  # torch, and what a tool may draw from
     M, N = config.group_size, config.initial_rollouts
     roots = [Segment("prompt", writer.policy.prompt(question.text)) for question in questions]
-    # A generator and a history for each question: what is decided in one tree does not depend on
-    # how many others grow beside it.
-    generators = [random.Random(f"{seed} {i}") for i in range(len(roots))]
-    budgets = {root: Budget(M - N, rng) for root, rng in zip(roots, generators, strict=True)}
-    together, leaves = max(1, config.rollout_rows // M), []  # as many questions as fit side by side
+    if config.branch_rule == "step":
+        forks, most = (M - N) * len(roots), config.max_leaves - N
+        T = running_threshold(scores, forks / max(1, config.max_branches))
+        budgets = dict.fromkeys(roots, Budget(forks, random.Random(seed), most, T))
+        together = len(roots)
+    else:
+        # A generator and a history for each question: what is decided in one tree does not depend
+        # on how many others grow beside it.
+        generators = [random.Random(f"{seed} {i}") for i in range(len(roots))]
+        budgets = {root: Budget(M - N, rng) for root, rng in zip(roots, generators, strict=True)}
+        together = max(1, config.rollout_rows // M)  # as many questions as fit side by side
+    leaves = []
     for i in range(0, len(roots), together):
         some = roots[i : i + together]
         nodes = [root for root in some for _ in range(N)]
@@ -156,18 +173,23 @@ def probe(writer: Writer, nodes: list[Segment], config: Config) -> list[Segment]
 def decide_forks(
     drafts: list[Segment], budgets: dict[Segment, Budget], config: Config
 ) -> list[Segment]:
-    """The tool results to fork, once for each fork: the largest gain first, while slots last."""
-    read, forked = [draft for draft in drafts if draft.parent.author == "tool"], []
-    for draft in read:
-        draft.parent.decision = apply_rule(draft, budgets[draft.path()[0]], config)
+    """The tool results to fork, once for each fork: the highest score first, while slots last."""
+    read, forked = [], []
+    for draft in drafts:
+        node, budget = draft.parent, budgets[draft.path()[0]]
+        if node.author == "prompt":
+            drawn = config.branch_score == "random"
+            budget.places[node] = budget.rng.random() if drawn else draft.entropy
+        elif node.decision is None:  # else the rest of the budget goes on from here
+            node.decision = apply_rule(draft, budget, config)
+            read.append(draft)
     for draft in read:  # only now: a decision does not depend on others of the same level
         budgets[draft.path()[0]].history.append(draft.entropy)
-    for node in sorted((draft.parent for draft in read), key=lambda node: -node.decision.gain):
+    for node in sorted((draft.parent for draft in read), key=lambda node: -node.decision.rank):
         budget = budgets[node.path()[0]]
-        granted = min(node.decision.forks, budget.slots)
-        node.decision = dataclasses.replace(node.decision, granted=granted)
-        budget.slots -= granted
-        forked += [node] * granted
+        forked += grant(budget, node, node.decision.forks)
+        if config.branch_rule == "step":
+            budget.places[node] = node.decision.rank
     return forked
 
 
@@ -176,9 +198,31 @@ def apply_rule(draft: Segment, budget: Budget, config: Config) -> Decision:
     first = draft.path()[1]  # the start of the same trajectory
     # The released code measures the segment that ends in the call: one call too early.
     measured = draft.parent.parent if config.branch_rule == "official" else draft
-    settings = {name: getattr(config, name) for name in RULE_SETTINGS}
-    u, rule = budget.rng.random(), RULES[config.branch_rule]
-    return rule(measured.entropy, first.entropy, u=u, history=budget.history, **settings)
+    rule = RULES[config.branch_rule]
+    known = {"u": budget.rng.random(), "history": budget.history, "threshold": budget.threshold}
+    return rule(measured.entropy, first.entropy, **known, **vars(config))
+
+
+def grant(budget: Budget, node: Segment, wanted: int) -> list[Segment]:
+    """The node, once for each of the paths wanted there that the budget has a slot for."""
+    root = node.path()[0]
+    granted = min(wanted, budget.slots, budget.most - budget.taken[root])
+    budget.slots -= granted
+    budget.taken[root] += granted
+    if node.decision:
+        total = node.decision.granted + granted
+        node.decision = dataclasses.replace(node.decision, granted=total)
+    return [node] * granted
+
+
+def spend_rest(budget: Budget, config: Config) -> list[Segment]:
+    """Where the rest begins: with rule step at the highest scores, then at the question itself."""
+    nodes, places = [], sorted(budget.places, key=lambda node: -budget.places[node])
+    for node in (node for node in places if node.decision):
+        nodes += grant(budget, node, config.max_branches - node.decision.granted)
+    for root in (node for node in places if not node.decision):
+        nodes += grant(budget, root, budget.slots)
+    return nodes
 
 
 def call_tools(
@@ -335,7 +379,9 @@ def train(config: Config, tools: dict | None = None, resume: Path | None = None)
                     some = first_per_domain(test, config.eval_part)
                     evaluate_midway(run, agent, some, bar, step - 1)
                 asked = questions_of_step(questions, step, config)
-                metrics, groups, rewards = safe_step(agent, optimizer, asked, config, step)
+                done = safe_step(agent, optimizer, asked, config, step, run.scores)
+                metrics, groups, rewards = done
+                run.scores = [*run.scores, scores_of(groups)][-STEPS_BACK:]
                 run.log({"step": step, **metrics})
                 print_log_line(step, metrics, remarks(run.metrics))
                 record_trees(run, policy, step, asked, groups, rewards)
@@ -348,14 +394,15 @@ def train(config: Config, tools: dict | None = None, resume: Path | None = None)
 
 
 def safe_step(
-    agent: Agent, optimizer, questions: list[Question], config: Config, step: int
-) -> tuple[dict, list[list[Segment]], list[list[Reward]]]:
+    agent: Agent, optimizer, questions: list[Question], config: Config, step: int,
+    scores: Sequence[list[float]],
+) -> tuple[dict, list[list[Segment]], list[list[Reward]]]:  # fmt: skip
     """`train_step` and its figures; where the memory runs out, the same again with less at once."""
     policy = agent.policy
 
     def work(fitted: Config):
         figures, groups, rewards = train_step(
-            policy, optimizer, questions, fitted, agent.tools, step
+            policy, optimizer, questions, fitted, agent.tools, step, scores
         )
         short = {"short_answers": short_answers(policy, groups)}
         return {**step_metrics(groups, rewards), **short, **figures}, groups, rewards
@@ -365,15 +412,8 @@ def safe_step(
     try:
         return policy.limits.retry(config, work, undo)
     except NonFinite as wrong:
-        named = [
-            f"{question.text!r} ({len(row)} tokens)"
-            for row in wrong.rows
-            for question in questions
-            if row[: len(prompt := policy.prompt(question.text))] == prompt
-        ]
-        where = f", in {', '.join(named[:3])}" if named else ""
-        more = f" and {len(named) - 3} more" if len(named) > 3 else ""
-        raise NonFinite(f"step {step}: {wrong}{where}{more}", wrong.rows) from None
+        prompts = {question.text: policy.prompt(question.text) for question in questions}
+        raise wrong.within(step, prompts) from None
 
 
 @dataclasses.dataclass

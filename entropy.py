@@ -9,6 +9,7 @@ in, so a decision can be taken again.
 """
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -54,24 +55,24 @@ class Decision:
     gain: float  # by how much H exceeds what the rule compares it with
     probability: float  # the rule's P, in [0, 1]
     forks: int  # extra paths wanted, beside the one that goes on
-    granted: int = 0  # how many of them the budget of the question allowed
+    granted: int = 0  # how many paths the budget let begin here
+    score: float | None = None  # what rule step compares with the running threshold
+
+    @property
+    def rank(self) -> float:
+        """Where slots are short, tool results with a higher one come first."""
+        return self.gain if self.score is None else self.score
 
 
 def clip(x: float) -> float:
     return min(max(x, 0.0), 1.0)
 
 
-# Every rule is called with the same arguments, by name, and ignores those it has no use for:
-#   u                    a uniform draw from [0, 1)
-#   history              the entropies measured before this one
-# and these settings:
-RULE_SETTINGS = (
-    "branch_probability",  # alpha of the paper, tau of the released code
-    "entropy_weight",  # beta of the paper, w of the released code
-    "entropy_threshold",  # tau of the paper
-    "entropy_sigma",  # k_sigma of the adaptive rule
-    "max_branches",  # the most extra paths at one tool result: Z of the paper
-)
+# Every rule is called with the same arguments, by name, and ignores those it has no use for: all
+# settings (app/config.py), and
+#   u            a uniform draw from [0, 1)
+#   history      the entropies measured before this one, in this tree
+#   threshold    running_threshold of the last steps' scores
 
 
 def paper(
@@ -102,17 +103,24 @@ def adaptive(H, H_initial, *, history, entropy_sigma, max_branches, **_):
     """Fork min(floor(H / T), max_branches) times if H > T = mean + k_sigma * std (a blog on ARPO).
 
     Mean and std are those of the history; fewer than two values have no spread: T = H, no fork.
-    The blog's N_branches is read as forks beside the path itself: floor(H / T) is mostly 1, and
-    one path in all would be no fork.
+    The blog's N_branches is read as forks beside the path itself: one path in all is no fork.
     """
     T = H
     if len(history) > 1:
-        mean = sum(history) / len(history)
-        std = math.sqrt(sum((h - mean) ** 2 for h in history) / len(history))
-        T = mean + entropy_sigma * std
+        T = statistics.fmean(history) + entropy_sigma * statistics.pstdev(history)
     wanted = H / T if T > 0 else max_branches
     forks = math.floor(min(wanted, max_branches)) if H > T else 0
     return Decision(H, H_initial, gain=H - T, probability=float(H > T), forks=forks)
+
+
+def threshold(H, H_initial, *, entropy_threshold, max_branches, **_):
+    """Fork min(floor(H * max_branches), max_branches) times if H > entropy_threshold (same blog).
+
+    With its threshold of 0.5 that is never less than half of max_branches.
+    """
+    gain = H - entropy_threshold
+    forks = min(math.floor(H * max_branches), max_branches) if gain > 0 else 0
+    return Decision(H, H_initial, gain, probability=float(gain > 0), forks=forks)
 
 
 def random_control(H, H_initial, *, u, branch_probability, max_branches, **_):
@@ -126,10 +134,34 @@ def never(H, H_initial, **_):
     return Decision(H, H_initial, H - H_initial, probability=0.0, forks=0)
 
 
+def step(H, H_initial, *, u, threshold, branch_score, max_branches, **_):
+    """Fork max_branches times if the score is above the step's running threshold (ours).
+
+    All questions of a step share one budget, so that it goes where the score, H or the gain, is
+    high. A random score is the control.
+    """
+    gain = H - H_initial
+    score = {"entropy": H, "gain": gain, "random": u}[branch_score]
+    forks = max_branches if score > threshold else 0
+    return Decision(H, H_initial, gain, float(score > threshold), forks, score=score)
+
+
+def running_threshold(scores: Sequence[Sequence[float]], wanted: float) -> float:
+    """What so many of a step's scores exceed, if it is like the last ones: a list for each of them.
+
+    Without any nothing is above it: all forks wait until the first paths have ended.
+    """
+    known = sorted((score for step in scores for score in step), reverse=True)
+    above = round(wanted * len(scores))
+    return known[above] if above < len(known) else -math.inf if known else math.inf
+
+
 RULES: dict[str, Callable[..., Decision]] = {
     "paper": paper,
     "official": official,
     "adaptive": adaptive,
+    "threshold": threshold,
+    "step": step,
     "random": random_control,
     "none": never,
 }

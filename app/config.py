@@ -51,9 +51,13 @@ class Config:
     initial_rollouts: int = option(1, "N: begun at the question; M - N may branch off", 1, 10_000)
     # no rule is more accurate than another; adaptive takes 85 % of the calls where paper takes 61
     branch_rule: str = option("paper", "when to fork after a tool result", choices=RULES)
+    branch_score: str = option(
+        "entropy", "what rule step compares", choices=("entropy", "gain", "random")
+    )
+    max_leaves: int = option(8, "rule step: the most trajectories of a question", 1, 10_000)
     branch_probability: float = option(0.5, "paper's alpha, official tau", 0, 1)
     entropy_weight: float = option(0.2, "paper's beta, official w", -1000, 1000)
-    entropy_threshold: float = option(0.5, "paper's tau", -1000, 1000)
+    entropy_threshold: float = option(0.5, "paper's tau; of the threshold rule", -1000, 1000)
     entropy_sigma: float = option(1.5, "k_sigma of the adaptive rule", -1000, 1000)
     # 5, 10 and 20 end within a point of each other
     entropy_tokens: int = option(10, "k: tokens measured after a tool result", 1, TOKENS)
@@ -91,6 +95,9 @@ class Config:
         if self.initial_rollouts > self.group_size:
             limit = f"at most group_size ({self.group_size})"
             raise UserError(f"--initial_rollouts {self.initial_rollouts}: it must be {limit}")
+        if self.branch_rule == "step" and self.max_leaves < self.group_size:
+            limit = f"at least group_size ({self.group_size})"
+            raise UserError(f"--max_leaves {self.max_leaves}: it must be {limit}")
 
 
 TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool}

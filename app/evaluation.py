@@ -35,14 +35,13 @@ def evaluate(
     Each part of the questions has a seed of its own: the same policy, questions and settings give
     the same records, whatever was drawn before. `on_progress` is told how many more are done.
     """
-    alone = dataclasses.replace(
-        config, group_size=samples, initial_rollouts=samples, branch_rule="none"
-    )
+    alone = {"group_size": samples, "initial_rollouts": samples, "branch_rule": "none"}
+    config = dataclasses.replace(config, **alone)
     n = max(1, config.rollout_rows // samples)
     records: list[dict] = []
     while len(records) < len(questions):
         some = questions[len(records) : len(records) + n]
-        groups, rewards = agent.roll_out(some, alone, config.seed * 1_000_003 + len(records))
+        groups, rewards = agent.roll_out(some, config, config.seed * 1_000_003 + len(records))
         for question, leaves, of_leaves in zip(some, groups, rewards, strict=True):
             pairs = zip(leaves, of_leaves, strict=True)
             scores = [agent.examine(leaf, question, r, config) for leaf, r in pairs]
@@ -66,7 +65,7 @@ def evaluate(
 def evaluate_midway(
     run: RunFolder, agent, questions: list[Question], bar: Progress, step: int
 ) -> dict | None:
-    """Figures after `step` steps, sampled at temperature 1 and greedy: {"sampled", "greedy"}.
+    """Figures after `step` steps: {"sampled": at temperature 1}, at both ends also {"greedy"}.
 
     A resumed run has logged them already. None where they can no longer be had, for the policy has
     gone on since, and with --eval_part 0.
@@ -74,7 +73,8 @@ def evaluate_midway(
     if run.config.eval_part == 0:
         return None
     figures = {}
-    for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
+    ends = step in (0, run.config.steps)
+    for name, temperature in (("sampled", 1.0), ("greedy", 0.0))[: 1 + ends]:
         which = {"step": step, "decoding": name}
         figures[name] = run.evaluated(**which, questions=len(questions))
         if figures[name] is None and run.step > step:
@@ -87,11 +87,9 @@ def evaluate_midway(
             figures[name] = summary(evaluate(agent, questions, config, on_progress=on_progress))
             bar.remove_task(task)
             run.log_evaluation({**which, **figures[name]})
-    bar.console.print(
-        f"[bold]step {step}: test accuracy {figures['sampled']['accuracy']:.1%} sampled, "
-        f"{figures['greedy']['accuracy']:.1%} greedy[/] ({len(questions)} questions)",
-        soft_wrap=True,
-    )
+    shares = ", ".join(f"{figures[name]['accuracy']:.1%} {name}" for name in figures)
+    words = f"[bold]step {step}: test accuracy {shares}[/] ({len(questions)} questions)"
+    bar.console.print(words, soft_wrap=True)
     return figures
 
 

@@ -63,6 +63,12 @@ def short_answers(policy, groups: list[list[Segment]]) -> float:
     return mean([leaf.stop in ("answer", "eos") and len(leaf.token_ids) < least for leaf in ended])
 
 
+def scores_of(groups: list[list[Segment]]) -> list[float]:
+    """What tool results were ranked by, of all of a step."""
+    segments = shared_by([leaf for leaves in groups for leaf in leaves])
+    return [segment.decision.rank for segment in segments if segment.decision]
+
+
 def tree_counts(leaves: list[Segment]) -> dict[str, float | None]:
     """What the trees over these leaves took: each segment counts once, however many share it."""
     segments = list(shared_by(leaves))

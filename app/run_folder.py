@@ -42,7 +42,7 @@ from app.config import Config
 from app.page.read import LOGS, Line, lacks_figures, read_log
 from data.files import UserError, reason
 
-VERSION = "0.4"  # of arpo_mini; a change after which a step gives other numbers raises it
+VERSION = "0.5"  # of arpo_mini; a change after which a step gives other numbers raises it
 KEEP = 2  # checkpoints, the newest
 # What a resumed run may change: none of it changes a step.
 FREE = ("steps", "save_every", "eval_every", "eval_part", "output_dir")
@@ -303,6 +303,7 @@ class RunFolder:
         self.config, self.folder = config, folder and Path(folder).resolve()
         self.made_by, self.checkpoint = made_by(config), None
         self.done: tuple[int, dict] | None = None  # the last completed step, and its files
+        self.scores: list[list[float]] = []  # of the last steps' tool results
         self.logs: dict[str, list[Line]] = {name: [] for name in LOGS}
         self.metrics: list[dict] = []
         self.evaluations: list[dict] = []
@@ -400,6 +401,7 @@ class RunFolder:
             others = restore(self.checkpoint["path"], optimizer)
             done, self.seconds_before = self.checkpoint["step"], others["seconds"]
             vars(limits).update(others["limits"])
+            self.scores = others["scores"]
         if self.folder is None:
             self.folder = new_folder(self.config.output_dir)
             self.hold()
@@ -462,6 +464,7 @@ class RunFolder:
 
     def remember(self, step: int) -> None:
         others = {"seconds": self.seconds(), "limits": dataclasses.asdict(self.limits)}
+        others["scores"] = self.scores
         self.done = step, checkpoint_files(self.model, self.optimizer, others)
 
     def save(self) -> None:

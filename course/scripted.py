@@ -9,6 +9,7 @@ answers, with H = 0.
 
 import math
 from collections import Counter
+from collections.abc import Collection
 from types import SimpleNamespace
 
 from advantage import Segment
@@ -56,7 +57,7 @@ class ScriptedWriter:
         self.unfinished.update(drafts)
         return drafts
 
-    def finish(self, drafts: list[Segment]) -> None:
+    def finish(self, drafts: list[Segment], places: Collection[Segment] = ()) -> None:
         """Each draft to its end: `stop` becomes "tool" after a call, else "answer"."""
         for draft in drafts:
             if draft not in self.unfinished:

@@ -190,6 +190,18 @@ class NonFinite(FloatingPointError):
         super().__init__(words)
         self.rows = rows
 
+    def within(self, step: int, prompts: dict[str, list[int]]) -> NonFinite:
+        """The same with the step and the questions it happened in: text -> token ids of prompts."""
+        named = [
+            f"{text!r} ({len(row)} tokens)"
+            for row in self.rows
+            for text, prompt in prompts.items()
+            if row[: len(prompt)] == prompt
+        ]
+        where = f", in {', '.join(named[:3])}" if named else ""
+        more = f" and {len(named) - 3} more" if len(named) > 3 else ""
+        return NonFinite(f"step {step}: {self}{where}{more}", self.rows)
+
 
 def require_finite(name: str, value: Tensor, rows: list[list[int]]) -> None:
     """NonFinite unless all of `value` is finite; where its first dimension is `rows`, those."""

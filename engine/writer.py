@@ -12,7 +12,7 @@ not in there is unread, and is read when a segment that needs it is written.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -65,12 +65,13 @@ class Writer:
         return drafts
 
     @torch.inference_mode()
-    def finish(self, drafts: list[Segment]) -> None:
-        """Each draft to its end: `stop` becomes tool, answer, eos or length."""
-        # From here on nothing starts at a result again, and nothing goes on from an ended path.
-        # What stays is small but needed: a question may still begin paths at its prompt.
-        open_paths = {draft for draft in drafts if draft.stop in (None, "tool")}
-        self.kv = {s: kv for s, kv in self.kv.items() if s.author == "prompt" or s in open_paths}
+    def finish(self, drafts: list[Segment], places: Collection[Segment] = ()) -> None:
+        """Each draft to its end: `stop` becomes tool, answer, eos or length.
+
+        From here on paths begin only after these drafts, or at `places`: prompts and results.
+        """
+        needed = {draft for draft in drafts if draft.stop in (None, "tool")}.union(places)
+        self.kv = {segment: kv for segment, kv in self.kv.items() if segment in needed}
         self.write(drafts, limit=self.config.max_segment_tokens, ended_may_leave=True)
 
     def write(self, drafts: list[Segment], limit: int, ended_may_leave: bool) -> None:
@@ -175,12 +176,12 @@ class Writer:
                 split.append(x.transpose(1, 2)[seen].split(lengths))  # (n, heads, d) a row
             layer.keys = layer.values = None
         for draft, kv in zip(rows, zip(*split, strict=True), strict=True):
-            # A view keeps all the rows alive. What outlives them has its own copy: calls, prompts.
+            # A view keeps all the rows alive. What may outlive them has its own copy.
             self.kv[draft] = [x.clone() for x in kv] if draft.stop == "tool" else list(kv)
             node = draft.parent
             if begins and node not in self.kv:
                 n = node.depth()
-                self.kv[node] = [x[:n].clone() if node.author == "prompt" else x[:n] for x in kv]
+                self.kv[node] = [x[:n].clone() for x in kv]
 
     def make_room(self, tokens: int) -> None:
         """Forget the paths that were not used for longest, so that so many tokens more fit."""

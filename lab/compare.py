@@ -38,7 +38,7 @@ from app.run_folder import VERSION
 from app.screen import say
 from data.files import UserError, reason
 from data.formats import load_questions
-from lab import forking, verdict
+from lab import controls, forking, verdict
 from lab.command import TRAIN, exit_code, parse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +46,9 @@ RESULTS = ROOT / "lab/results/compare"
 
 # ---- what is compared ---------------------------------------------------------------------
 
-# A method is a name and what it changes in Config. All return 8 trajectories a question.
+# A method is a name and what it changes in Config; `control` names what lab/controls.py changes in
+# the code. All return 64 trajectories a step.
+STEP = {"branch_rule": "step", "questions_per_step": 16, "group_size": 4, "max_leaves": 8}
 GRPO = {"branch_rule": "none", "initial_rollouts": 8}
 PAPER = {"branch_rule": "paper", "initial_rollouts": 2, "max_branches": 1, "shared_weight": 0.0}
 OFF_POLICY = {"updates_per_rollout": 4}
@@ -66,11 +68,51 @@ METHODS: dict[str, dict] = {
     "arpo-1-of-8-z4": {**PAPER, "initial_rollouts": 1, "max_branches": 4},
     "arpo-k5": {**PAPER, "entropy_tokens": 5},
     "arpo-k20": {**PAPER, "entropy_tokens": 20},
+    "step": STEP,
+    "step-random": {**STEP, "branch_score": "random"},
+    "step-gain": {**STEP, "branch_score": "gain"},
+    "step-after": {**STEP, "control": "after"},
+    "step-after-random": {**STEP, "branch_score": "random", "control": "after"},
+    "step-shuffled": {**STEP, "control": "shuffled"},
+    "step-oracle": {**STEP, "control": "oracle"},
+    "step-sigma": {**STEP, "control": "sigma"},
+    "16x4": {"questions_per_step": 16, "group_size": 4},
+    "grpo-live": {
+        **GRPO,
+        "questions_per_step": 16,
+        "group_size": 4,
+        "initial_rollouts": 2,
+        "control": "live",
+    },
+    "step-8x8": {**STEP, "questions_per_step": 8, "group_size": 8, "max_leaves": 16},
+    "step-24x3": {**STEP, "questions_per_step": 24, "group_size": 3},
+    "step-32x2": {**STEP, "questions_per_step": 32, "group_size": 2},
+    "step-leaves-6": {**STEP, "max_leaves": 6},
+    "step-leaves-12": {**STEP, "max_leaves": 12},
+    "step-z2": {**STEP, "max_branches": 2},
+    "step-z8": {**STEP, "max_branches": 8},
+    "step-n2": {**STEP, "initial_rollouts": 2},
     "arpo-lr-5e-4": {**PAPER, "learning_rate": 5e-4},
     "arpo-lr-2e-3": {**PAPER, "learning_rate": 2e-3},
 }
 FAMILIES: dict[str, tuple[str, ...]] = {  # a question each, and a figure each
-    "main": ("grpo", "arpo-paper", "arpo-adaptive", "arpo-random", "arpo-1-of-8-z4"),
+    "main": ("grpo", "arpo-1-of-8-z4", "step", "step-random"),
+    "when": ("step-after", "step-after-random", "step-shuffled", "16x4"),
+    "ceiling": ("step-oracle", "grpo-live"),
+    "shape": (
+        "step",
+        "step-8x8",
+        "step-24x3",
+        "step-32x2",
+        "step-leaves-6",
+        "step-leaves-12",
+        "step-z2",
+        "step-z8",
+        "step-n2",
+        "step-gain",
+        "step-sigma",
+    ),
+    "question": ("grpo", "arpo-paper", "arpo-adaptive", "arpo-random", "arpo-1-of-8-z4"),
     "rules": ("grpo", "arpo-paper", "arpo-official", "arpo-adaptive", "arpo-random"),
     "initial_rollouts": ("grpo", "arpo-1-of-8", "arpo-paper", "arpo-4-of-8"),
     "off_policy": ("grpo-x4", "arpo-soft-x4", "arpo-mixed-x4", "arpo-hard-x4"),
@@ -83,9 +125,12 @@ FAMILIES: dict[str, tuple[str, ...]] = {  # a question each, and a figure each
 CONTROLS = {"arpo-random": "arpo-paper"}
 # What a comparison sets otherwise than a training: all test questions at every evaluation, so that
 # the points of a curve are comparable.
-DEFAULTS = {"eval_every": 20, "eval_part": 100_000}
+DEFAULTS = {"eval_every": 5, "eval_part": 100_000}
 PATHS = "model_name adapter system_prompt dataset_path eval_path documents_path".split()
-OF_THE_RUNS = {*"seed output_dir initial_rollouts branch_rule max_branches".split()}
+OF_THE_RUNS = set(
+    "seed output_dir initial_rollouts branch_rule max_branches branch_score max_leaves "
+    "questions_per_step group_size".split()
+)
 
 
 def choose(text: str) -> list[str]:
@@ -158,11 +203,11 @@ def read_run(slot: Path) -> dict | None:
     accuracy = {(row["step"], row["decoding"]): row["accuracy"] for row in rows}
     accuracy[len(metrics), "sampled"] = final["sampled"]["accuracy"]
     points = {"step": sorted({step for step, _ in accuracy})}
-    for decoding in ("sampled", "greedy"):
-        points[decoding] = [round(accuracy[step, decoding], 6) for step in points["step"]]
+    points["sampled"] = [round(accuracy[step, "sampled"], 6) for step in points["step"]]
     for row in metrics:
         row["seconds"] = row["seconds_rollout"] + row["seconds_update"]
-    for name in ("tool_calls", "generated_tokens", "prefill_tokens", "seconds"):
+        row["live_groups"] = row["groups"] - row["equal_groups"]
+    for name in ("tool_calls", "generated_tokens", "prefill_tokens", "seconds", "live_groups"):
         spent = [row[name] for row in metrics]
         points[name] = [round(sum(spent[:step]), 1) for step in points["step"]]
     # the share of tool results at which the rule wanted a fork, slots left or not
@@ -234,6 +279,8 @@ def play(slot: Path) -> int:
         flags = [word for k, v in more.items() for word in (f"--{k}", str(v))]
         return cli.main([command, *flags], arpo_mini.train, arpo_mini.load_agent)
 
+    if "control" in settings:
+        getattr(controls, settings["control"])()
     with locked(slot):
         begun = {"resume": folder} if folder.exists() else {**values, "output_dir": folder}
         code = arpo("train", **begun)
@@ -377,22 +424,24 @@ class Comparison:
 @dataclass(frozen=True)
 class Flags:  # beside those of `train`
     methods: str = option("main", f"of {', '.join([*METHODS, *FAMILIES])}, all")
-    seeds: int = option(5, "runs of each method, with the seeds 0, 1, ..", 1)
+    seeds: int = option(8, "runs of each method, with seeds that follow each other", 1)
+    first_seed: int = option(3, "the first of them", 0)
     final_samples: int = option(8, "of each test question, when a run is trained", 1)
     jobs: int | None = option(None, "side by side; none: one a core, at most 8; one on a GPU", 1)
     output_dir: str = option(str(RESULTS), "folder of the results")
 
 
 def compare(args: list[str]) -> int:
-    flags = TRAIN - OF_THE_RUNS - {"group_size"}
+    flags = TRAIN - OF_THE_RUNS
     own, values = parse("lab.compare", __doc__, args, Flags, flags, **DEFAULTS)
     methods, folder = choose(own.methods), Path(own.output_dir).resolve()
     jobs = own.jobs or (1 if torch.cuda.is_available() else min(8, CORES))
     settings = shared_settings(values, own.final_samples)
+    seeds = range(own.first_seed, own.first_seed + own.seeds)
     with locked(folder / "runs"):
         comparison = Comparison(folder, settings)
         # seed by seed, so that whatever is there when it is stopped can be compared
-        comparison.train([Run(m, seed) for seed in range(own.seeds) for m in methods], jobs)
+        comparison.train([Run(m, seed) for seed in seeds for m in methods], jobs)
     comparison.report(methods)
     for run, why in comparison.failed.items():
         print(f"error: {run}: {why}", file=sys.stderr)
