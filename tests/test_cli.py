@@ -21,11 +21,12 @@ import app.cli
 from advantage import Reward
 from app.cli import EXAMPLES, parse_command, question_to_show
 from app.config import PRESETS, Config, UserError
-from app.page.show import to_show
+from app.page.show import IN_WORDS, to_show
 from app.page.text_tree import draw_tree, print_tree
 from app.records import tree_record
 from app.screen import console, plain, print_log_head, print_log_line
 from data.formats import Question, load_questions
+from entropy import RULES
 
 ROOT = Path(__file__).parent.parent
 OBEYED = "\x1b]0;evil\x07\x1b[2J\x9b31m\u202e[bold]\ud800"  # by a terminal
@@ -227,7 +228,7 @@ def test_show_draws_two_trees_one_under_the_other(tmp_path, capsys):
     assert both["paper"] == Config(entropy_tokens=3)
     assert both["grpo"] == Config(entropy_tokens=3, branch_rule="none", initial_rollouts=8)
     assert to_show(Config(), "random")["random"] == Config(branch_rule="random")
-    assert list(to_show(Config(), None)) == ["paper"]
+    assert list(to_show(Config(), None)) == ["paper"] and IN_WORDS.keys() == RULES.keys()
 
 
 def test_the_question_to_show(few):

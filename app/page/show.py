@@ -66,6 +66,8 @@ IN_WORDS = {
     "paper": "forks where P = {branch_probability} + {entropy_weight} gain > {entropy_threshold}",
     "official": "forks with chance P = {branch_probability} + {entropy_weight} gain",
     "adaptive": "forks where H > mean + {entropy_sigma} std of the H before; that is the gain",
+    "threshold": "forks where H > {entropy_threshold}",
+    "step": "forks where its score ({branch_score}) is above that of most results before",
     "random": "forks with chance {branch_probability}, whatever H is",
     "none": "never forks",
 }
