@@ -13,7 +13,9 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from app.page.show import Shown
 from course import grade
+from course.picture import picture
 
 ROOT = Path(__file__).resolve().parent.parent
 SOLUTIONS, STUBS = ROOT / "course/solutions", ROOT / "course/exercises"
@@ -207,3 +209,13 @@ def test_the_lecture_runs_and_its_outputs_are_stored():
         assert {out.get("name", "stdout") for out in outputs} == {"stdout"}  # no warnings
         kinds = Counter(kind for out in outputs for kind in out.get("data", {}))
         assert kinds["image/png"] >= 7 and kinds["image/svg+xml"] == 2
+
+
+def test_a_picture_has_a_box_for_every_turn():
+    lines = (ROOT / "tests/run/rollouts.jsonl").read_text().splitlines()
+    first, second = map(json.loads, lines[:2])
+    both = [Shown("grpo", None, first, "9 tool calls"), Shown("paper", None, second, "5")]
+    boxes, texts = (re.findall(f"<{x}[^>]*>", picture(both)) for x in ("rect", "text"))
+    turns = [node for tree in (first, second) for node in tree["nodes"] if node["author"] != "tool"]
+    assert len(boxes) == 1 + len(turns) < len(texts)
+    assert ">GRPO: 9 tool calls<" in picture(both) and "GRPO" not in picture(both[1:])
