@@ -79,7 +79,8 @@ def print_trees(shown: list[Shown]) -> None:
         settings = dataclasses.asdict(config)
         say(f"---- {name}: {IN_WORDS[config.branch_rule].format(**settings)} ----")
         if config.branch_rule not in ("adaptive", "none"):
-            say("gain = H - H_initial, entropies after a result and at the start: 0 sure, 1 unsure")
+            say("H: entropy after a result, from 0 (sure) to 1; gain = H - H_initial, at the start")
+            say("3 of 4 forks: the rule wants 4; 3 of the trajectories had not begun yet")
         print_tree(draw_tree(record))
     width = max(len(each.name) for each in shown)
     for each in shown:
