@@ -202,7 +202,7 @@ def test_the_lecture_runs_and_its_outputs_are_stored():
     for again in (False, True):
         if again:
             where = {"metadata": {"path": ROOT / "course"}}
-            NotebookClient(lecture, timeout=300, kernel_name="python3", resources=where).execute()
+            NotebookClient(lecture, timeout=900, kernel_name="python3", resources=where).execute()
         cells = [cell for cell in lecture.cells if cell.cell_type == "code"]
         assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
         outputs = [output for cell in cells for output in cell.outputs]
