@@ -96,16 +96,15 @@ def reward(
     if authors != [("policy", "tool")[i % 2] for i in range(len(turns))]:
         raise ValueError(f"turns must be policy, tool, policy, ...; got {', '.join(authors)}")
     texts = [text for author, text in turns if author == "policy"]
-    unread = len(turns) % 2 == 0  # it ends with a result that the policy never read
-    calls, last = (texts, "") if unread else (texts[:-1], texts[-1])
+    # An even number of turns ends with a result that the policy never read.
+    calls, last = (texts[:-1], texts[-1]) if len(turns) % 2 else (texts, "")
 
     answer = ANSWER.fullmatch(last)
     prediction = boxed(answer[1]) if answer else None
     forged = any("<result>" in text or "</result>" in text for text in texts)
     well_formed = prediction is not None and not forged and all(map(CALL.fullmatch, calls))
-    accuracy = judge(prediction, answers) if well_formed else 0.0
-    total = total_reward(well_formed, accuracy, tools_used)
-    return Reward(total, accuracy, well_formed, tools_used)
+    right = judge(prediction, answers) if well_formed else 0.0
+    return Reward(total_reward(well_formed, right, tools_used), right, well_formed, tools_used)
 
 
 def total_reward(well_formed: bool, accuracy: float, tools_used: int) -> float:

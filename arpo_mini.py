@@ -63,7 +63,7 @@ from engine.packing import (
     token_logprobs,
 )
 from engine.writer import Writer
-from entropy import RULES, Decision, normalised_entropy, running_threshold
+from entropy import RULES, Decision, running_threshold
 
 SEARCH_CHARS = 200  # of each document that a search returns
 STEPS_BACK = 5  # whose scores set the threshold of rule step
@@ -95,12 +95,9 @@ def train_step(
 
 
 def grow(
-    writer: Writer,
-    nodes: list[Segment],
-    budgets: dict[Segment, Budget],
-    config: Config,
+    writer: Writer, nodes: list[Segment], budgets: dict[Segment, Budget], config: Config,
     tools: dict,
-) -> list[Segment]:
+) -> list[Segment]:  # fmt: skip
     """All leaves that grow from these nodes, each a prompt or a tool result: a level a call."""
     growing = {budgets[node.path()[0]] for node in nodes}
     for budget in dict.fromkeys(budgets.values()):  # each once: a step's is that of every question
@@ -108,10 +105,11 @@ def grow(
             nodes = nodes + spend_rest(budget, config)
     if not nodes:
         return []
-    drafts = probe(writer, nodes, config)  # a policy segment after each node, its first k tokens
+    # A policy segment after each node: its first k tokens, and their entropy.
+    drafts = writer.begin(nodes, config.entropy_tokens)
     forked = decide_forks(drafts, budgets, config)  # tool results, once for each fork
     # A fork stands right after the result: the tokens measured there stay with the path before it.
-    drafts += probe(writer, forked, config)  # (R + forks) segments
+    drafts += writer.begin(forked, config.entropy_tokens)  # (R + forks) segments
     writer.finish(drafts, [node for some in budgets.values() if some.slots for node in some.places])
     results, leaves = call_tools(writer, drafts, config, tools)
     return leaves + grow(writer, results, budgets, config, tools)
@@ -148,10 +146,8 @@ def rollout(
         budgets = dict.fromkeys(roots, Budget(forks, random.Random(seed), most, T))
         together = len(roots)
     else:
-        # A generator and a history for each question: what is decided in one tree does not depend
-        # on how many others grow beside it.
-        generators = [random.Random(f"{seed} {i}") for i in range(len(roots))]
-        budgets = {root: Budget(M - N, rng) for root, rng in zip(roots, generators, strict=True)}
+        # A generator for each: decisions in one tree do not depend on how many grow beside it.
+        budgets = {r: Budget(M - N, random.Random(f"{seed} {i}")) for i, r in enumerate(roots)}
         together = max(1, config.rollout_rows // M)  # as many questions as fit side by side
     leaves = []
     for i in range(0, len(roots), together):
@@ -159,15 +155,6 @@ def rollout(
         nodes = [root for root in some for _ in range(N)]
         leaves += grow(writer, nodes, {root: budgets[root] for root in some}, config, tools)
     return [[leaf for leaf in leaves if leaf.path()[0] is root] for root in roots]
-
-
-def probe(writer: Writer, nodes: list[Segment], config: Config) -> list[Segment]:
-    """A new policy segment after each node: its first k tokens, and their entropy."""
-    drafts = writer.begin(nodes, config.entropy_tokens)
-    for draft in drafts:
-        if draft.entropy is None:  # the released code measures otherwise: engine/official.py
-            draft.entropy = normalised_entropy(draft.token_entropy, writer.policy.vocab_size)
-    return drafts
 
 
 def decide_forks(
@@ -183,10 +170,9 @@ def decide_forks(
         elif node.decision is None:  # else the rest of the budget goes on from here
             node.decision = apply_rule(draft, budget, config)
             read.append(draft)
-    for draft in read:  # only now: a decision does not depend on others of the same level
-        budgets[draft.path()[0]].history.append(draft.entropy)
     for node in sorted((draft.parent for draft in read), key=lambda node: -node.decision.rank):
         budget = budgets[node.path()[0]]
+        budget.history.append(node.decision.H)  # only now: decisions of a level are independent
         forked += grant(budget, node, node.decision.forks)
         if config.branch_rule == "step":
             budget.places[node] = node.decision.rank
@@ -198,9 +184,8 @@ def apply_rule(draft: Segment, budget: Budget, config: Config) -> Decision:
     first = draft.path()[1]  # the start of the same trajectory
     # The released code measures the segment that ends in the call: one call too early.
     measured = draft.parent.parent if config.branch_rule == "official" else draft
-    rule = RULES[config.branch_rule]
     known = {"u": budget.rng.random(), "history": budget.history, "threshold": budget.threshold}
-    return rule(measured.entropy, first.entropy, **known, **vars(config))
+    return RULES[config.branch_rule](measured.entropy, first.entropy, **known, **vars(config))
 
 
 def grant(budget: Budget, node: Segment, wanted: int) -> list[Segment]:
@@ -209,19 +194,17 @@ def grant(budget: Budget, node: Segment, wanted: int) -> list[Segment]:
     granted = min(wanted, budget.slots, budget.most - budget.taken[root])
     budget.slots -= granted
     budget.taken[root] += granted
-    if node.decision:
-        total = node.decision.granted + granted
-        node.decision = dataclasses.replace(node.decision, granted=total)
+    made = node.decision  # None at a question
+    node.decision = made and dataclasses.replace(made, granted=made.granted + granted)
     return [node] * granted
 
 
 def spend_rest(budget: Budget, config: Config) -> list[Segment]:
     """Where the rest begins: with rule step at the highest scores, then at the question itself."""
-    nodes, places = [], sorted(budget.places, key=lambda node: -budget.places[node])
-    for node in (node for node in places if node.decision):
-        nodes += grant(budget, node, config.max_branches - node.decision.granted)
-    for root in (node for node in places if not node.decision):
-        nodes += grant(budget, root, budget.slots)
+    nodes = []
+    for node in sorted(budget.places, key=lambda n: (n.author == "prompt", -budget.places[n])):
+        made = node.decision
+        nodes += grant(budget, node, config.max_branches - made.granted if made else budget.slots)
     return nodes
 
 
@@ -296,9 +279,8 @@ def policy_loss(
     if ref_logp is not None:
         kl = kl_k3(logp, ref_logp)  # (B, T)
         loss = loss + config.kl_coefficient * (batch.weight * kl).sum() / total
-    clipped = batch.n_plus * (ratio > 1 + config.clip_high)  # (B, T)
-    clipped = clipped + batch.n_minus * (ratio < 1 - config.clip_low)
-    return loss, clipped.sum()
+    above, below = ratio > 1 + config.clip_high, ratio < 1 - config.clip_low  # (B, T)
+    return loss, (batch.n_plus * above + batch.n_minus * below).sum()
 
 
 def update(policy: Policy, optimizer, rows: list[Row], config: Config) -> dict:
@@ -395,7 +377,7 @@ def train(config: Config, tools: dict | None = None, resume: Path | None = None)
 
 def safe_step(
     agent: Agent, optimizer, questions: list[Question], config: Config, step: int,
-    scores: Sequence[list[float]],
+    scores: Sequence[list[float]] = (),
 ) -> tuple[dict, list[list[Segment]], list[list[Reward]]]:  # fmt: skip
     """`train_step` and its figures; where the memory runs out, the same again with less at once."""
     policy = agent.policy

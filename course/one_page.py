@@ -154,7 +154,8 @@ def update(policy, optimizer, credits, config):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--branch_rule", choices=RULES, default="paper", help="none: GRPO")
+    rules = sorted({*RULES} - {"step"})  # here every question has its own M
+    parser.add_argument("--branch_rule", choices=rules, default="paper", help="none: GRPO")
     flags = parser.parse_args()
     if flags.steps < 1:
         parser.error(f"--steps {flags.steps}: it must be at least 1")

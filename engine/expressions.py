@@ -21,6 +21,7 @@ MAX_MEMORY = 2**30  # bytes
 MAX_LENGTH = 150  # characters
 LOCK = threading.Lock()
 FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|infty"
+TRIG = "sin|cos|tan|cot|sec|csc"
 COMMANDS = "pi infty le ge ne times cdot div pm cup cap in theta alpha beta emptyset".split()
 LATEX = str.maketrans(
     {sign: rf"\{command} " for sign, command in zip("π∞≤≥≠×·÷±\u222a∩∈θαβ∅", COMMANDS, strict=True)}
@@ -55,6 +56,15 @@ def as_latex(text: str) -> str:
         fraction = rf"\frac{{{int(whole + digits)}}}{{{10 ** len(digits)}}}"
         return f"^{{{fraction}}}" if power else fraction
 
+    def repeating(found: re.Match) -> str:  # 0.1\overline{6} = (16 - 1) / 90
+        whole, fixed, again = found.groups()
+        tens, nines = 10 ** len(fixed), 10 ** len(again) - 1
+        return rf"\frac{{{int(whole + fixed + again) - int(whole + fixed)}}}{{{nines * tens}}}"
+
+    text = re.sub(r"(\d+)\.(\d*)\\(?:overline|bar|dot) ?\{(\d+)\}", repeating, text)
+    text = re.sub(rf"({TRIG}) ?[({{]? ?(\d+) ?° ?[)}}]?", r"\1(\\frac{\2\\pi}{180})", text)
+    text = re.sub(r"(?<=[(\[,+-]) ?[+]?(?:inf|oo)(?![A-Za-z])", r"\\infty ", text)
+    text = re.sub(r"(?<=[)\]]) ?U ?(?=[(\[])", r"\\cup ", text)
     text = " ".join(text.translate(LATEX).replace("**", "^").split())
     text = text.replace("<=", r"\le ").replace(">=", r"\ge ").replace("!=", r"\ne ")
     text = re.sub(r"\^(-\d+)", r"^{\1}", text)

@@ -281,7 +281,7 @@ GREEK = re.compile("[\u0370-\u03ff]")
 PUNCTUATION = re.compile(r"((?<=\d)['.:/-](?=\d)|(?<=\w)-(?!\w))|[^\w\s]")
 ARTICLE = re.compile(r"\b(?:(?:an|the)(?=\s+\S)|a(?=\s+\w\w))(?=\s)")
 NO_WORD = re.compile(
-    rf"\\(?:begin|end)\s*\{{[a-z]*\}}|\\[A-Za-z]+|(?<![A-Za-z])(?:{FUNCTIONS}|and|or)(?![A-Za-z])"
+    rf"\\(?:begin|end)\s*\{{[a-z]*\}}|\\[A-Za-z]+|(?<![A-Za-z])(?:{FUNCTIONS}|and|or|inf)(?![A-Za-z])"
 )
 MATHS = re.compile(r"\\[A-Za-z]|[\^=<>+*|√π∞≤≥≠×÷±\u222a∩∈]|\d[a-z](?![a-z])")
 

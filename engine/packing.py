@@ -152,9 +152,8 @@ def token_logprobs(policy, batch: Batch, temperature: float) -> Tensor:
         read = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         out = policy.lm.get_decoder()(**read, position_ids=batch.position_ids, use_cache=False)
     b, t = batch.weight.nonzero(as_tuple=True)  # (n,)
-    hidden = out.last_hidden_state[
-        b, batch.parent[b, t]
-    ]  # (n, D) what predicts token t: the only shift there is
+    # (n, D) what predicts token t: the only shift there is
+    hidden = out.last_hidden_state[b, batch.parent[b, t]]
     target = batch.input_ids[b, t]  # (n,)
 
     def logp_of(hidden: Tensor, target: Tensor) -> Tensor:

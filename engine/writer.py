@@ -24,7 +24,7 @@ from data.files import UserError
 from engine.memory import SCORES_BYTES
 from engine.model import Policy
 from engine.packing import require_finite
-from entropy import token_entropy
+from entropy import normalised_entropy, token_entropy
 
 STEPS = 16  # tokens of one `generate` call at most
 LEAVE = 0.4  # a call ends when this share of its rows has: they would be decoded for nothing
@@ -55,13 +55,19 @@ class Writer:
 
     @torch.inference_mode()
     def begin(self, nodes: list[Segment], k: int) -> list[Segment]:
-        """A new policy segment after each node, its first k tokens; the same node again: a fork."""
+        """A new policy segment after each node: its first k tokens, and their entropy.
+
+        The same node again: a fork.
+        """
         drafts = [Segment("policy", [], parent=node) for node in nodes]
         # Where several start from a node that is unread, one of them reads it for all.
         unread = Counter(node for node in nodes if node not in self.kv)
         first = {draft.parent: draft for draft in drafts if unread[draft.parent] > 1}
         self.write(list(first.values()), limit=1, ended_may_leave=False)
         self.write(drafts, limit=k, ended_may_leave=False)
+        for draft in drafts:
+            if draft.entropy is None:  # the released code measures otherwise: engine/official.py
+                draft.entropy = normalised_entropy(draft.token_entropy, self.policy.vocab_size)
         return drafts
 
     @torch.inference_mode()
@@ -91,8 +97,9 @@ class Writer:
         input_ids, mask, cache = self.batch(drafts, steps)  # (R, W), (R, C + W)
         known = {"attention_mask": mask, "past_key_values": cache}
         hooks = {"logits_processor": [Finite(drafts)], "stopping_criteria": [ends]}
-        limits = {"generation_config": self.sampling, "max_new_tokens": steps}
-        out = self.policy.lm.generate(input_ids, **known, **hooks, **limits)
+        out = self.policy.lm.generate(
+            input_ids, self.sampling, **known, **hooks, max_new_tokens=steps
+        )
         S = len(out.scores)
         self.decode_steps += S
         added = [len(draft.token_ids) - n for draft, n in zip(drafts, before, strict=True)]
@@ -100,9 +107,8 @@ class Writer:
         if self.on_scores:
             self.on_scores(drafts, added, out.scores)
         # The cache has seen all but the token sampled last, and pads after the end of a row.
-        columns, ended_at = torch.arange(S - 1), torch.tensor(added)[:, None]
-        own = (columns < ended_at).to(mask.device)  # (R, S - 1)
-        seen = torch.cat([mask.bool(), own], dim=1)  # (R, C + W + S - 1)
+        own = torch.arange(S - 1) < torch.tensor(added)[:, None]  # (R, S - 1)
+        seen = torch.cat([mask.bool(), own.to(mask.device)], dim=1)  # (R, C + W + S - 1)
         self.store(drafts, seen, out.past_key_values, begins=not ended_may_leave)
 
     def record(self, drafts, added: list[int], scores: tuple[Tensor, ...], sampled: Tensor) -> None:
@@ -122,9 +128,7 @@ class Writer:
         """Unread tokens (R, W), mask (R, C + W) and cache (R, heads, C, d), padded on the left."""
         paths = [draft.path_tokens() for draft in drafts]
         # One token at least stays unread: it must give the logits.
-        known = [
-            self.known(draft, len(path) - 1) for draft, path in zip(drafts, paths, strict=True)
-        ]
+        known = [self.known(d, len(path) - 1) for d, path in zip(drafts, paths, strict=True)]
         lengths = [len(kv[0]) if kv else 0 for kv in known]
         unread = [tokens[n:] for tokens, n in zip(paths, lengths, strict=True)]
         news, pad = [len(tokens) for tokens in unread], self.policy.pad_id
@@ -149,9 +153,7 @@ class Writer:
 
     def known(self, draft: Segment, most: int) -> KV | None:
         """Keys and values of at most so many first tokens of a path, as far as they are known."""
-        segment = draft
-        while segment is not None and segment not in self.kv:
-            segment = segment.parent
+        segment = next((s for s in reversed(draft.path()) if s in self.kv), None)
         if segment is None:
             return None
         kv = self.kv.pop(segment)
@@ -193,12 +195,8 @@ class Writer:
 
 def read_by(draft: Segment, unread: int) -> int:
     """How many of the last `unread` tokens of a path stand in prompts and results."""
-    count = 0
-    for segment in reversed(draft.path()):
-        taken = min(unread, len(segment.token_ids))
-        count += taken * (segment.author != "policy")
-        unread -= taken
-    return count
+    authors = [segment.author for segment in draft.path() for _ in segment.token_ids]
+    return sum(author != "policy" for author in authors[-unread:])
 
 
 class SegmentEnd(StoppingCriteria):

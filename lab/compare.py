@@ -410,12 +410,13 @@ class Comparison:
         if not methods:
             return
         verdict.show(self.results, methods, self.folder / "table.md")
+        verdict.write_summary(self.results, self.folder)
         figures = verdict.drawing()
         if figures:
             families = {f: names for f, names in FAMILIES.items() if set(names) <= set(methods)}
             for family, names in families.items() or [("chosen", methods)]:
                 figures.accuracy(self.results, list(names), self.folder / f"accuracy-{family}")
-        say(f"{self.folder}: results.json, table.md{', figures' * bool(figures)}")
+        say(f"{self.folder}: results.json, table.md, summary.json{', figures' * bool(figures)}")
 
 
 # ---- command line -------------------------------------------------------------------------
@@ -425,7 +426,7 @@ class Comparison:
 class Flags:  # beside those of `train`
     methods: str = option("main", f"of {', '.join([*METHODS, *FAMILIES])}, all")
     seeds: int = option(8, "runs of each method, with seeds that follow each other", 1)
-    first_seed: int = option(3, "the first of them", 0)
+    first_seed: int = option(0, "the first of them", 0)
     final_samples: int = option(8, "of each test question, when a run is trained", 1)
     jobs: int | None = option(None, "side by side; none: one a core, at most 8; one on a GPU", 1)
     output_dir: str = option(str(RESULTS), "folder of the results")

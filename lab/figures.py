@@ -18,7 +18,7 @@ STYLES = ("-", "--", ":")
 AXES = {
     "step": "training steps (equal rollouts)",
     "tool_calls": "tool calls executed",
-    "generated_tokens": "tokens generated",
+    "tokens": "tokens generated and read",
     "seconds": "seconds of training",
 }
 GRID = 60  # points on a curve whose seeds were not evaluated at the same place

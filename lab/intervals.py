@@ -1,4 +1,4 @@
-"""How sure is a mean over a few seeds? Intervals, paired differences, budgets, rank correlation.
+"""How sure is a mean over a few seeds? Intervals, paired differences, rank correlation.
 
 Pure functions on plain numbers. An estimate is (mean, low, high), its 95 % interval; low and high
 are None where one value alone says nothing about its spread.
@@ -33,13 +33,6 @@ def paired(ours: dict, theirs: dict, of: Callable = lambda a, b: a - b) -> Estim
     """The interval of of(a, b), by default the difference, over the keys (seeds) both have."""
     both = [key for key in ours if key in theirs]
     return t_interval([of(ours[key], theirs[key]) for key in both]) if both else None
-
-
-def at_budget(spent: Sequence[float], accuracy: Sequence[float], budget: float) -> float:
-    """Accuracy where `budget` was spent, on the straight line between two evaluations."""
-    if [*spent] != sorted(spent) or not spent[0] <= budget <= spent[-1]:
-        raise ValueError(f"{budget} is outside what was spent, or that falls: {[*spent]}")
-    return float(np.interp(budget, spent, accuracy))
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:

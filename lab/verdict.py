@@ -1,33 +1,29 @@
-"""From the results of a comparison to its table: means over seeds, differences to GRPO by seed.
+"""From the results of a comparison to its table and summary: means over seeds, paired differences.
 
 A run is {"wish_rate", "points": {"step": [..], "sampled": [..], ..}}; a point is an evaluation, and
-what was spent on training up to it. Runs of one seed are asked the same questions in one order.
+what was spent on training up to it. Runs of one seed draw their questions in one order.
 """
 
-from dataclasses import dataclass
+import json
 from pathlib import Path
 
 from rich import box
 from rich.table import Table
 
 from app.screen import print_table, say
-from lab.intervals import Estimate, at_budget, paired, t_interval
+from lab.intervals import Estimate, paired, t_interval
 
 BASELINE = "grpo"
-SPENT = ("tool_calls", "tokens", "seconds")
-BUDGETS = ("step", "tool_calls", "generated_tokens")  # equal steps are equal rollouts
-
-
-@dataclass(frozen=True)
-class Figures:
-    """One method over its seeds; what needs GRPO is None without it."""
-
-    seeds: int
-    sampled: Estimate  # accuracy of samples after training
-    spent: dict[str, Estimate]  # in all, by the names of SPENT
-    share: dict[str, Estimate | None]  # of what GRPO spent
-    difference: dict[str, Estimate | None]  # accuracy minus GRPO's, by the names of BUDGETS
-    wish_rate: float  # share of tool results at which the rule wanted a fork
+TARGETS = (0.85, 0.9)  # accuracies: what does it take to get there?
+OURS, BESIDE = "step", {"random": "step-random", "default": "arpo-1-of-8-z4", "grpo": "grpo"}
+MORE = (  # differences in the table beside those
+    ("step-after", "step-after-random"),
+    ("step-after", "step-shuffled"),
+    ("step", "step-after"),
+    ("step", "16x4"),
+    ("step", "grpo-live"),
+    ("step-oracle", "step-after"),
+)
 
 
 def column(run: dict, name: str) -> list[float]:
@@ -43,75 +39,109 @@ def runs_of(results: dict, method: str) -> dict[str, dict]:
     return results["methods"].get(method, {"runs": {}})["runs"]
 
 
-def figures(results: dict, method: str) -> Figures:
-    runs = runs_of(results, method)
-    base = {} if method == BASELINE else runs_of(results, BASELINE)
-
-    def at_end(name: str) -> Estimate:
-        return t_interval([column(run, name)[-1] for run in runs.values()])
-
-    def share(name: str) -> Estimate | None:
-        return paired(runs, base, lambda a, b: column(a, name)[-1] / column(b, name)[-1])
-
-    def difference(name: str) -> Estimate | None:
-        return paired(runs, base, lambda a, b: difference_at(name, a, b))
-
-    return Figures(
-        seeds=len(runs),
-        sampled=at_end("sampled"),
-        spent={name: at_end(name) for name in SPENT},
-        share={name: share(name) for name in SPENT},
-        difference={name: difference(name) for name in BUDGETS},
-        wish_rate=t_interval([run["wish_rate"] for run in runs.values()])[0],
-    )
+def until(run: dict, name: str, target: float) -> float | None:
+    """What was spent at the first of two successive evaluations that reach an accuracy."""
+    right = [value >= target for value in column(run, "sampled")]
+    places = [i for i in range(len(right) - 1) if right[i] and right[i + 1]]
+    return column(run, name)[places[0]] if places else None
 
 
-def difference_at(name: str, ours: dict, theirs: dict) -> float:
-    """Difference in accuracy where both have spent what the cheaper one spent in all."""
-    budget = min(column(run, name)[-1] for run in (ours, theirs))
-    a, b = (at_budget(column(r, name), column(r, "sampled"), budget) for r in (ours, theirs))
-    return a - b
+def share_until(ours: dict, theirs: dict, name: str, target: float) -> Estimate | None:
+    """Of what the others spent until then, by seed, where both got there."""
+    spent = [{s: until(run, name, target) for s, run in r.items()} for r in (ours, theirs)]
+    reached = [{s: value for s, value in some.items() if value} for some in spent]
+    return paired(*reached, lambda a, b: a / b)
+
+
+def difference(results: dict, ours: str, theirs: str) -> Estimate | None:
+    """Of the accuracies after training, in points, paired by seed."""
+    pair = (runs_of(results, method) for method in (ours, theirs))
+    final = [{s: 100 * column(run, "sampled")[-1] for s, run in runs.items()} for runs in pair]
+    return paired(*final)
 
 
 # ---- the table ----------------------------------------------------------------------------
 
 
-def percent(e: Estimate | None, sign: str = "") -> str:
-    """Percent, or percentage points, with the half width of Student's interval."""
+def interval(e: Estimate | None, form: str) -> str:
+    """A mean with the half width of Student's interval."""
     if e is None:
         return "-"
     mean, _, high = e
-    return f"{100 * mean:{sign}.1f}" + ("" if high is None else f" ±{100 * (high - mean):.1f}")
+    return format(mean, form) + ("" if high is None else f" ±{high - mean:.1f}")
 
 
-def spent(f: Figures, name: str) -> str:
-    share = f.share[name]
-    return f"{f.spent[name][0]:,.0f}" + (f" ({share[0]:.0%})" if share else "")
-
-
-COLUMNS = {
-    "seeds": lambda f: str(f.seeds),
-    "sampled, %": lambda f: percent(f.sampled),
-    "minus GRPO": lambda f: percent(f.difference["step"], "+"),
-    "at equal calls": lambda f: percent(f.difference["tool_calls"], "+"),
-    "at equal tokens": lambda f: percent(f.difference["generated_tokens"], "+"),
-    "calls (of GRPO's)": lambda f: spent(f, "tool_calls"),
-    "tokens (of GRPO's)": lambda f: spent(f, "tokens"),
-    "seconds": lambda f: f"{f.spent['seconds'][0]:,.0f}",
-    "forks wanted": lambda f: f"{f.wish_rate:.0%}",
-}
+def row(results: dict, method: str) -> dict[str, str]:
+    """What a method reached and what it took, by the heads of the table."""
+    runs, base = runs_of(results, method), runs_of(results, BASELINE)
+    final = t_interval([100 * column(run, "sampled")[-1] for run in runs.values()])
+    cells = {"seeds": str(len(runs)), "accuracy, %": interval(final, ".1f")}
+    beside = None if method == BASELINE else difference(results, method, BASELINE)
+    cells["minus GRPO"] = interval(beside, "+.1f")
+    for name, words in (("tool_calls", "calls"), ("tokens", "tokens")):
+        mean, *_ = t_interval([column(run, name)[-1] for run in runs.values()])
+        share = paired(runs, base, lambda a, b, n=name: column(a, n)[-1] / column(b, n)[-1])
+        of = f" ({share[0]:.0%})" if share and method != BASELINE else ""
+        cells[f"{words} (of GRPO's)"] = f"{mean:,.0f}{of}"
+        for target in TARGETS:
+            spent = [until(run, name, target) for run in runs.values()]
+            there = [value for value in spent if value is not None]
+            some = f" ({len(there)} of {len(spent)})" if len(there) < len(spent) else ""
+            mean = f"{t_interval(there)[0]:,.0f}" if there else "-"
+            cells[f"{words} until {target:.0%}"] = mean + some * bool(there)
+    live = [column(run, "live_groups")[-1] for run in runs.values()]
+    steps = [column(run, "step")[-1] for run in runs.values()]
+    calls = [column(run, "tool_calls")[-1] for run in runs.values()]
+    cells["live groups a step"] = f"{sum(live) / sum(steps):.1f}"
+    cells["live per 100 calls"] = f"{100 * sum(live) / sum(calls):.1f}" if sum(calls) else "-"
+    cells["seconds"] = (
+        f"{t_interval([column(run, 'seconds')[-1] for run in runs.values()])[0]:,.0f}"
+    )
+    wishes = [run["wish_rate"] for run in runs.values()]
+    return cells | {"forks wanted": f"{t_interval(wishes)[0]:.0%}"}
 
 
 def show(results: dict, methods: list[str], path: Path) -> None:
-    """The table on the screen, and as Markdown in a file."""
-    table = Table("method", *COLUMNS, box=box.SIMPLE_HEAD)
-    lines = [["method", *COLUMNS], ["---"] * (1 + len(COLUMNS))]
-    for method in methods:
-        f = figures(results, method)
-        lines.append([method, *(cell(f) for cell in COLUMNS.values())])
-        table.add_row(*lines[-1])
-    print_table(table)
-    path.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines), encoding="utf-8")
+    """The table and the differences on the screen, and as Markdown in a file."""
+    rows = {method: row(results, method) for method in methods}
+    heads = ["method", *next(iter(rows.values()))]
+    tables = [[heads, *([method, *cells.values()] for method, cells in rows.items())]]
+    pairs = [*((OURS, theirs) for theirs in BESIDE.values()), *MORE]
+    found = [(*pair, difference(results, *pair)) for pair in pairs if {*pair} <= {*methods}]
+    if found := [(ours, theirs, e) for ours, theirs, e in found if e]:
+        lines = [[f"{ours} minus {theirs}", interval(e, "+.1f")] for ours, theirs, e in found]
+        tables.append([["difference, by seed", "points"], *lines])
+    text = ""
+    for head, *lines in tables:
+        table = Table(*head, box=box.SIMPLE_HEAD)
+        for line in lines:
+            table.add_row(*line)
+        print_table(table)
+        marked = [head, ["---"] * len(head), *lines]
+        text += "".join(f"| {' | '.join(line)} |\n" for line in marked) + "\n"
+    path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+
+
+def summary(results: dict) -> dict:
+    """For a reader that is a program: what the table says of the budget of a step, by H."""
+    runs, found = runs_of(results, OURS), {}
+    for name, theirs in BESIDE.items():
+        e = difference(results, OURS, theirs)
+        found[f"h_minus_{name}"] = e and dict(zip(("mean", "low", "high"), e, strict=True))
+    for words, name in (("calls", "tool_calls"), ("tokens", "tokens")):
+        e = share_until(runs, runs_of(results, BASELINE), name, TARGETS[-1])
+        found[f"{words}_to_90_share_of_grpo"] = e and e[0]
+    final = [100 * column(run, "sampled")[-1] for run in runs.values()]
+    final = t_interval(final)[0] if final else None
+    return {"seeds": sorted(map(int, runs)), **found, "final": final}
+
+
+def write_summary(results: dict, folder: Path) -> None:
+    """summary.json, with that of the second world where it was compared, too."""
+    second = folder.parent / "second_world" / "results.json"
+    world = json.loads(second.read_text(encoding="utf-8")) if second.exists() else {"methods": {}}
+    whole = {**summary(results), "second_world": summary(world)}
+    (folder / "summary.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 
 def drawing():

@@ -1,5 +1,7 @@
 """What several tests need: the embedded Qwen3, a tiny random one, their tools and questions."""
 
+import engine  # noqa: F401, I001  first: it silences what bitsandbytes says at its import
+
 import contextlib
 import dataclasses
 import json

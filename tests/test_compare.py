@@ -19,8 +19,8 @@ from advantage import Segment
 from app import cli
 from app.config import Config
 from arpo_mini import Agent
-from lab import compare, figures, forking, verdict
-from lab.intervals import T_975, at_budget, bootstrap, paired, spearman, t_interval
+from lab import compare, controls, figures, forking, verdict
+from lab.intervals import T_975, bootstrap, paired, spearman, t_interval
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,14 +51,6 @@ def test_intervals_by_hand():
     assert paired({"0": 1.0}, {"1": 1.0}) is None
 
 
-def test_a_budget_is_read_off_the_line_between_two_evaluations():
-    assert at_budget([0, 100, 300], [0.4, 0.6, 0.7], 200) == pytest.approx(0.65)
-    assert at_budget([0, 100, 300], [0.4, 0.6, 0.7], 300) == 0.7
-    for spent, budget in (([0, 100, 300], 301), ([0, 100, 50], 10)):
-        with pytest.raises(ValueError, match=f"{budget} is outside"):
-            at_budget(spent, [0.4, 0.6, 0.7], budget)
-
-
 def test_rank_correlation_by_hand():
     assert spearman([1, 2, 3, 4], [1, 8, 27, 64]) == pytest.approx(1)
     assert spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
@@ -82,7 +74,8 @@ def test_the_bootstrap_draws_whole_clusters():
 
 def a_run(accuracy, calls, tokens=(0, 100, 200)):
     spent = {"tool_calls": calls, "generated_tokens": tokens, "prefill_tokens": tokens}
-    points = {"step": [0, 10, 20], "sampled": accuracy, "greedy": accuracy, "seconds": [0, 5, 10]}
+    points = {"step": [0, 10, 20], "sampled": accuracy, "seconds": [0, 5, 10]}
+    points["live_groups"] = [0, 20, 30]
     return {
         "wish_rate": 0.5,
         "points": points | {name: [*values] for name, values in spent.items()},
@@ -92,45 +85,42 @@ def a_run(accuracy, calls, tokens=(0, 100, 200)):
 @pytest.fixture
 def results():
     """ARPO ends where GRPO does, or 1 point below, with half the calls and 0.6 of the tokens."""
-    base = [a_run([0.4, 0.6, 0.8], [0, 100, 200]), a_run([0.4, 0.5, 0.7], [0, 100, 200])]
-    ours = [a_run([0.4, 0.7, 0.8], [0, 50, 100], (0, 60, 120))]
-    ours += [a_run([0.4, 0.6, 0.69], [0, 50, 100], (0, 60, 120))]
+    base = [a_run([0.4, 0.9, 0.95], [0, 100, 200]), a_run([0.4, 0.86, 0.89], [0, 100, 200])]
+    ours = [a_run([0.9, 0.91, 0.95], [0, 50, 100], (0, 60, 120))]
+    ours += [a_run([0.4, 0.92, 0.94], [0, 50, 100], (0, 60, 120))]
     methods = {
         name: {"overrides": {}, "runs": dict(zip("01", runs, strict=True))}
-        for name, runs in (("grpo", base), ("arpo-paper", ours))
+        for name, runs in (("grpo", base), ("step", ours))
     }
     return {"settings": {}, "methods": methods}
 
 
-def test_the_three_budgets_by_hand(results):
-    f = verdict.figures(results, "arpo-paper")
-    assert f.difference["step"][0] == pytest.approx(-0.005)  # 0 and -0.01
-    # at 100 calls GRPO is at step 10: 0.8 - 0.6 and 0.69 - 0.5
-    assert f.difference["tool_calls"][0] == pytest.approx((0.2 + 0.19) / 2)
-    # at 120 generated tokens it is at step 12: 0.64 and 0.54
-    assert f.difference["generated_tokens"][0] == pytest.approx((0.16 + 0.15) / 2)
-    assert f.share["tool_calls"] == pytest.approx((0.5, 0.5, 0.5))
-    assert f.spent["tokens"][0] == 240 and f.share["tokens"][0] == pytest.approx(0.6)
-    grpo, paper = (results["methods"][name] for name in ("grpo", "arpo-paper"))
-    results["methods"] = {"grpo": paper, "arpo-paper": grpo}  # the dearer one is cut there, too
-    f = verdict.figures(results, "arpo-paper")
-    assert f.difference["tool_calls"][0] == pytest.approx(-(0.2 + 0.19) / 2)
+def test_what_it_takes_by_hand(results, tmp_path):
+    (grpo, other), (ours, second) = (verdict.runs_of(results, m).values() for m in ("grpo", "step"))
+    assert [verdict.until(run, "tokens", 0.9) for run in (grpo, other)] == [200, None]
+    assert [verdict.until(run, "tool_calls", 0.9) for run in (ours, second)] == [0, 50]
+    assert verdict.until(a_run([0.9, 0.8, 0.9], [0, 1, 2]), "step", 0.85) is None  # one above alone
+    assert verdict.difference(results, "step", "grpo")[0] == pytest.approx(2.5)  # 0 and 5 points
+    found = verdict.summary(results)
+    assert found["seeds"] == [0, 1] and found["final"] == pytest.approx(94.5)
+    assert found["h_minus_grpo"]["high"] == pytest.approx(2.5 + 12.706 * 2.5)
+    assert found["h_minus_random"] is found["h_minus_default"] is None  # not run
+    results["methods"]["grpo"]["runs"]["1"] = a_run([0.4, 0.9, 0.93], [0, 200, 300])
+    assert verdict.summary(results)["calls_to_90_share_of_grpo"] == 0.25  # of seed 1 alone
+    verdict.write_summary(results, tmp_path)
+    written = json.loads((tmp_path / "summary.json").read_text())
+    assert written["final"] == pytest.approx(94.5) and written["second_world"]["final"] is None
 
 
 def test_a_row_of_the_table(results, tmp_path, capsys):
-    verdict.show(results, ["grpo", "arpo-paper"], tmp_path / "table.md")
-    head, _, grpo, paper = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
-    assert head.startswith("| method | seeds | sampled, % | minus GRPO | at equal calls |")
-    assert grpo == "| grpo | 2 | 75.0 ±63.5 | - | - | - | 200 | 400 | 10 | 50% |"
-    cells = (
-        "2 | 74.5 ±69.9 | -0.5 ±6.4 | +19.5 ±6.4 | +15.5 ±6.4 | 100 (50%) | 240 (60%) | 10 | 50%"
-    )
-    assert paper == f"| arpo-paper | {cells} |"
-    assert "arpo-paper" in capsys.readouterr().out
-    del results["methods"]["grpo"], results["methods"]["arpo-paper"]["runs"]["1"]
-    verdict.show(results, ["arpo-paper"], tmp_path / "table.md")  # one seed, nothing beside it
-    last = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()[-1]
-    assert last == "| arpo-paper | 1 | 80.0 | - | - | - | 100 | 240 | 10 | 50% |"
+    verdict.show(results, ["grpo", "step"], tmp_path / "table.md")
+    head, _, grpo, step, _, _, _, line = (tmp_path / "table.md").read_text("utf-8").splitlines()
+    assert head.startswith("| method | seeds | accuracy, % | minus GRPO | calls (of GRPO's) |")
+    cells = "| grpo | 2 | 92.0 ±38.1 | - | 200 | 100 | 100 (1 of 2) | 400 | 200 | 200 (1 of 2) |"
+    assert grpo == f"{cells} 1.5 | 15.0 | 10 | 50% |"
+    cells = "| step | 2 | 94.5 ±6.4 | +2.5 ±31.8 | 100 (50%) | 25 | 25 | 240 (60%) | 60 | 60 |"
+    assert step == f"{cells} 1.5 | 30.0 | 10 | 50% |"
+    assert line == "| step minus grpo | +2.5 ±31.8 |" and "±31.8" in capsys.readouterr().out
 
 
 # ---- running ------------------------------------------------------------------------------
@@ -152,7 +142,7 @@ class FakeProcess:
             (slot / "run" / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
         spent = {"tool_calls": 10, "generated_tokens": 300, "prefill_tokens": 200}
-        spent |= {"seconds_rollout": 1.5, "seconds_update": 0.5}
+        spent |= {"seconds_rollout": 1.5, "seconds_update": 0.5, "groups": 8, "equal_groups": 5}
         rates = [None, 0.25 + 0.1 * seed, 0.25, 0.25]  # no tool result in the first step
         write("metrics.jsonl", [{**spent, "wishes": rates[i % 4]} for i in range(steps)])
         if self.failing == self.trained[-1]:
@@ -204,11 +194,11 @@ def test_a_finished_run_is_not_repeated(fake):
         "points": {
             "step": [0, 2, 4],
             "sampled": [0.4, 0.42, 0.901],  # the last one of more samples
-            "greedy": [0.4, 0.42, 0.44],
             "tool_calls": [0, 20, 40],
             "generated_tokens": [0, 600, 1200],
             "prefill_tokens": [0, 400, 800],
             "seconds": [0, 4.0, 8.0],
+            "live_groups": [0, 6, 12],
         },
     }
 
@@ -333,7 +323,8 @@ def test_what_a_process_does(tmp_path, monkeypatch, capsys):
     config = dataclasses.asdict(Config(**parser.parse(flags)))
     assert train == "train" and config.pop("output_dir") == str(tmp_path / "run")
     own = {"version": compare.VERSION, "final_samples": 5, "files": settings["files"]}
-    assert settings == config | own and config["seed"] == 7 and config["shared_weight"] == 0.3
+    assert settings.items() <= (config | own).items() and config["shared_weight"] == 0.3
+    assert config["seed"] == 7 and config.keys() - settings.keys() <= compare.OF_THE_RUNS
     at = {word: others[i + 1] for i, word in enumerate(others) if word.startswith("--")}
     assert evaluate == "eval" and "--dataset_path" not in at and at["--samples"] == "5"
     assert at["--adapter"] == str(tmp_path / "run" / "adapter")
@@ -351,7 +342,7 @@ def test_what_a_process_does(tmp_path, monkeypatch, capsys):
         (["--seeds", "0"], ["--seeds 0", "at least 1"]),
         (["--jobs", "0"], ["--jobs 0", "at least 1"]),
         (["run"], ["run"]),
-        (["--group_size", "4"], ["--group_size", "--methods", "--learning_rate"]),
+        (["--branch_rule", "none"], ["--branch_rule", "--methods", "--learning_rate"]),
         (["--learning_rate", "-1"], ["--learning_rate -1", "above 0"]),
         (["--dataset_path", "no/such.jsonl"], ["no/such.jsonl", "No such file"]),
         (["entropy", "--continuations", "1"], ["--continuations 1", "at least 2"]),
@@ -367,9 +358,12 @@ def test_bad_input_is_one_line(args, words, capsys, tmp_path):
 
 def test_every_method_is_a_legal_training():
     for name in compare.choose("all"):
-        config = Config(**compare.METHODS[name], seed=3)
-        assert config.group_size == 8
-        assert (config.initial_rollouts == 8) == name.startswith("grpo")
+        values = {k: v for k, v in compare.METHODS[name].items() if k != "control"}
+        config = Config(**values, seed=3)
+        assert 64 <= config.group_size * config.questions_per_step <= 72
+        control = compare.METHODS[name].get("control")
+        assert control is None or callable(getattr(controls, control))
+        assert (config.branch_rule == "none") == name.startswith("grpo")
     for control, controlled in compare.CONTROLS.items():
         same = {**compare.METHODS[controlled], "branch_rule": "random"}
         assert compare.METHODS[control] == same
@@ -390,6 +384,7 @@ def test_results_are_drawn_again_the_same(results, tmp_path, capsys, monkeypatch
     written = []
     for _ in range(2):
         assert compare.main(["draw", str(tmp_path)]) == 0
+        (tmp_path / "summary.json").unlink()
         written.append({path.name: path.read_bytes() for path in tmp_path.iterdir()})
     assert written[0] == written[1] and set(written[0]) == names
     assert written[0]["accuracy-chosen.svg"].decode().count('<g id="axes_') == 4
@@ -400,7 +395,8 @@ def test_results_are_drawn_again_the_same(results, tmp_path, capsys, monkeypatch
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert compare.main(["draw", str(tmp_path)]) == 0
     assert "pip install matplotlib" in capsys.readouterr().out
-    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "table.md"}
+    left = {"results.json", "table.md", "summary.json"}
+    assert {path.name for path in tmp_path.iterdir()} == left
 
 
 def test_the_band_is_drawn_as_far_as_every_seed_went():
@@ -463,7 +459,7 @@ def test_the_entropy_by_distance_is_a_mean_over_tokens():
 @pytest.mark.slow
 def test_two_methods_two_seeds_two_steps(tmp_path):
     """The real command: stopped by Ctrl-C, then to the last figure, and again without training."""
-    flags = "--methods grpo,arpo-paper --seeds 2 --steps 2 --questions_per_step 1 --jobs 2".split()
+    flags = "--methods grpo,arpo-paper --seeds 2 --steps 2 --jobs 2".split()
     few = write_questions(tmp_path / "few.jsonl")
     flags += ["--eval_path", few, "--eval_every", "1", "--output_dir", str(tmp_path / "out")]
     command = [sys.executable, "-m", "lab.compare", *flags]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributions import Categorical
 
-from entropy import RULES, Decision, normalised_entropy, token_entropy
+from entropy import RULES, Decision, normalised_entropy, running_threshold, token_entropy
 
 PUBLISHED = {"branch_probability": 0.5, "entropy_weight": 0.2, "entropy_threshold": 0.5}
 PUBLISHED |= {"entropy_sigma": 1.5, "max_branches": 2}  # a blog's; ours: the paper never gives Z
@@ -50,7 +50,7 @@ def test_with_the_published_alpha_and_tau_the_paper_forks_exactly_on_gain(beta, 
 def test_paper_by_hand():
     yes = asdict(decide("paper", 0.7, 0.3, entropy_threshold=0.55))
     numbers = {"H": 0.7, "H_initial": 0.3, "gain": 0.4, "probability": 0.58}
-    assert yes == pytest.approx({**numbers, "forks": 2, "granted": 0})
+    assert yes == pytest.approx({**numbers, "forks": 2, "granted": 0, "score": None})
     assert decide("paper", 0.5, 0.3, entropy_threshold=0.55).forks == 0  # P = 0.54
     assert decide("paper", 0.9, 0.1, entropy_weight=5).probability == 1.0
     assert decide("paper", 0.1, 0.9, entropy_weight=5).probability == 0.0
@@ -74,6 +74,29 @@ def test_adaptive_by_hand():
         assert decide("adaptive", 0.9, 0.3, history=short) == Decision(0.9, 0.3, 0.0, 0.0, 0)
     # After nothing but certainty a threshold of 0 cannot divide: any doubt is more than usual.
     assert (forks(0.1, history=[0.0, 0.0]), forks(0.0, history=[0.0, 0.0])) == (2, 0)
+
+
+def test_threshold_is_the_listing_of_the_blog():
+    def listing(entropy_score, entropy_threshold, max_branches):
+        if entropy_score > entropy_threshold:
+            return min(int(entropy_score * max_branches), max_branches)
+        return 0  # a single path
+
+    for H in (0.0, 0.2, 0.25, 0.5, 0.5000001, 0.74, 0.75, 0.99, 1.0, 1.7):
+        for tau, Z in ((0.5, 4), (0.2, 1), (0.2, 7), (0.0, 0)):
+            found = decide("threshold", H, entropy_threshold=tau, max_branches=Z)
+            assert found.forks == listing(H, tau, Z) and found.gain == H - tau
+
+
+def test_step_forks_where_its_score_is_above_the_running_threshold():
+    def forks(score, u=0.5):
+        return decide("step", 0.7, 0.3, u=u, branch_score=score, threshold=0.6).forks
+
+    assert [forks("entropy"), forks("gain"), forks("random"), forks("random", 0.61)] == [2, 0, 0, 2]
+    past = [[0.9, 0.1, 0.5], [0.8, 0.2]]  # of two steps: what 1 result a step, 2 in all, exceed
+    assert [running_threshold(past, n) for n in (0, 1, 2)] == [0.9, 0.5, 0.1]
+    assert running_threshold(past, 3) == -math.inf  # there were fewer: fork everywhere
+    assert running_threshold([], 1) == running_threshold([[], []], 1) == math.inf
 
 
 def test_random_ignores_the_entropy_and_none_never_forks():

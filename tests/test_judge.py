@@ -86,7 +86,9 @@ A and C for C, A;
 \begin{pmatrix}1&2\\3&4\end{pmatrix} for \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix};
 10^{-3} for 1e-3; \log_2 8 for 3; 6÷3 for 2; 2x+y-4=0 for y=4-2x; x_1=2 for 2;
 10\pi \text{ cm}^2 for 10\pi; 12\sqrt3 inches for 12\sqrt{3} in; 2^{2024}-1 for 2^{2024} - 1;
-16_{8} for 16_8; (B) for B; c) for C; \textbf{(C)} for C
+16_{8} for 16_8; (B) for B; c) for C; \textbf{(C)} for C;
+0.\overline{3} for 1/3; 0.1\overline{6} for \frac{1}{6}; \sin 30^\circ for 1/2; cos(60°) for 0.5;
+(-inf, 3] U [5, inf) for (-\infty,3]\cup[5,\infty); [5,∞) ∪ (-∞,3] for (-\infty,3]\cup[5,\infty)
 """
 UNEQUAL = r"""
 2+3 for 23; 10^5 for 105; 64=63 for 63; 2x+1=5 for 5; x>3 for x<3; x>3 for x≥3;
@@ -94,6 +96,7 @@ UNEQUAL = r"""
 e^{-50} for e^{-60}; 10\pi cm for 10\pi km; 10\pi over h for 10\pi; 6\cdot3 km for 18 cm;
 x^2-1 for x^2+1; x-1 for x 1; -x for x; a/b for ab; y=63 for x=63; (2,1) for (1,2);
 [1,2] for (1,2); \{1,2\} for (1,2); 1,2,3 for 1,2; x=1 for x=1 \text{ or } x=2; 3+2i for 3-2i;
+0.\overline{3} for 0.3; \sin 30 for 1/2; (-\infty,3) for (-\infty,3];
 5! for 5; U2 for 2U; C++ for C; B for A; A B for B; A, B for B; B. Paris for B; \frac{1}{2 for 0.5;
 1/0 for \infty; \begin{pmatrix}1&2\\3&4\end{pmatrix} for \begin{pmatrix}1&2\\3&5\end{pmatrix}
 """

@@ -64,9 +64,9 @@ def test_what_there_is_and_how_large():
         "top level": (lines("arpo_mini", *PURE), 1380),
         "engine": (lines("engine", without=JUDGED), 1200),
         "app without the page": (lines("app", without=["app/page"]), 1500),
-        "lab": (lines("lab"), 2200),
-        "tests": (lines("tests"), 7700),
-        "settings": (len(dataclasses.fields(Config)), 45),
+        "lab": (lines("lab"), 2420),
+        "tests": (lines("tests"), 7950),
+        "settings": (len(dataclasses.fields(Config)), 50),
         "words of the README": (len((ROOT / "README.md").read_text().split()), 900),
     }
     assert not {name: pair for name, pair in limits.items() if pair[0] > pair[1]}

@@ -15,7 +15,7 @@ import arpo_mini
 import engine.writer
 from advantage import Segment, shared_by
 from app.config import Config
-from arpo_mini import Budget, decide_forks, open_writer, rollout
+from arpo_mini import Budget, decide_forks, open_writer, rollout, spend_rest
 from engine.memory import cache_bytes
 from engine.official import TopEntropy
 from engine.packing import make_batch, make_row, token_logprobs
@@ -23,7 +23,7 @@ from engine.writer import Writer
 from entropy import RULES, official_entropy
 
 # Every rule forks at nearly every result that it may fork at.
-EAGER = {"branch_probability": 0.9, "entropy_sigma": -2.0}
+EAGER = {"branch_probability": 0.9, "entropy_sigma": -2.0, "entropy_threshold": -1.0}
 
 
 def every_segment(groups):
@@ -91,15 +91,17 @@ WAYS = [(1, 0.7, 5, 2), (3, 1.0, 1, 7), (8, 1.3, 2, 1), (16, 1.0, 8, 4), (128, 1
 def test_what_is_sampled_is_what_is_trained(tiny, rule, rows, temperature, N, Z):
     """As many leaves as asked for; over turns, forks, dropped rows, padding, groups in turn."""
     config = replace(TINY, branch_rule=rule, rollout_rows=rows, temperature=temperature, **EAGER)
-    config = replace(config, initial_rollouts=N, max_branches=Z)
+    config = replace(config, initial_rollouts=N, max_branches=Z, max_leaves=10)
     groups = roll_out(tiny, config, ECHO, TINY_QUESTIONS, seed=2)
     assert_true_to_the_model(tiny, groups, config)
     most = {"none": 0, "official": 1}.get(rule, Z)
-    assert granted(groups) > 0 or most == 0 or N == 8 or (rule == "adaptive" and N < 3)
+    rare = (rule == "adaptive" and N < 3) or (rule == "threshold" and Z == 1)  # floor(H) is 0
+    assert granted(groups) > 0 or most == 0 or N == 8 or rare
+    assert sum(map(len, groups)) == 8 * len(groups)
     for leaves in groups:
         (root, *others), children = shared_by(leaves), Counter(s.parent for s in shared_by(leaves))
-        assert children[root] == 8 - granted([leaves]) >= N
-        assert len(leaves) == len(set(leaves)) == 8
+        assert children[root] == len(leaves) - granted([leaves]) >= N
+        assert len(leaves) == len(set(leaves)) <= 8 + 2 * (rule == "step")
         for segment in others:
             if segment.author == "policy":
                 assert segment.token_ids and children[segment] == (segment not in leaves)
@@ -107,7 +109,8 @@ def test_what_is_sampled_is_what_is_trained(tiny, rule, rows, temperature, N, Z)
                 answered = sum(segment.parent.token_ids) % 2 == 0  # else the tool failed
                 assert segment.tool == ("echo" if answered else None)
                 assert children[segment] == 1 + segment.decision.granted
-                assert segment.decision.granted <= segment.decision.forks <= most
+                assert segment.decision.granted <= most
+                assert segment.decision.granted <= segment.decision.forks or rule == "step"
 
 
 def test_the_budget_goes_to_the_largest_gains_first():
@@ -123,8 +126,47 @@ def test_the_budget_goes_to_the_largest_gains_first():
     assert [(n.decision.granted, n.decision.forks) for n in (a, b, c)] == [(0, 3), (3, 3), (2, 3)]
     adaptive = replace(TINY, branch_rule="adaptive", entropy_sigma=0.0, max_branches=9)
     for order in (drafts, drafts[::-1]):
-        decide_forks(order, {root: Budget(0, random.Random(0), [0.1, 0.3])}, adaptive)
+        a.decision = b.decision = c.decision = None
+        decide_forks(order, {root: Budget(0, random.Random(0), history=[0.1, 0.3])}, adaptive)
         assert [n.decision.forks for n in (a, b, c)] == [2, 4, 3]
+
+
+STEP = replace(TINY, branch_rule="step", group_size=4, initial_rollouts=1, max_leaves=6)
+ABOVE = [[-1.0] * 50] * 2  # scores of two steps, after which every result is above the threshold
+
+
+@pytest.mark.parametrize("scores, at_once", [((), False), (ABOVE, True)])
+@pytest.mark.parametrize("score", ["entropy", "gain", "random"])
+def test_a_step_has_one_budget(tiny, score, scores, at_once):
+    """It goes to the questions whose results have the highest scores, and all of it is spent."""
+    questions, config = TINY_QUESTIONS * 3, replace(STEP, branch_score=score, max_branches=2)
+    groups = rollout(open_writer(tiny, config), questions, config, ECHO, 5, scores)
+    sizes = [len(leaves) for leaves in groups]
+    assert sum(sizes) == 4 * len(questions) and min(sizes) < 4 < max(sizes) <= 6
+    assert_true_to_the_model(tiny, groups, config)
+    decided = [s.decision for s in every_segment(groups) if s.decision]
+    assert {d.forks for d in decided} == {2 if at_once else 0}
+    assert max(d.granted for d in decided) == 2
+    for d in decided:
+        assert score == "random" or d.score == (d.H if score == "entropy" else d.gain)
+
+
+def test_a_step_spends_its_budget_by_hand():
+    """At once above the threshold; then by score, a question's limit and, at last, the question."""
+    config, roots, drafts = replace(STEP, max_branches=2), [], []
+    for H in (0.5, 0.9, 0.7):
+        roots.append(Segment("prompt", [30]))
+        first = Segment("policy", [1], roots[-1], entropy=H / 10)
+        drafts.append(Segment("policy", [9], Segment("tool", [50], first), entropy=H))
+    a, b, c = (draft.parent for draft in drafts)
+    budget = Budget(9, random.Random(0), most=4, threshold=0.8)
+    budgets = dict.fromkeys(roots, budget)
+    assert decide_forks([a.parent, b.parent, c.parent], budgets, config) == []
+    assert decide_forks(drafts, budgets, config) == [b, b] and budget.slots == 7
+    assert decide_forks(drafts, budgets, config) == []  # the rest goes on from there
+    assert spend_rest(budget, config) == [c, c, a, a, roots[1], roots[1], roots[2]]
+    assert budget.slots == 0 and spend_rest(budget, config) == []
+    assert [n.decision.granted for n in (a, b, c)] == [2, 2, 2]
 
 
 @pytest.mark.parametrize("rule", ["paper", "official"])
@@ -205,7 +247,7 @@ def watch(tiny, writing):
         yield computed, widths, wasted
 
 
-@pytest.mark.parametrize("rule", ["paper", "random", "none"])
+@pytest.mark.parametrize("rule", ["paper", "random", "step", "none"])
 def test_every_prompt_and_result_is_read_once(tiny, watch, rule):
     """But for the last token of a node: every path that starts there needs its logits."""
     computed, widths, wasted = watch
@@ -234,10 +276,11 @@ def test_what_was_forgotten_is_read_again_and_counted(tiny, watch):
     assert sum(len(kv[0]) for kv in writer.kv.values()) <= 3 * 40
 
 
+@pytest.mark.parametrize("rule", ["random", "step"])
 @pytest.mark.parametrize("rows", [1, 5])
-def test_forgetting_changes_nothing_that_is_written(tiny, rows, monkeypatch):
+def test_forgetting_changes_nothing_that_is_written(tiny, rows, rule, monkeypatch):
     """Greedy, so that there is nothing to draw: with room for all, and with room for little."""
-    config = replace(TINY, temperature=0, branch_rule="random", group_size=4, rollout_rows=rows)
+    config = replace(TINY, temperature=0, branch_rule=rule, group_size=4, rollout_rows=rows)
     whole = roll_out(tiny, config, ECHO, TINY_QUESTIONS)
     monkeypatch.setattr(Writer, "make_room", lambda writer, tokens: writer.kv.clear())
     assert trees(roll_out(tiny, config, ECHO, TINY_QUESTIONS)) == trees(whole)
@@ -245,7 +288,7 @@ def test_forgetting_changes_nothing_that_is_written(tiny, rows, monkeypatch):
 
 @pytest.mark.parametrize("N", [1, 8])
 def test_a_level_takes_as_many_passes_as_its_longest_segment(tiny, monkeypatch, N):
-    """The probe, the probe of the forks, and what is then left of the longest one."""
+    """The first k tokens, those of the forks, and what is then left of the longest one."""
     begin, finish, begun, levels = Writer.begin, Writer.finish, [], []
 
     def counted_begin(self, nodes, k):
@@ -257,9 +300,9 @@ def test_a_level_takes_as_many_passes_as_its_longest_segment(tiny, monkeypatch, 
         begun.append(len(drafts))
         return drafts
 
-    def counted_finish(self, drafts):
+    def counted_finish(self, drafts, places):
         before, had = self.decode_steps, [len(draft.token_ids) for draft in drafts]
-        finish(self, drafts)
+        finish(self, drafts, places)
         levels.append(max(len(d.token_ids) - n for d, n in zip(drafts, had, strict=True)))
         assert self.decode_steps - before == levels[-1]
 
@@ -294,13 +337,13 @@ def test_only_paths_that_go_on_are_kept(tiny, monkeypatch, calls, rule):
     """What others may start from, and what is open: not the paths that ended, however they did."""
     finish, each, taken = Writer.finish, cache_bytes(tiny.lm.config, 4), []
 
-    def watched(self, drafts):
-        finish(self, drafts)
-        prompts = {segment for segment in self.kv if segment.author == "prompt"}
-        assert set(self.kv) == prompts | {draft for draft in drafts if draft.stop == "tool"}
+    def watched(self, drafts, places):
+        finish(self, drafts, places)
+        assert set(places) <= {segment for segment in self.kv if segment.author == "prompt"}
+        assert set(self.kv) == {*places} | {draft for draft in drafts if draft.stop == "tool"}
         storages = [x.untyped_storage() for kv in self.kv.values() for x in kv]
         alive = {storage.data_ptr(): storage.nbytes() for storage in storages}  # a view keeps all
-        taken.append(sum(alive.values()) / each / sum(segment.depth() for segment in self.kv))
+        taken.append(sum(alive.values()) / each / max(1, sum(s.depth() for s in self.kv)))
 
     monkeypatch.setattr(Writer, "finish", watched)
     config = replace(TINY, max_tool_calls=calls, branch_rule=rule, max_segment_tokens=30)
@@ -345,6 +388,8 @@ def scripted(monkeypatch):
 @pytest.mark.parametrize("rule", RULES)
 def test_how_much_is_computed_at_once_decides_nothing(tiny, scripted, rule):
     config = replace(TINY, branch_rule=rule, entropy_sigma=0.3, initial_rollouts=2, max_branches=1)
+    if rule == "threshold":
+        config = replace(config, entropy_threshold=0.0, max_branches=9)
     config, found = replace(config, max_tool_calls=6), []
     for rows in (128, 3, 1):
         few = replace(config, rollout_rows=rows)
@@ -374,13 +419,13 @@ def test_as_many_calls_as_are_legal(tiny, scripted):
 
 def test_what_cannot_fork_any_more_begins_at_the_question(tiny, scripted, monkeypatch):
     """At the level at which the last open path of the question has ended, not after all others."""
-    levels, probe = [], arpo_mini.probe
+    levels, begin = [], Writer.begin
 
-    def watched(writer, nodes, config):
+    def watched(writer, nodes, k):
         levels.append(Counter(node.author for node in nodes))
-        return probe(writer, nodes, config)
+        return begin(writer, nodes, k)
 
-    monkeypatch.setattr(arpo_mini, "probe", watched)
+    monkeypatch.setattr(Writer, "begin", watched)
     config = replace(TINY, branch_rule="none", max_tool_calls=6)
     roll_out(tiny, config, ECHO, TINY_QUESTIONS)
     began = [level for level in levels if level["prompt"]]

@@ -112,7 +112,7 @@ PLACES = {  # what is spoilt, where, the last step that is complete then
     "rollout": (scripted.Agent, "roll_out", {"done": 3}),
     "optimizer step": (torch.optim.AdamW, "step", {"done": 3, "after": True}),
     "second update": (torch.optim.AdamW, "step", {"done": 3, "call": 2, "after": True}),
-    "evaluation": (app.evaluation, "evaluate", {"done": 2, "call": 2}),  # one decoding is there
+    "evaluation": (app.evaluation, "evaluate", {"done": 6, "call": 2}),  # one decoding is there
     "log": (run_folder.RunFolder, "log", {"done": 3, "after": True}),
     "trees": (run_folder.RunFolder, "append", {"done": 3, "call": 2}),
     "checkpoint": (run_folder, "write", {"done": 4, "call": 5}),
@@ -379,7 +379,7 @@ REFUSED = {
     "config.json: 'list'": write("config.json", "[]"),
     "--steps None: it must be of type int": changed("config.json", steps=None),
     "learning_rate 1e+38: it must be at most 1": changed("config.json", learning_rate=1e38),
-    "not of version 0.4, which does not have the settings keep, packed": changed(
+    f"not of version {run_folder.VERSION}, which does not have the settings keep, packed": changed(
         "config.json", keep=2, packed=True
     ),
     "cannot write to": replaced_by_a_folder("lock"),

@@ -179,13 +179,17 @@ RULE_NUMBERS = "branch_probability", "entropy_weight", "entropy_threshold", "ent
 def rule(decision: dict, config: dict) -> str:
     """The rule of --branch_rule with its numbers, in one line."""
     alpha, beta, tau, sigma = (config.get(key) for key in RULE_NUMBERS)
-    dice = "yes" if int(decision["forks"]) else "no"
+    wanted = int(decision["forks"])
+    dice = "yes" if wanted else "no"
     above = ">" if (number(decision["probability"]) or 0) > (number(tau) or 0) else "≤"
     risen = ">" if (number(decision["gain"]) or 0) > 0 else "≤"
     return {
         "paper": f"P = {alpha} + {beta} × gain {above} τ = {tau}",
         "official": f"P = {alpha} + {beta} × gain, and the dice said {dice}",
         "adaptive": f"H {risen} mean + {sigma} σ of all H so far",
+        "threshold": f"H {risen} {tau}, then H × Z forks",
+        "step": f"score {words(decision.get('score'))} {'>' if wanted else '≤'} the threshold of "
+        "the last steps; what is left of the step's budget goes to its highest scores",
         "random": f"P = {alpha} whatever H is, and the dice said {dice}",
         "none": "this rule never forks (GRPO)",
     }.get(config.get("branch_rule"), "not known")
@@ -201,7 +205,7 @@ def story(decision: dict, config: dict, wanted: int, granted: int) -> str:
         sentences = [f"Measured on the segment that made the call, the entropy is H = {H}."]
     else:
         sentences = [f"The first {k} tokens written after this result have entropy H = {H}."]
-    if name == "adaptive":
+    if name in ("adaptive", "threshold"):
         sentences.append(f"That differs from the threshold by {words(gain, '+.4f')} (the gain).")
     else:
         sentences.append(
