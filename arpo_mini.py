@@ -416,10 +416,8 @@ class Agent:
             writer = open_writer(self.policy, fitted)
             groups = rollout(writer, questions, fitted, self.tools, seed)
             self.prefill_tokens = writer.prefill_tokens
-            return groups, [
-                [judge(self.policy, leaf, question, fitted) for leaf in leaves]
-                for question, leaves in zip(questions, groups, strict=True)
-            ]
+            asked = zip(questions, groups, strict=True)
+            return groups, [[judge(self.policy, leaf, q, fitted) for leaf in g] for q, g in asked]
 
         return self.policy.limits.retry(config, work)
 
