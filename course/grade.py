@@ -35,7 +35,7 @@ from course.checking import Missing, Wrong
 HERE = Path(__file__).resolve().parent
 NAMES = {path.stem[2]: path.stem for path in sorted(HERE.glob("checks/ex?_*.py"))}  # "1": ex1_..
 SECONDS = 30.0  # of computing, for all checks of an exercise but the laboratory of the eighth
-PATIENCE = 4  # a busy machine may take so many times as long
+PATIENCE = 10  # a busy machine may take so many times as long
 STEPS = 30  # the laboratory trains so long with each rule
 MEMORY = 4 * 2**30  # bytes that an answer may take
 
