@@ -406,6 +406,7 @@ class Agent:
     policy: Policy
     tools: dict[str, toolbox.Tool]
     config: Config
+    prefill_tokens: int = 0  # prompt and result tokens that the last rollout read
 
     @shared
     def roll_out(self, questions: list[Question], config: Config, seed: int) -> tuple[list, list]:
@@ -414,8 +415,9 @@ class Agent:
         def work(fitted: Config):
             writer = open_writer(self.policy, fitted)
             groups = rollout(writer, questions, fitted, self.tools, seed)
-            pairs = zip(questions, groups, strict=True)
-            return groups, [[judge(self.policy, leaf, q, fitted) for leaf in x] for q, x in pairs]
+            self.prefill_tokens = writer.prefill_tokens
+            asked = zip(questions, groups, strict=True)
+            return groups, [[judge(self.policy, leaf, q, fitted) for leaf in g] for q, g in asked]
 
         return self.policy.limits.retry(config, work)
 

@@ -17,11 +17,8 @@ from tqdm import tqdm
 
 from app.config import PRESETS, Config
 from app.evaluation import evaluate, summary
-from app.page.page import Run, page
 from app.page.read import report
-from app.page.text_tree import draw_tree, print_tree
-from app.page.trees import tree
-from app.records import tree_record
+from app.page.show import grow_trees, print_trees, to_show, trees_page
 from app.run_folder import Terminated, resumed
 from app.screen import evaluation_tables, one_line, print_table, say
 from data.files import UserError, reason
@@ -142,20 +139,17 @@ def show_command(
     text: str | None,
     answer: str | None,
     example: str | None,
+    compare: str | None,
     html: str | None,
 ) -> None:
     """Roll out one question and draw its tree: entropy, tool results, decisions, rewards."""
-    question = question_to_show(config, text, answer, example)
+    question, configs = question_to_show(config, text, answer, example), to_show(config, compare)
     if html is not None:
         refuse_unwritable("--html", html)
-    agent = algorithm.load_agent(config)
-    (leaves,), (rewards,) = agent.roll_out([question], config, config.seed)
-    record = tree_record(agent.policy, question, leaves, rewards, config)
+    shown = grow_trees(algorithm.load_agent(config), question, configs)
     if html is not None:
-        settings = dataclasses.asdict(config)
-        run = Run("show", settings, trees=[tree(record, settings)])
-        write_text("--html", html, page("arpo_mini: a rollout", [run]))
-    print_tree(draw_tree(record))
+        write_text("--html", html, trees_page(shown))
+    print_trees(shown)
     say(f"answer: {one_line(', '.join(question.answers) or 'unknown; name it with --answer')}")
 
 
@@ -210,6 +204,8 @@ COMMANDS = {  # name: (function, its flags beside those of Config)
         "--question": {"help": "the question (default: a deep search of the mini-world)"},
         "--answer": {"help": "its right answer, where the question is your own"},
         "--example": {"choices": tuple(EXAMPLES), "help": "a question that is ready"},
+        "--compare": {"metavar": "RULE", "help":
+                      "a second tree of the same seed, under this rule or grpo (none, N = M)"},
         "--html": {"help": "write the tree to this file too, as a page for a browser"},
     }),
     "report": (report_command, {

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from advantage import Segment
+from advantage import Reward, Segment
 from app.config import Config
 from app.evaluation import evaluate, first_per_domain
 from app.records import questions_of_step
@@ -29,6 +29,7 @@ TEST_PER_DOMAIN, SAMPLES = 20, 4
 class Outcome:
     name: str
     groups: list[list[Segment]]  # the leaves of every question that was trained on
+    rewards: list[list[Reward]]  # and theirs
     accuracy: list[float]  # of each test question: the mean of its answers
 
 
@@ -38,13 +39,15 @@ def trained(name: str, config: Config, steps: int) -> Outcome:
     optimizer = torch.optim.AdamW(
         agent.policy.parameters, lr=config.learning_rate, weight_decay=0.0
     )
-    questions, groups = load_questions(config.dataset_path), []
+    questions, groups, rewards = load_questions(config.dataset_path), [], []
     for step in range(1, steps + 1):
         asked = questions_of_step(questions, step, config)
-        groups += train_step(agent.policy, optimizer, asked, config, agent.tools, step)[1]
+        _, leaves, judged = train_step(agent.policy, optimizer, asked, config, agent.tools, step)
+        groups += leaves
+        rewards += judged
     test = first_per_domain(load_questions(config.eval_path), TEST_PER_DOMAIN)
     records = evaluate(agent, test, config, SAMPLES)
-    return Outcome(name, groups, [sum(r["accuracy"]) / SAMPLES for r in records])
+    return Outcome(name, groups, rewards, [sum(r["accuracy"]) / SAMPLES for r in records])
 
 
 def experiment(my_rule: Callable, wish_rate: Callable, steps: int) -> list[Outcome]:

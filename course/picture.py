@@ -1,6 +1,7 @@
-"""Draws the tree of one question as an SVG: calls, results, H, gain, forks, rewards, advantages.
+"""Draws rollout trees as an SVG: calls, results, H, gain, forks, rewards, advantages.
 
     python -m course.picture [--output docs/tree.svg] [--question TEXT] [--seed N]
+    python -m course.picture --compare grpo --group_size 4 --output docs/grpo-and-arpo.svg
 
 The text is plain SVG, readable on a projector; its colours follow the reader's light or dark mode.
 """
@@ -16,12 +17,15 @@ from pathlib import Path
 
 import arpo_mini
 from app.config import Config
-from app.records import tree_record
+from app.page.show import Shown, grow_trees, to_show
+from data.files import UserError
 from data.formats import load_questions
 
 WIDTH, ROW, GAP = 250, 78, 34  # of a box and its row, and between columns, in SVG units
+HEAD = 40  # of a heading
 STYLE = """
 text { font: 13px system-ui, sans-serif; fill: #1c1c1c }
+.head { font-size: 18px; font-weight: 600 }
 .small { font-size: 12px; fill: #555 } .fork { fill: #b3261e; font-weight: 600 }
 .box { fill: #f6f6f6; stroke: #999 } .tool { fill: #e3eefc; stroke: #5b8def }
 .right { fill: #e2f4e5; stroke: #2e8b47 } .wrong { fill: #fbe6e4; stroke: #b3261e }
@@ -108,8 +112,29 @@ def wrapped(text: str, width: int = 34) -> list[tuple[str, str]]:
     return [("", line) for line in lines]
 
 
-def draw(root: Turn, title: str) -> str:
-    """The whole picture: each box at its column, in the middle of the rows of its leaves."""
+def draw(trees: dict[str, Turn], title: str) -> str:
+    """Trees one under the other, each below its heading; one without a heading has none."""
+    parts: list[str] = []
+    columns, y = 0, 16.0
+    for heading, root in trees.items():
+        if heading:
+            y += HEAD / 2 * bool(parts)
+            parts.append(f'<text class="head" x="16" y="{y + 20:.0f}">{escape(heading)}</text>')
+            y += HEAD
+        boxes, wide, rows = draw_tree(root, y)
+        parts += boxes
+        columns, y = max(columns, wide), y + rows * ROW
+    width, height = 32 + columns * (WIDTH + GAP) - GAP, round(y) + 16
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">'
+    page = f'<rect class="page" width="{width}" height="{height}"/>'
+    return (
+        f"{head}<title>{escape(title)}</title><style>{STYLE}</style>{page}{''.join(parts)}</svg>\n"
+    )
+
+
+def draw_tree(root: Turn, upper: float) -> tuple[list[str], int, int]:
+    """The boxes of a tree below `upper`, each at its column, in the middle of the rows of its
+    leaves; how many columns and rows that takes."""
     parts: list[str] = []
     columns = 0
 
@@ -122,7 +147,7 @@ def draw(root: Turn, title: str) -> str:
             middle, row = place(after, column + 1, row)
             middles.append((middle, after.forked))
         row = max(row, top + 1)
-        y = sum(m for m, _ in middles) / len(middles) if middles else 16 + (top + 0.5) * ROW
+        y = sum(m for m, _ in middles) / len(middles) if middles else upper + (top + 0.5) * ROW
         for middle, forked in middles:
             a, b, style = x + WIDTH, x + WIDTH + GAP, "edge new" if forked else "edge"
             curve = f"M{a} {y:.0f}C{b} {y:.0f} {a} {middle:.0f} {b} {middle:.0f}"
@@ -136,12 +161,21 @@ def draw(root: Turn, title: str) -> str:
         return y, row
 
     _, rows = place(root, 0, 0)
-    width, height = 32 + columns * (WIDTH + GAP) - GAP, 32 + rows * ROW
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">'
-    page = f'<rect class="page" width="{width}" height="{height}"/>'
-    return (
-        f"{head}<title>{escape(title)}</title><style>{STYLE}</style>{page}{''.join(parts)}</svg>\n"
-    )
+    return parts, columns, rows
+
+
+def picture(shown: list[Shown]) -> str:
+    """The SVG of one tree, or of several, each with what it took above it."""
+    several = len(shown) > 1
+    trees = {
+        f"{NAMES.get(each.name, each.name)}: {each.costs}" if several else "": turns_of(each.record)
+        for each in shown
+    }
+    names = " and ".join(NAMES.get(each.name, each.name) for each in shown)
+    return draw(trees, f"A rollout of {names}")
+
+
+NAMES = {"paper": "ARPO", "grpo": "GRPO"}
 
 
 def main(args: list[str]) -> int:
@@ -150,16 +184,21 @@ def main(args: list[str]) -> int:
     asked = "How many years after the home of Della Ebner was founded was Della Ebner born?"
     parser.add_argument("--question", default=asked, help="one of the test questions")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--group_size", type=int, default=8, help="trajectories of a tree")
+    parser.add_argument("--compare", metavar="RULE", help="a second tree; the choices: show --help")
     wanted = parser.parse_args(args)
-    config = Config(seed=wanted.seed)
+    try:
+        config = Config(seed=wanted.seed, group_size=wanted.group_size)
+        configs = to_show(config, wanted.compare)
+    except UserError as error:
+        parser.error(str(error))
     questions = load_questions(config.eval_path)
     question = next((q for q in questions if q.text == wanted.question), None)
     if question is None:
         parser.error(f"--question {wanted.question}: it is none of {config.eval_path}")
     agent = arpo_mini.load_agent(config)
-    (leaves,), (rewards,) = agent.roll_out([question], config, config.seed)
-    record = tree_record(agent.policy, question, leaves, rewards, config)
-    Path(wanted.output).write_text(draw(turns_of(record), "A rollout of ARPO"), encoding="utf-8")
+    shown = grow_trees(agent, question, dict(reversed(configs.items())))  # GRPO first
+    Path(wanted.output).write_text(picture(shown), encoding="utf-8")
     return 0
 
 

@@ -55,7 +55,7 @@ def small_tree(question="2 + 2?", leaves=2, answer="4", result="<result>\n4\n</r
 class Agent:
     """Answers right or wrong by chance, the same for the same seed."""
 
-    policy = LETTERS
+    policy, prefill_tokens = LETTERS, 1234
 
     def __init__(self, config=None):
         self.asked = []

@@ -22,6 +22,7 @@ import app.cli
 from advantage import Reward
 from app.cli import EXAMPLES, parse_command, question_to_show
 from app.config import PRESETS, Config, UserError
+from app.page.show import IN_WORDS, to_show
 from app.page.text_tree import draw_tree, print_tree
 from app.records import tree_record
 from app.screen import console, plain, print_log_head, print_log_line
@@ -61,6 +62,8 @@ def few(tmp_path_factory):
         ("eval --samples 2 --pass_k 3", ["--pass_k 3", "--samples 2"]),
         ("eval --group_size", ["--group_size", "expected one argument"]),
         ("show --example nobel", ["--example", "nobel", "deep_search", "divisible"]),
+        ("show --compare gpro", ["--compare gpro", "grpo", "official", "random", "none"]),
+        ("show --compare paper", ["--compare paper", "choose one of grpo"]),
         ("show --example divisible --question q", ["--example divisible", "one of"]),
         ("report", ["folders"]),
         ("report no/such/run", ["no/such/run", "no such folder"]),
@@ -207,7 +210,26 @@ def test_show_draws_the_tree(capsys):
     out = capsys.readouterr().out
     for words in ("What is 2 plus 2?", "H_initial", "gain", "P 0.5", "fork", "leaf 7", "advantage"):
         assert words in out
-    assert out.endswith("answer: 4\n")
+    assert out.endswith("8 answers right\nanswer: 4\n")
+
+
+def test_show_draws_two_trees_one_under_the_other(tmp_path, capsys):
+    path = tmp_path / "both.html"
+    assert main("show", "--example", "divisible", "--compare", "grpo", "--html", path) == 0
+    *trees, costs, more, _ = capsys.readouterr().out.splitlines()
+    heads = [line for line in trees if line.startswith("----")]
+    paper = "---- paper: forks where P = 0.5 + 0.2 gain > 0.5 ----"
+    assert heads == [paper, "---- grpo: never forks ----"]
+    assert "\n".join(trees).count("leaf 7: ") == 2
+    for name, line in (("paper", costs), ("grpo ", more)):
+        words = r"  1 tool calls, \d+ tokens generated, 1,234 prefilled; \d of 8 answers right"
+        assert re.fullmatch(name + words, line)
+        assert line.split(None, 1)[1] in path.read_text()
+    both = to_show(Config(entropy_tokens=3), "grpo")
+    assert both["paper"] == Config(entropy_tokens=3)
+    assert both["grpo"] == Config(entropy_tokens=3, branch_rule="none", initial_rollouts=8)
+    assert to_show(Config(), "random")["random"] == Config(branch_rule="random")
+    assert list(to_show(Config(), None)) == ["paper"] and IN_WORDS.keys() == RULES.keys()
 
 
 def test_the_question_to_show(few):

@@ -9,9 +9,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
+from app.page.show import Shown
 from course import grade
+from course.picture import picture
 
 ROOT = Path(__file__).resolve().parent.parent
 SOLUTIONS, STUBS = ROOT / "course/solutions", ROOT / "course/exercises"
@@ -189,3 +193,29 @@ def test_the_command(tmp_path):
     assert (code, out) == (2, "") and err.count("\n") == 1 and "'9'" in err and "'8', 'all'" in err
     line = "error: argument --folder: nowhere is not a folder\n"
     assert run("1", "--folder", "nowhere") == (2, "", line)
+
+
+@pytest.mark.slow
+def test_the_lecture_runs_and_its_outputs_are_stored():
+    """Its own asserts compare what is computed by hand with what the project computes."""
+    lecture = nbformat.read(ROOT / "course/lecture.ipynb", as_version=4)
+    for again in (False, True):
+        if again:
+            where = {"metadata": {"path": ROOT / "course"}}
+            NotebookClient(lecture, timeout=900, kernel_name="python3", resources=where).execute()
+        cells = [cell for cell in lecture.cells if cell.cell_type == "code"]
+        assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+        outputs = [output for cell in cells for output in cell.outputs]
+        assert {out.get("name", "stdout") for out in outputs} == {"stdout"}  # no warnings
+        kinds = Counter(kind for out in outputs for kind in out.get("data", {}))
+        assert kinds["image/png"] >= 7 and kinds["image/svg+xml"] == 2
+
+
+def test_a_picture_has_a_box_for_every_turn():
+    lines = (ROOT / "tests/run/rollouts.jsonl").read_text().splitlines()
+    first, second = map(json.loads, lines[:2])
+    both = [Shown("grpo", None, first, "9 tool calls"), Shown("paper", None, second, "5")]
+    boxes, texts = (re.findall(f"<{x}[^>]*>", picture(both)) for x in ("rect", "text"))
+    turns = [node for tree in (first, second) for node in tree["nodes"] if node["author"] != "tool"]
+    assert len(boxes) == 1 + len(turns) < len(texts)
+    assert ">GRPO: 9 tool calls<" in picture(both) and "GRPO" not in picture(both[1:])

@@ -1,8 +1,8 @@
 """Exercise 8: a laboratory            20 minutes of work and 5 of computing
 
-A branch rule of your own, tried against forking at random. The control is what makes it an
-experiment: if random forks do as well, the place of a fork made no difference. It must fork as
-often as your rule, or it is another experiment.
+Write a branch rule of your own and try it against forking at random. The random rule is the
+control: if it does as well, then the place of a fork made no difference. It has to fork as often as
+your rule does; otherwise two things would differ, the place and the number of forks.
 
     python -m course.exercises.ex8_laboratory    trains with three rules and prints the table
     python -m course.grade 8                     the same after the other checks

@@ -1,0 +1,87 @@
+"""The trees of one question under one branch rule or two: in a terminal, or as a page."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from app.config import Config
+from app.page.page import Run, page
+from app.page.text_tree import draw_tree, print_tree
+from app.page.trees import tree
+from app.records import tree_counts, tree_record
+from app.screen import say
+from data.files import UserError
+from data.formats import Question
+from entropy import RULES
+
+
+class Shown(NamedTuple):
+    name: str  # of the rule
+    config: Config
+    record: dict  # the tree
+    costs: str  # what it took
+
+
+def to_show(config: Config, compare: str | None) -> dict[str, Config]:
+    """The settings by the name of their rule: those given, and the same with another rule.
+
+    "grpo" begins every trajectory at the question.
+    """
+    if compare is None:
+        return {config.branch_rule: config}
+    others = ["grpo", *(rule for rule in RULES if rule != config.branch_rule)]
+    if compare not in others:
+        raise UserError(f"--compare {compare}: choose one of {', '.join(others)}")
+    grpo = {"branch_rule": "none", "initial_rollouts": config.group_size}
+    changed = grpo if compare == "grpo" else {"branch_rule": compare}
+    return {config.branch_rule: config, compare: dataclasses.replace(config, **changed)}
+
+
+def grow_trees(agent, question: Question, configs: dict[str, Config]) -> list[Shown]:
+    """A tree for each of the settings, from the same seed."""
+    shown = []
+    for name, config in configs.items():
+        (leaves,), (rewards,) = agent.roll_out([question], config, config.seed)
+        record = tree_record(agent.policy, question, leaves, rewards, config)
+        took, right = tree_counts(leaves), sum(reward.accuracy == 1 for reward in rewards)
+        costs = (
+            f"{took['tool_calls']} tool calls, {took['generated_tokens']:,} tokens generated, "
+            f"{agent.prefill_tokens:,} prefilled; {right} of {len(leaves)} answers right"
+        )
+        shown.append(Shown(name, config, record, costs))
+    return shown
+
+
+def trees_page(shown: list[Shown]) -> str:
+    """One HTML page; where there are two trees, its first control picks one."""
+    runs = []
+    for name, config, record, costs in shown:
+        settings = dataclasses.asdict(config)
+        runs.append(Run(name, settings, trees=[tree(record, settings)], notes=[f"{name}: {costs}"]))
+    return page(f"arpo_mini: a rollout, {' and '.join(each.name for each in shown)}", runs)
+
+
+IN_WORDS = {
+    "paper": "forks where P = {branch_probability} + {entropy_weight} gain > {entropy_threshold}",
+    "official": "forks with chance P = {branch_probability} + {entropy_weight} gain",
+    "adaptive": "forks where H > mean + {entropy_sigma} std of the H before; that is the gain",
+    "threshold": "forks where H > {entropy_threshold}",
+    "step": "forks where its score ({branch_score}) is above that of most results before",
+    "random": "forks with chance {branch_probability}, whatever H is",
+    "none": "never forks",
+}
+
+
+def print_trees(shown: list[Shown]) -> None:
+    """One under the other; then what each of them took."""
+    for name, config, record, _ in shown:
+        settings = dataclasses.asdict(config)
+        say(f"---- {name}: {IN_WORDS[config.branch_rule].format(**settings)} ----")
+        if config.branch_rule not in ("adaptive", "none"):
+            say("H: entropy after a result, from 0 (sure) to 1; gain = H - H_initial, at the start")
+            say("3 of 4 forks: the rule wants 4; 3 of the trajectories had not begun yet")
+        print_tree(draw_tree(record))
+    width = max(len(each.name) for each in shown)
+    for each in shown:
+        say(f"{each.name:{width}}  {each.costs}")
