@@ -18,11 +18,11 @@ from tqdm import tqdm
 from app.config import PRESETS, Config
 from app.evaluation import evaluate, summary
 from app.page.read import report
-from app.page.show import grow_trees, print_trees, to_show, trees_page
+from app.page.show import EXAMPLES, grow_trees, print_trees, question_to_show, to_show, trees_page
 from app.run_folder import Terminated, resumed
 from app.screen import evaluation_tables, one_line, print_table, say
 from data.files import UserError, reason
-from data.formats import Question, load_questions
+from data.formats import load_questions
 
 
 class Algorithm(NamedTuple):
@@ -151,33 +151,6 @@ def show_command(
         write_text("--html", html, trees_page(shown))
     print_trees(shown)
     say(f"answer: {one_line(', '.join(question.answers) or 'unknown; name it with --answer')}")
-
-
-EXAMPLES = {
-    "deep_search": Question(  # four searches and the calculator
-        "How many workers do the workshop of Orla Ulver and the workshop of Hilde Nyberg employ "
-        "together?", ["63"], "deep_search",
-    ),
-    "divisible": Question(
-        "What is the smallest positive whole number n for which 2^n + 3^n is divisible by 7?",
-        ["3"], "math",
-    ),
-}  # fmt: skip
-
-
-def question_to_show(
-    config: Config, text: str | None, answer: str | None, example: str | None
-) -> Question:
-    """One's own question, an example, or the deep search among the questions of eval_path."""
-    if example is not None and text is not None:
-        raise UserError(f"--example {example} --question {text}: name one of the two")
-    if example is not None:
-        return EXAMPLES[example]
-    known = load_questions(config.eval_path)
-    if text is not None:
-        own = Question(text, [answer] if answer else [])
-        return next((q for q in known if q.text == text), own)
-    return min(known, key=lambda q: (q != EXAMPLES["deep_search"], q.domain != "deep_search"))
 
 
 def report_command(algorithm: Algorithm, folders: list[str], html: str | None) -> None:

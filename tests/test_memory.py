@@ -175,7 +175,7 @@ def test_a_step_out_of_memory_is_repeated_in_halves(restored, monkeypatch, caplo
     """Twice, also between optimizer steps; then as if it had computed so much from the start."""
     config = replace(TINY, group_size=4, initial_rollouts=4, updates_per_rollout=3)
     place, name = PLACES[what]
-    later = failing(getattr(place, name), 4, 12)
+    later = failing(getattr(place, name), 4, 10)
     retried = one_step(restored, config, lambda: monkeypatch.setattr(place, name, later))
     monkeypatch.undo()
     least, (other,) = getattr(restored.limits, what), set(PLACES) - {what}

@@ -12,7 +12,7 @@ from app.page.trees import tree
 from app.records import tree_counts, tree_record
 from app.screen import say
 from data.files import UserError
-from data.formats import Question
+from data.formats import Question, load_questions
 from entropy import RULES
 
 
@@ -85,3 +85,30 @@ def print_trees(shown: list[Shown]) -> None:
     width = max(len(each.name) for each in shown)
     for each in shown:
         say(f"{each.name:{width}}  {each.costs}")
+
+
+EXAMPLES = {
+    "deep_search": Question(  # four searches and the calculator
+        "How many workers do the workshop of Orla Ulver and the workshop of Hilde Nyberg employ "
+        "together?", ["63"], "deep_search",
+    ),
+    "divisible": Question(
+        "What is the smallest positive whole number n for which 2^n + 3^n is divisible by 7?",
+        ["3"], "math",
+    ),
+}  # fmt: skip
+
+
+def question_to_show(
+    config: Config, text: str | None, answer: str | None, example: str | None
+) -> Question:
+    """One's own question, an example, or the deep search among the questions of eval_path."""
+    if example is not None and text is not None:
+        raise UserError(f"--example {example} --question {text}: name one of the two")
+    if example is not None:
+        return EXAMPLES[example]
+    known = load_questions(config.eval_path)
+    if text is not None:
+        own = Question(text, [answer] if answer else [])
+        return next((q for q in known if q.text == text), own)
+    return min(known, key=lambda q: (q != EXAMPLES["deep_search"], q.domain != "deep_search"))
