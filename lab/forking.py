@@ -120,10 +120,9 @@ class Forced(NamedTuple):
 def read_forced(row: dict) -> Forced:
     text, result = asked(row), row.get("result")
     call = row.get("call") or SEARCH.format(text)
-    if not all(isinstance(each, str) for each in (text, call, result or "")):
-        raise ValueError("question, call and result are texts")
-    if policy_stop(call) != "tool":
-        raise ValueError(f"{call[:60]!r} is no call")
+    texts = all(isinstance(each, str) for each in (text, call, result or ""))
+    if not texts or policy_stop(call) != "tool":
+        raise ValueError("question and result are texts, a call is one that ends in </its tool>")
     return Forced(text, domain_of(row) or "all", call, result)
 
 
