@@ -8,6 +8,7 @@ result, and what ARPO has to unlearn.
 from dataclasses import astuple, dataclass
 from random import Random
 
+from data import decisive_world, make_world
 from data.formats import Demonstration
 from data.make_world import DOMAINS, Maker, Problem, Step, make
 from tools import ToolCall, result_text, run_calls
@@ -21,9 +22,15 @@ class Hesitation:
     misread: float = 0.0  # reads another value where the right one would be the answer
     stop: float = 0.0  # takes what it just found for the answer
     guess: float = 0.0  # guesses what it just found where the next step is the calculator
+    rivals_only: bool = False  # only where the result holds two candidates
 
 
 UNSURE = Hesitation(again=0.06, misread=0.48, stop=0.1, guess=0.8)
+# The worlds, and how their demonstrator hesitates.
+WORLDS = {
+    "country": (make_world, UNSURE),
+    "decisive": (decisive_world, Hesitation(again=0.05, misread=0.4, stop=0.45, rivals_only=True)),
+}
 # The share of turns in which it goes the right way whatever the chances. They are what is learnt
 # (see `Turn`), so this only decides how often the long ways are seen to their end.
 RIGHT_WAY = 0.75
@@ -48,47 +55,54 @@ class Demonstrator:
 
     def solve(self, problem: Problem, unsure: Hesitation) -> list[Turn]:
         turns: list[Turn] = []
-        done: int | None = 0  # steps made so far; None: answered
-        while done is not None:
-            options = self.options(problem, done, unsure)
-            chances = {text: chance for text, (chance, _) in options.items()}
+        last: Step | None = None
+        rest: tuple[Step, ...] | None = problem.steps  # still to make; None: answered
+        while rest is not None:
+            options = self.options(last, rest, unsure)
+            chances = {text: chance for text, (chance, *_) in options.items()}
             if self.rng.random() < self.right_way:
-                (text,) = self.options(problem, done, Hesitation())
+                (text,) = self.options(last, rest, Hesitation())
             else:
                 (text,) = self.rng.choices([*chances], chances.values())
             turns.append(Turn("policy", text, chances))
-            done = options[text][1]
-            if done is not None:
-                turns.append(Turn("tool", self.call(problem.steps[done - 1]), {}))
+            _, last, rest = options[text]
+            if rest is not None:
+                turns.append(Turn("tool", self.call(last), {}))
         return turns
 
     def options(
-        self, problem: Problem, done: int, unsure: Hesitation
-    ) -> dict[str, tuple[float, int | None]]:
-        """What may be written after `done` steps: text -> its chance, and the steps then made."""
-        after = problem.steps[done] if done < len(problem.steps) else None
-        if done == 0:
-            return {act(plan(after), after): (1.0, 1)}
-        last = problem.steps[done - 1]
-        options: dict = {act("I look again.", last): (unsure.again, done)}
+        self, last: Step | None, rest: tuple[Step, ...], unsure: Hesitation
+    ) -> dict[str, tuple[float, Step | None, tuple[Step, ...] | None]]:
+        """What may be written after the step `last`: text -> chance, its step, what is left."""
+        if last is None:
+            return {act(plan(rest[0]), rest[0]): (1.0, rest[0], rest[1:])}
+        if unsure.rivals_only and not last.rival:
+            unsure = Hesitation()
+        options: dict = {act("I look again.", last): (unsure.again, last, rest)}
 
-        def add(text: str, chance: float, then: int | None = None) -> None:
-            options[text] = (options.get(text, (0.0, then))[0] + chance, then)
+        def add(text: str, chance: float, step: Step | None = None, then=None) -> None:
+            options[text] = (options.get(text, (0.0,))[0] + chance, step, then)
 
-        for found, chance in self.readings(last, 0.0 if after else unsure.misread).items():
+        misread = unsure.misread if last.rival or not rest else 0.0
+        for found, chance in self.readings(last, misread).items():
+            then = rest if found == last.found or not last.rival else last.otherwise
+            after = then[0] if then else None
             thought, left = f"Found {found}. ", chance * (1 - unsure.again)
             stop = unsure.stop if after else 1.0
             guess = unsure.guess if after and after.tool == "calculator" else 0.0
             add(answer(f"{thought}That is the answer.", found), left * stop)
             add(answer(f"{thought}I guess {found}.", found), left * (1 - stop) * guess)
             if after:
-                add(act(thought + plan(after), after), left * (1 - stop) * (1 - guess), done + 1)
+                chance = left * (1 - stop) * (1 - guess)
+                add(act(thought + plan(after), after), chance, after, then[1:])
         return {text: option for text, option in options.items() if option[0] > 0}
 
     def readings(self, step: Step, misread: float) -> dict[str, float]:
         """What may be read in the step's result: the right value, or another one that is there."""
         if step.tool == "calculator":
             return {step.found: 1.0}
+        if step.rival:
+            return {step.found: 1 - misread, step.rival: misread}
         facts = self.by_title[step.argument].facts.values()
         others = {v for v in facts if v != step.found}
         wrong = {v for v in others if v.isdigit() == step.found.isdigit()} or others

@@ -65,6 +65,9 @@ class Step:
     tool: str
     argument: str
     found: str
+    # of data/decisive_world.py: what may be read there by mistake, and the steps that then follow
+    rival: str = ""
+    otherwise: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -467,13 +470,15 @@ def compute(expression: str, value: int) -> Step:
     return Step(f"compute {expression}", "calculator", expression, str(value))
 
 
-def make(seed: int = 0) -> tuple[dict[str, Entity], list[Problem], list[Problem]]:
+def make(
+    seed: int = 0, build: Callable = build_world, maker: type = Maker, domains: tuple = DOMAINS
+) -> tuple[dict[str, Entity], list[Problem], list[Problem]]:
     """The world, its train problems and its test problems."""
-    world = build_world(Random(seed))
-    test_maker = Maker(world, Random(seed + 1))
-    test = [p for domain in DOMAINS for p in test_maker.draw_distinct(domain, TEST_PER_DOMAIN)]
-    train_maker = Maker(world, Random(seed + 2), taken={p.key for p in test})
-    train = [p for domain in DOMAINS for p in train_maker.draw_distinct(domain, TRAIN_PER_DOMAIN)]
+    world = build(Random(seed))
+    test_maker = maker(world, Random(seed + 1))
+    test = [p for domain in domains for p in test_maker.draw_distinct(domain, TEST_PER_DOMAIN)]
+    train_maker = maker(world, Random(seed + 2), taken={p.key for p in test})
+    train = [p for domain in domains for p in train_maker.draw_distinct(domain, TRAIN_PER_DOMAIN)]
     Random(seed + 3).shuffle(train)
     return world, train, test
 
@@ -482,10 +487,10 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8", newline="\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(make: Callable = make, folder: Path = Path(__file__).parent, text: str = __doc__) -> None:
+    parser = argparse.ArgumentParser(description=text.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--folder", type=Path, default=folder)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     world, train, test = make(args.seed)

@@ -1,25 +1,32 @@
 """Make the tiny Qwen3 from nothing: tokenizer, model, supervised cold start on demonstrations.
 
     python -m lab.coldstart [--output_dir data/tiny-qwen3]
+    python -m lab.coldstart --world decisive   (that model, trained further on the second world)
     python -m lab.coldstart --model_name M     (an adapter for a model there is: lab/sft.py)
 
 What it imitates, and why it hesitates after tool results: data/demonstrator.py.
 """
 
-import argparse
+from __future__ import annotations
+
 import math
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from data.demonstrator import UNSURE, Demonstrator, Hesitation, Turn
-from data.make_world import DOMAINS, Entity, Maker, capital, make
+from app.config import option
+from arpo_mini import SEARCH_CHARS
+from data.demonstrator import UNSURE, WORLDS, Demonstrator, Hesitation, Turn
+from data.files import UserError, reason
+from data.make_world import DOMAINS, Entity, Maker, capital
+from lab.command import exit_code, parse
 from tools import default_tools
 
 DATA = Path(__file__).parent.parent / "data"
@@ -125,12 +132,12 @@ def encode(tokenizer, question: str, turns: list[Turn]) -> tuple[list[int], list
 BATCH, POOL = 32, 16  # demonstrations a step; steps whose demonstrations are sorted together
 
 
-def batches(demonstrator, maker, tokenizer, unsure: Hesitation):
+def batches(demonstrator, maker, tokenizer, unsure: Hesitation, domains: tuple = DOMAINS):
     """Endless batches (input_ids, expected), of similar lengths so that little is padding."""
     while True:
         rows = []
         for _ in range(POOL * BATCH):
-            problem = maker.draw(maker.rng.choice((*DOMAINS, "deep_search")))
+            problem = maker.draw(maker.rng.choice((*domains, domains[-1])))
             rows.append(encode(tokenizer, problem.text, demonstrator.solve(problem, unsure)))
         rows.sort(key=lambda row: len(row[0]))
         groups = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
@@ -189,32 +196,51 @@ def train(model, data, steps: int) -> None:
         bar.set_postfix(KL=f"{average:.4f}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", type=Path, default=DATA / "tiny-qwen3")
-    parser.add_argument("--steps", type=int, default=2200)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+@dataclass(frozen=True)
+class Flags:
+    world: str = option("country", "whose questions it learns to answer", choices=tuple(WORLDS))
+    output_dir: str | None = option(None, "none: tiny-qwen3 beside the questions of the world")
+    steps: int | None = option(None, "of the training; none: 2200, of world decisive 700", low=1)
+    seed: int = option(0, "of everything that is drawn", low=0)
 
-    world, _, test = make()
-    tools = default_tools(DATA / "documents.jsonl", top_k=1, max_chars=200)
+
+def cold_start(args: list[str]) -> None:
+    own, _ = parse("lab.coldstart", __doc__, args, Flags, names=())
+    first, (source, unsure) = own.world == "country", WORLDS[own.world]
+    folder = DATA if first else DATA / own.world
+    output = Path(own.output_dir or folder / "tiny-qwen3")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {output}: {reason(error)}") from None
+    world, _, test = source.make()
+    tools = default_tools(folder / "documents.jsonl", 1, SEARCH_CHARS)
     taken = {problem.key for problem in test}
 
-    torch.manual_seed(args.seed)
-    tokenizer = build_tokenizer(corpus(world, tools, taken, args.seed))
-    model = build_model(tokenizer)
+    torch.manual_seed(own.seed)
+    if first:
+        tokenizer = build_tokenizer(corpus(world, tools, taken, own.seed))
+        model = build_model(tokenizer)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(DATA / "tiny-qwen3")
+        model = Qwen3ForCausalLM.from_pretrained(DATA / "tiny-qwen3", dtype=torch.float32)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
-    maker = Maker(world, Random(args.seed + 1), taken)
-    demonstrator = Demonstrator(world, tools, Random(args.seed + 1))
-    train(model, batches(demonstrator, maker, tokenizer, UNSURE), args.steps)
+    maker = source.Maker(world, Random(own.seed + 1), taken)
+    demonstrator = Demonstrator(world, tools, Random(own.seed + 1))
+    data = batches(demonstrator, maker, tokenizer, unsure, source.DOMAINS)
+    train(model, data, own.steps or (2200 if first else 700))
     model.generation_config.update(do_sample=True, eos_token_id=tokenizer.eos_token_id)
-    model.to(torch.bfloat16).save_pretrained(args.output_dir)
-    tokenizer.save_pretrained(args.output_dir)
+    model.to(torch.bfloat16).save_pretrained(output)
+    tokenizer.save_pretrained(output)
+
+
+def main(args: list[str]) -> int:
+    if {"--model_name", "--data"} & {arg.partition("=")[0] for arg in args}:
+        from lab import sft
+
+        return sft.main(args)
+    return exit_code(lambda: cold_start(args))
 
 
 if __name__ == "__main__":
-    if {"--model_name", "--data"} & {arg.partition("=")[0] for arg in sys.argv[1:]}:
-        from lab import sft
-
-        sys.exit(sft.main(sys.argv[1:]))
-    main()
+    sys.exit(main(sys.argv[1:]))

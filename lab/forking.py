@@ -1,6 +1,7 @@
 """Where is the policy unsure, and does its entropy tell where forking pays?
 
     python -m lab.compare entropy [--adapter DIR] [--questions N] [--continuations K] [--name NAME]
+    python -m lab.compare entropy --forced FILE --model_name M
 
 1. Entropy of every token by its distance to the last tool result, or to the question (the paper's
    Figure 1).
@@ -8,6 +9,10 @@
    The spread of a node is the variance of their rewards: what a group of forks there would be
    compared on, and 0 where it teaches nothing. Do H or the gain (H - H_initial), as the branch rule
    reads them off the first trajectory alone, predict the spread? (Bootstrap over questions.)
+
+With --forced, for a policy that does not know the format yet, the call is not its own: a row of
+FILE has a question and, if you like, a call and a result; else the question's own text is searched.
+H of K beginnings at the start, of K after the result, and the gain between them.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import transformers
@@ -28,12 +34,13 @@ from advantage import Segment, shared_by
 from app.config import Config, option
 from app.evaluation import first_per_domain
 from app.screen import print_table, say
-from arpo_mini import Agent, Budget, grow, judge, load_agent, open_writer
-from data.files import UserError, reason
-from data.formats import Question, load_questions
+from arpo_mini import Agent, Budget, grow, judge, load_agent, open_writer, probe
+from data.files import UserError, read_rows, reason
+from data.formats import Question, asked, domain_of, load_questions
 from lab.command import parse
-from lab.intervals import Estimate, bootstrap, spearman
+from lab.intervals import Estimate, bootstrap, spearman, t_interval
 from lab.verdict import drawing
+from tools import ToolResult, policy_stop, read_call, run_calls
 
 ROOT = Path(__file__).resolve().parent.parent
 AT_ONCE = 16  # questions rolled out side by side
@@ -76,8 +83,8 @@ def measure(agent: Agent, questions: list[Question], k: int, config: Config) -> 
     figure_1 = {place: np.zeros((len(questions), FAR, 2)) for place in ("start", "result")}
     for at in tqdm(range(0, len(questions), AT_ONCE), unit_scale=AT_ONCE, disable=None):
         seed = config.seed + 1000 * at
-        asked = questions[at : at + AT_ONCE]
-        roots = [Segment("prompt", agent.policy.prompt(question.text)) for question in asked]
+        some = questions[at : at + AT_ONCE]
+        roots = [Segment("prompt", agent.policy.prompt(question.text)) for question in some]
         groups = continue_from(agent, roots, k, config, seed)
         results = {  # node -> what the branch rule would see there: the first trajectory's own
             draft.parent: (i, draft.entropy, leaves[0].path()[1].entropy)
@@ -95,6 +102,71 @@ def measure(agent: Agent, questions: list[Question], k: int, config: Config) -> 
                 values = np.array(segment.token_entropy[:FAR]) / math.log(agent.policy.vocab_size)
                 figure_1[place][i, : len(values)] += np.stack([values, values * 0 + 1], axis=1)
     return nodes, figure_1
+
+
+# ---- calls that are given -----------------------------------------------------------------
+
+SEARCH = "<think>I need to look this up.</think><search>{}</search>"
+FORCED = '{"question": ".."}, if you like with "call": "<search>..</search>" and "result": ".."'
+
+
+class Forced(NamedTuple):
+    text: str
+    domain: str
+    call: str
+    result: str | None  # none: what the tool returns
+
+
+def read_forced(row: dict) -> Forced:
+    text, result = asked(row), row.get("result")
+    call = row.get("call") or SEARCH.format(text)
+    texts = all(isinstance(each, str) for each in (text, call, result or ""))
+    if not texts or policy_stop(call) != "tool":
+        raise ValueError("question and result are texts, a call is one that ends in </its tool>")
+    return Forced(text, domain_of(row) or "all", call, result)
+
+
+def given_nodes(agent: Agent, one: Forced, config: Config) -> tuple[Segment, Segment]:
+    """The prompt, and the result of the given call."""
+    policy = agent.policy
+    root = Segment("prompt", policy.prompt(one.text))
+    call = Segment("policy", policy.encode(one.call), root, stop="tool")
+    (answer,) = run_calls([read_call(one.call, agent.tools)], agent.tools, config.tool_time_limit)
+    answer = answer if one.result is None else ToolResult(one.result, ok=True)
+    result = Segment("tool", policy.encode_result(answer, config.max_result_tokens), call)
+    n = result.depth() + config.entropy_tokens
+    if n > min(config.max_total_tokens, policy.context):
+        words = f"the result of {one.text[:40]!r} and --entropy_tokens need {n}"
+        raise UserError(f"--max_total_tokens {config.max_total_tokens}: {words}")
+    return root, result
+
+
+def measure_forced(agent: Agent, questions: list[Forced], k: int, config: Config) -> list[list]:
+    """[question, H at the start, H after the result] of each, means of k."""
+
+    def work(fitted: Config) -> list[Segment]:
+        transformers.set_seed(config.seed)
+        return probe(open_writer(agent.policy, fitted), nodes, fitted)
+
+    H = []
+    for at in tqdm(range(0, len(questions), AT_ONCE), unit_scale=AT_ONCE, disable=None):
+        pairs = [given_nodes(agent, one, config) for one in questions[at : at + AT_ONCE]]
+        nodes = [node for pair in pairs for node in pair for _ in range(k)]
+        H += [draft.entropy for draft in agent.policy.limits.retry(config, work)]
+    means = np.array(H).reshape(len(questions), 2, k).mean(axis=2)
+    return [[i, *pair] for i, pair in enumerate(means.tolist())]
+
+
+def forced_answers(nodes: list[list[float]]) -> dict[str, Estimate | None]:
+    """Means over the questions with Student's t; the share by bootstrap."""
+    _, start, after = np.array(nodes).T
+    gain = after - start
+    return {
+        "H at the start": t_interval(start),
+        "H after the result": t_interval(after),
+        "gain: after - start": t_interval(gain),
+        "share of gains > 0": bootstrap(lambda g: (g > 0).mean(), list(gain[:, None])),
+    }
 
 
 # ---- what it says -------------------------------------------------------------------------
@@ -150,6 +222,7 @@ TAKEN = (  # the settings of `train` that matter here
 class Flags:
     questions: int = option(120, "how many of each domain", 1)
     continuations: int = option(8, "K: trajectories from every question and tool result", 2)
+    forced: str | None = option(None, "file of questions whose first call is given, not its own")
     name: str | None = option(None, "of the files; none: cold-start, or the adapter's run")
     output_dir: str = option(str(ROOT / "lab/results/entropy"), "folder of the results")
 
@@ -158,28 +231,38 @@ def study(args: list[str]) -> None:
     own, values = parse("lab.compare entropy", __doc__, args, Flags, TAKEN)
     k, name, folder = own.continuations, own.name, Path(own.output_dir)
     config = Config(**values, branch_rule="none")
-    questions = first_per_domain(load_questions(config.eval_path), own.questions)
-    agent = load_agent(config)
+    if own.forced:
+        rows = [row for _, row in read_rows(own.forced, read_forced, FORCED)]
+    else:
+        rows = load_questions(config.eval_path)
+    if not rows:
+        raise UserError(f"--forced {own.forced} holds no questions; legal: {FORCED}")
+    questions, agent = first_per_domain(rows, own.questions), load_agent(config)
     if name is None:
         name = Path(config.adapter).resolve().parent.name if config.adapter else "cold-start"
+        name += "-forced" * bool(own.forced)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output_dir {folder}: {reason(error)}") from None
-    nodes, figure_1 = measure(agent, questions, k, config)
-    result = {
-        "settings": {"questions": len(questions), "continuations": k, "seed": config.seed},
-        "answers": answers(nodes),
-        "figure_1": {place: by_distance(sums) for place, sums in figure_1.items()},
-        "columns": COLUMNS,
-        "nodes": [[round(value, 5) for value in row] for row in nodes],
-    }
+    settings = {"questions": len(questions), "continuations": k, "seed": config.seed}
+    if own.forced:
+        nodes = measure_forced(agent, questions, k, config)
+        more = {"answers": forced_answers(nodes), "columns": ("question", "start", "after")}
+    else:
+        nodes, figure_1 = measure(agent, questions, k, config)
+        figure_1 = {place: by_distance(sums) for place, sums in figure_1.items()}
+        more = {"answers": answers(nodes), "figure_1": figure_1, "columns": COLUMNS}
+    nodes = [[round(value, 5) for value in row] for row in nodes]
+    result = {"settings": settings, **more, "nodes": nodes}
     (folder / f"{name}.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
     table = Table("", "value", "95 % interval", box=box.SIMPLE_HEAD)
     for words, e in result["answers"].items():
-        table.add_row(words, *((f"{e[0]:.3f}", f"{e[1]:.3f} to {e[2]:.3f}") if e else "--"))
+        known = e and e[1] is not None
+        interval = f"{e[1]:.4f} to {e[2]:.4f}" if known else "--"
+        table.add_row(words, f"{e[0]:.4f}" if e else "--", interval)
     print_table(table)
-    figures = drawing()
+    figures = None if own.forced else drawing()
     if figures:
         figures.entropy(result, folder / name)
     say(f"{folder / name}.json{', .svg, .png' * bool(figures)}")

@@ -69,7 +69,7 @@ def test_the_example_of_a_tool_runs(tmp_path):
 
 def test_the_documents_name_what_there_is():
     """Every module of a command, and every flag of ours."""
-    from lab import compare, corpus, forking, sft
+    from lab import coldstart, compare, corpus, forking, sft
     from lab.bench import __main__ as bench
 
     text = documents()
@@ -79,6 +79,7 @@ def test_the_documents_name_what_there_is():
     classes = (
         Config,
         sft.Settings,
+        coldstart.Flags,
         compare.Flags,
         forking.Flags,
         corpus.Flags,

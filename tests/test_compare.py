@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import write_questions
 
 from advantage import Segment
@@ -427,6 +428,53 @@ def test_a_continuation_goes_on_where_the_trajectory_stood(policy, config, tools
         for leaf in leaves:
             assert node in leaf.path()
             assert [s.token_ids for s in leaf.path()] == [s.token_ids for s in path]
+
+
+def test_entropies_at_given_calls_are_those_of_the_model(policy, config, tools):
+    """With k = 1 H is the entropy of one distribution: after the prompt, and after the result;
+    a high temperature makes it large."""
+    rows = [{"question": "Who is the mayor of Tarnholm?"}, {"problem": "Why?", "result": "So."}]
+    rows[1]["call"] = "<think>a</think><calculator>1+1</calculator>"
+    one = dataclasses.replace(config, entropy_tokens=1, temperature=8.0)
+    agent = Agent(policy, tools, one)
+    asked = [forking.read_forced(row) for row in rows]
+    found = forking.measure_forced(agent, asked, 2, one)
+    texts = ["<search>Who is the mayor of Tarnholm?</search>", rows[1]["call"]]
+    for i, (row, text) in enumerate(zip(found, texts, strict=True)):
+        root, result = forking.given_nodes(agent, asked[i], one)
+        read = policy.decode(result.path_tokens())
+        assert text in read and read.endswith("\n</result>")
+        assert ("mayor is" if i == 0 else "\nSo.\n") in read
+        for H, node in zip(row[1:], (root, result), strict=True):
+            with torch.inference_mode():
+                logits = policy.lm(torch.tensor([node.path_tokens()])).logits[0, -1]
+            expected = torch.distributions.Categorical(logits=logits / 8).entropy()
+            assert (
+                pytest.approx(expected.item() / math.log(policy.vocab_size), rel=1e-4) == H > 0.01
+            )
+    start, after, gain, share = forking.forced_answers([[0, 0.1, 0.4], [1, 0.2, 0.1]]).values()
+    assert (start[0], after[0]) == pytest.approx((0.15, 0.25)) and share[0] == 0.5
+    assert gain == pytest.approx(t_interval([0.3, -0.1]))
+
+
+@pytest.mark.parametrize(
+    "row, flags, words",
+    [
+        (
+            '{"question": "a", "call": "look it up"}',
+            [],
+            "a call is one that ends in </its tool>; legal: ",
+        ),
+        ('{"question": "a", "result": 3}', [], "question and result are texts"),
+        ("", [], "holds no questions; legal: "),
+        ('{"question": "a"}', ["--max_total_tokens", "30"], "--max_total_tokens 30: the result"),
+    ],
+)
+def test_calls_that_cannot_be_given_are_refused(row, flags, words, tmp_path, capsys):
+    (tmp_path / "f.jsonl").write_text(row)
+    where = ["--forced", str(tmp_path / "f.jsonl"), "--output_dir", str(tmp_path / "out")]
+    assert compare.main(["entropy", *where, *flags]) == 2
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["tells", "does not", "never varies"])
