@@ -157,8 +157,7 @@ if __name__ == "__main__":
     rules = sorted({*RULES} - {"step"})  # here every question has its own M
     parser.add_argument("--branch_rule", choices=rules, default="paper", help="none: GRPO")
     flags = parser.parse_args()
-    if flags.steps < 1:
-        parser.error(f"--steps {flags.steps}: it must be at least 1")
+    flags.steps >= 1 or parser.error(f"--steps {flags.steps}: it must be at least 1")
     config = Config(branch_rule=flags.branch_rule)
     tools = toolbox.default_tools(config.documents_path, config.search_results, 200)
     torch.manual_seed(config.seed)  # of the new adapter
