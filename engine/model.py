@@ -231,6 +231,8 @@ def add_adapter(lm, config, trainable: bool) -> peft.PeftModel:
     odd = {k for k, v in vars(lora).items() if v and v not in (usual.get(k), "gaussian")}
     if odd := odd - {*PLAIN_LORA.split()}:
         raise ValueError(f"the adapter is not a plain LoRA but has {', '.join(sorted(odd))}")
+    if not all(alpha > 0 for alpha in (lora.lora_alpha, *(lora.alpha_pattern or {}).values())):
+        raise ValueError("its lora_alpha must be above 0: else the adapter adds nothing")
     if Path(folder).is_dir() and not Path(folder, "adapter_model.safetensors").exists():
         raise ValueError("the adapter has no adapter_model.safetensors")  # a .bin is a pickle
     lora.inference_mode = not trainable

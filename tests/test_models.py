@@ -152,14 +152,18 @@ def test_a_plain_adapter_is_loaded_as_it_was_saved(tmp_path, settings):
         torch.testing.assert_close(policy.lm(ids).logits, base(ids).logits)
 
 
-@pytest.mark.parametrize("wrong", [*MORE, *FOREIGN], ids=str)
+NOTHING = [{"lora_alpha": 0}, {"lora_alpha": -8}, {"alpha_pattern": {"q_proj": 0}}]
+
+
+@pytest.mark.parametrize("wrong", [*MORE, *NOTHING, *FOREIGN], ids=str)
 def test_any_other_adapter_is_refused_by_name(tmp_path, wrong):
     save_adapter(tmp_path)
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     weights, words = load_file(path), f"foreign ones: ['{wrong}']"
-    if wrong in MORE:
+    if isinstance(wrong, dict):
         change(path.with_name("adapter_config.json"), **wrong)
-        words = f"not a plain LoRA but has {next(iter(wrong))}"
+        named = f"not a plain LoRA but has {next(iter(wrong))}"
+        words = "its lora_alpha must be above 0" if wrong in NOTHING else named
     else:
         weights[wrong] = torch.zeros(32, 32)
     save_file(weights, path, metadata={"format": "pt"})
