@@ -34,7 +34,7 @@ from advantage import Segment, shared_by
 from app.config import Config, option
 from app.evaluation import first_per_domain
 from app.screen import print_table, say
-from arpo_mini import Agent, Budget, grow, judge, load_agent, open_writer, probe
+from arpo_mini import Agent, Budget, grow, judge, load_agent, open_writer
 from data.files import UserError, read_rows, reason
 from data.formats import Question, asked, domain_of, load_questions
 from lab.command import parse
@@ -146,7 +146,7 @@ def measure_forced(agent: Agent, questions: list[Forced], k: int, config: Config
 
     def work(fitted: Config) -> list[Segment]:
         transformers.set_seed(config.seed)
-        return probe(open_writer(agent.policy, fitted), nodes, fitted)
+        return open_writer(agent.policy, fitted).begin(nodes, fitted.entropy_tokens)
 
     H = []
     for at in tqdm(range(0, len(questions), AT_ONCE), unit_scale=AT_ONCE, disable=None):
