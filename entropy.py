@@ -28,7 +28,7 @@ def token_entropy(logits: Tensor) -> Tensor:
 def normalised_entropy(H: Sequence[float], vocab_size: int) -> float:
     """Mean of H / ln V, from the entropies of k tokens in nats: in [0, 1]; 0 for an empty list.
 
-    The paper (Eq. 4) divides by V: with V = 152,000 the gain is then too small to matter.
+    The paper (Eq. 4) divides by V: if V = 152,000, the gain decides only where alpha = tau.
     """
     return sum(H) / max(1, len(H)) / math.log(vocab_size)
 

@@ -152,7 +152,7 @@ def problem(name: str, error: BaseException) -> str:
 def run_calls(
     calls: list[ToolCall], tools: Mapping[str, Tool], time_limit: float
 ) -> list[ToolResult]:
-    """Run the calls of one rollout level side by side; the results in the order of the calls.
+    """Run the calls of one rollout level in parallel; the results in the order of the calls.
 
     Equal calls run once. A call that raises, or takes longer than ``time_limit`` seconds, gives an
     error result. Tools are trusted code in daemon threads: one that takes longer is stopped as soon
