@@ -1,4 +1,4 @@
-"""Who gets the credit: a tree of segments, the reward of a leaf, the advantage of a token.
+"""The tree of segments, the reward of a trajectory (leaf), the advantages of a token.
 
     question -- policy -- result -+- policy -- result -- policy      leaf 0, reward r_0
                                   +- policy                          leaf 1, reward r_1
@@ -18,19 +18,19 @@ from torch import Tensor
 # ---- the tree -----------------------------------------------------------------------------
 
 
-@dataclass(eq=False)  # identity, not value: one segment occurs in many paths
+@dataclass(eq=False)  # compared by identity: one segment occurs in many paths
 class Segment:
-    """A run of tokens with one author. Only what it adds: a trajectory is `leaf.path()`."""
+    """Consecutive tokens with one author. A trajectory is `leaf.path()`."""
 
     author: str  # prompt, policy or tool
     token_ids: list[int]
     parent: "Segment | None" = field(default=None, repr=False)
     stop: str | None = None  # policy: why it stopped, tool | answer | eos | length
     entropy: float | None = None  # policy: of its first k tokens, as the branch rule saw it
-    logp: list[float] = field(default_factory=list)  # policy: what each token was drawn with
-    token_entropy: list[float] = field(default_factory=list)  # policy: and how openly, in nats
-    tool: str | None = None  # tool: which one answered; None: the call failed
-    decision: Any = None  # tool: the entropy.Decision taken at it
+    logp: list[float] = field(default_factory=list)  # policy: of each token when it was sampled
+    token_entropy: list[float] = field(default_factory=list)  # policy: H at each, in nats
+    tool: str | None = None  # tool: its name; None: the call failed
+    decision: Any = None  # tool: the branch decision (entropy.Decision) taken here
 
     def path(self) -> list["Segment"]:
         """From the root to this segment."""
@@ -45,7 +45,7 @@ class Segment:
         return [token for segment in self.path() for token in segment.token_ids]
 
     def depth(self) -> int:
-        """How many tokens that are."""
+        """The number of tokens of its path."""
         return sum(len(segment.token_ids) for segment in self.path())
 
 
@@ -60,7 +60,7 @@ def shared_by(leaves: list[Segment]) -> dict[Segment, list[int]]:
 
 # ---- the reward of a trajectory -----------------------------------------------------------
 
-# A body cannot hold its own tag, so it matches in one way only and the time stays linear.
+# No tag pair contains its own tag: only one match is possible, so the time stays linear.
 THINK = r"\s*<think>(?:(?!</?think>).)*</think>\s*"
 CALL = re.compile(THINK + r"<(?!think>|answer>|result>)([\w-]+)>(?:(?!</\1>).)*</\1>\s*", re.DOTALL)
 ANSWER = re.compile(THINK + r"<answer>((?:(?!</?answer>).)*)</answer>\s*", re.DOTALL)
@@ -130,14 +130,14 @@ def boxed(text: str) -> str | None:
 def group_advantages(rewards: Sequence[float] | Tensor) -> Tensor:
     """A_i = (r_i - mean) / (std + 1e-6) over the leaves of one question: (M,) -> (M,).
 
-    GRPO (core_algos.py:113). Equal rewards give exactly 0, and so does a group of one: there is
-    nothing to compare. The released code gives up to 0.056 for equal rewards (float32 noise over
-    1e-6) and, for a group of one, the reward itself.
+    GRPO (core_algos.py:113 of the released code). Equal rewards give exactly 0, and so does a
+    group of one. The released code gives up to 0.056 for equal rewards (a float32 rounding error
+    divided by 1e-6) and, for a group of one, the reward itself.
     """
     r = torch.as_tensor(rewards, dtype=torch.float32)
     if len(r) < 2:
         return torch.zeros_like(r)
-    r = r - r[0]  # changes no advantage, but equal rewards are 0 before anything is rounded
+    r = r - r[0]  # changes no advantage; equal rewards become exactly 0, without rounding
     return (r - r.mean()) / (r.std() + 1e-6)
 
 
@@ -148,8 +148,8 @@ def segment_advantages(
 
         (1 - shared_weight) * A_i + shared_weight * mean(A of the leaves below)
 
-    0 is soft (the released code, GRPO), 1 is hard (paper, section 3.2), 0.3 the mix of a blog.
-    All have the same sum, so the same gradient, until the clip treats + and - differently.
+    shared_weight: 0 soft credit (released code, GRPO), 1 hard (paper, section 3.2), 0.3 a blog.
+    All have the same sum, so the same gradient, unless the clip acts on one sign only.
     """
     if not 0 <= shared_weight <= 1:
         raise ValueError(f"shared_weight must be in [0, 1], got {shared_weight}")
@@ -179,7 +179,7 @@ def clipped_objective(
         min(ratio, 1 + clip_high) * A_plus + max(ratio, 1 - clip_low) * A_minus
 
     A_plus sums the positive A_i, A_minus the negative ones; with one trajectory this is PPO's.
-    `dual_clip` > 1 also bounds the ratio of A_minus above (core_algos.py:455 uses 3).
+    `dual_clip` > 1 also limits the ratio of A_minus (core_algos.py:455 of the released code: 3).
     """
     rewarded = ratio.clamp(max=1 + clip_high) * A_plus
     punished = ratio.clamp(min=1 - clip_low, max=dual_clip) * A_minus
@@ -189,7 +189,7 @@ def clipped_objective(
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """exp(d) - d - 1, d = ref_logp - logp: KL(policy, reference) per token, at least 0.
 
-    Unbiased but for the released code's cap at 10 (core_algos.py:583).
+    Unbiased except for the limit of 10, which the released code has too (core_algos.py:583).
     """
     d = ref_logp - logp
     return (d.exp() - d - 1).clamp(max=10)

@@ -1,15 +1,15 @@
-"""ARPO in one file: roll out, fork where uncertain, credit, update (arXiv 2507.19849).
+"""ARPO in one file: roll out, fork where uncertain, advantages, update (arXiv 2507.19849).
 
     python arpo_mini.py train | eval | show | report      (--help lists the flags of each)
 
 GRPO samples M trajectories of a question from its beginning and compares their rewards. ARPO begins
 only N of them there. The other M - N fork off at a tool result, where the policy is more uncertain
-than it was at the start; they share every token, tool call and cache entry before that point.
+than it was at the start. They share every token, tool call and cache entry before that point.
 
-Read from top to bottom: `train_step` is the algorithm, `grow` the recursion that forks, then who is
-rewarded and trained for what, at last the loop around it. Beside it: entropy.py (where to fork),
-advantage.py (who gets the credit), tools.py (what can be called). Left out here: how a model is
-loaded, how caches, packed rows and memory work (engine/), flags, files and tables (app/).
+Read from top to bottom: `train_step` is the algorithm, `grow` the recursion that forks; then come
+rewards and advantages, the update, the training loop. Other files: entropy.py (where to fork),
+advantage.py (rewards, advantages), tools.py (what can be called). Not here: how a model is loaded,
+how caches, packed rows and memory work (engine/), flags, files and tables (app/).
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ from engine.writer import Writer
 from entropy import RULES, Decision, running_threshold
 
 SEARCH_CHARS = 200  # of each document that a search returns
-STEPS_BACK = 5  # whose scores set the threshold of rule step
+STEPS_BACK = 5  # whose scores give the threshold of rule step
 
 # ---- one step ------------------------------------------------------------------------------
-# Q questions, M trajectories each. A tree is made of segments; a trajectory is a leaf's path.
+# Q questions, M trajectories (leaves) each, d of them below a segment; R paths; B rows, T tokens.
 
 
 def train_step(
@@ -81,14 +81,14 @@ def train_step(
 ) -> tuple[dict, list[list[Segment]], list[list[Reward]]]:  # fmt: skip
     """One step of ARPO: figures of the update, and for each question its leaves and rewards.
 
-    What it draws depends on the seed and the number of the step; `scores` are the last steps'.
+    Random draws depend only on seed and step. `scores`: of the last steps' results, for rule step.
     """
     started = time.perf_counter()
     writer, seed = open_writer(policy, config), config.seed * 1_000_003 + step
     groups = rollout(writer, questions, config, tools, seed, scores)  # Q x M leaves in all
     asked = zip(questions, groups, strict=True)
     rewards = [[judge(policy, leaf, q, config) for leaf in leaves] for q, leaves in asked]  # Q x M
-    writer.kv.clear()  # the update has the memory to itself
+    writer.kv.clear()  # free the cache: the update needs the memory
     rolled_out = time.perf_counter()
     rows = [row for pair in zip(groups, rewards, strict=True) for row in credit(*pair, config)]
     figures = update(policy, optimizer, rows, config)
@@ -101,17 +101,17 @@ def grow(
     writer: Writer, nodes: list[Segment], budgets: dict[Segment, Budget], config: Config,
     tools: dict,
 ) -> list[Segment]:  # fmt: skip
-    """All leaves that grow from these nodes, each a prompt or a tool result: a level a call."""
+    """All leaves below these nodes (prompts or tool results). Each call goes one level deeper."""
     growing = {budgets[node.path()[0]] for node in nodes}
-    for budget in dict.fromkeys(budgets.values()):  # each once: a step's is that of every question
-        if budget not in growing:  # no path of it can fork any more
+    for budget in dict.fromkeys(budgets.values()):  # each once: with rule step all share one
+        if budget not in growing:  # all its paths have ended: none can fork
             nodes = nodes + spend_rest(budget, config)
     if not nodes:
         return []
     # A policy segment after each node: its first k tokens, and their entropy.
     drafts = writer.begin(nodes, config.entropy_tokens)
     forked = decide_forks(drafts, budgets, config)  # tool results, once for each fork
-    # A fork stands right after the result: the tokens measured there stay with the path before it.
+    # A fork begins right after the result: the measured tokens belong to the path that goes on.
     drafts += writer.begin(forked, config.entropy_tokens)  # (R + forks) segments
     writer.finish(drafts, [node for some in budgets.values() if some.slots for node in some.places])
     results, leaves = call_tools(writer, drafts, config, tools)
@@ -125,13 +125,13 @@ def grow(
 class Budget:
     """Paths that are still to begin: of one question, or of all questions of a step."""
 
-    slots: int  # forks while paths are open, then the rest
+    slots: int  # how many: forks first, what is left when all paths have ended begins anew
     rng: random.Random  # what the branch rule draws from
-    most: float = math.inf  # of the slots that one question may take
+    most: float = math.inf  # slots that one question may use
     threshold: float = math.inf  # rule step: fork at once where the score is above it
     taken: Counter = dataclasses.field(default_factory=Counter)  # question -> slots
     history: list[float] = dataclasses.field(default_factory=list)  # entropies, rule adaptive
-    # Where the rest may begin, with a score: the question; with rule step every result, too.
+    # Where what is left may begin -> score: the question; with rule step also every result.
     places: dict[Segment, float] = dataclasses.field(default_factory=dict)
 
 
@@ -140,19 +140,19 @@ def rollout(
     scores: Sequence[list[float]] = (),
 ) -> list[list[Segment]]:  # fmt: skip
     """The leaves of each question, all distinct: M of them, with rule step M on average."""
-    transformers.set_seed(seed % 2**32)  # torch, and what a tool may draw from
+    transformers.set_seed(seed % 2**32)  # of torch, and of random and numpy for tools
     M, N, leaves = config.group_size, config.initial_rollouts, []
     roots = [Segment("prompt", writer.policy.prompt(question.text)) for question in questions]
     if config.branch_rule == "step":
         forks, most = (M - N) * len(roots), config.max_leaves - N
         wanted = config.questions_per_step * (M - N) / max(1, config.max_branches)
-        T = running_threshold(scores, wanted)  # of the whole step, which processes may share
+        T = running_threshold(scores, wanted)  # of all processes together
         budgets = dict.fromkeys(roots, Budget(forks, random.Random(seed), most, T))
         together = len(roots)
     else:
-        # A generator for each: decisions in one tree do not depend on how many grow beside it.
+        # A generator for each: decisions in one tree do not depend on the other trees.
         budgets = {r: Budget(M - N, random.Random(f"{seed} {i}")) for i, r in enumerate(roots)}
-        together = max(1, config.rollout_rows // M)  # as many questions as fit side by side
+        together = max(1, config.rollout_rows // M)  # questions that are rolled out together
     for i in range(0, len(roots), together):
         some = roots[i : i + together]
         nodes = [root for root in some for _ in range(N)]
@@ -170,12 +170,12 @@ def decide_forks(
         if node.author == "prompt":
             drawn = config.branch_score == "random"
             budget.places[node] = budget.rng.random() if drawn else draft.entropy
-        elif node.decision is None:  # else the rest of the budget goes on from here
+        elif node.decision is None:  # else it was decided: what is left begins here
             node.decision = apply_rule(draft, budget, config)
             read.append(draft)
     for node in sorted((draft.parent for draft in read), key=lambda node: -node.decision.rank):
         budget = budgets[node.path()[0]]
-        budget.history.append(node.decision.H)  # only now: decisions of a level are independent
+        budget.history.append(node.decision.H)  # not earlier: decisions of a level are independent
         forked += grant(budget, node, node.decision.forks)
         if config.branch_rule == "step":
             budget.places[node] = node.decision.rank
@@ -185,14 +185,14 @@ def decide_forks(
 def apply_rule(draft: Segment, budget: Budget, config: Config) -> Decision:
     """What the branch rule says at the tool result that `draft` has just read."""
     first = draft.path()[1]  # the start of the same trajectory
-    # The released code measures the segment that ends in the call: one call too early.
+    # The released code measures the segment that ends with the call, before the result.
     measured = draft.parent.parent if config.branch_rule == "official" else draft
     known = {"u": budget.rng.random(), "history": budget.history, "threshold": budget.threshold}
     return RULES[config.branch_rule](measured.entropy, first.entropy, **known, **vars(config))
 
 
 def grant(budget: Budget, node: Segment, wanted: int) -> list[Segment]:
-    """The node, once for each of the paths wanted there that the budget has a slot for."""
+    """The node, once for each path that begins there: `wanted`, or as many as there are slots."""
     root = node.path()[0]
     granted = min(wanted, budget.slots, budget.most - budget.taken[root])
     budget.slots -= granted
@@ -203,7 +203,7 @@ def grant(budget: Budget, node: Segment, wanted: int) -> list[Segment]:
 
 
 def spend_rest(budget: Budget, config: Config) -> list[Segment]:
-    """Where the rest begins: with rule step at the highest scores, then at the question itself."""
+    """Where what is left begins: with rule step at the highest scores, then at the questions."""
     nodes = []
     for node in sorted(budget.places, key=lambda n: (n.author == "prompt", -budget.places[n])):
         made = node.decision
@@ -223,7 +223,7 @@ def call_tools(
     calls = [toolbox.read_call(writer.policy.decode(d.token_ids), tools) for d in calling]
     answers = toolbox.run_calls(calls, tools, config.tool_time_limit)
     for draft, call, answer in zip(calling, calls, answers, strict=True):
-        # Token ids are appended and never made again from text: a mask cannot get out of step.
+        # Ids are appended, text is never tokenized again: each token keeps its author.
         token_ids = writer.policy.encode_result(answer, config.max_result_tokens)
         result = Segment("tool", token_ids, parent=draft, tool=call.name if answer.ok else None)
         if result.depth() < writer.longest:
@@ -253,7 +253,7 @@ def judge(policy: Policy, leaf: Segment, question: Question, config: Config) -> 
 
 
 def credit(leaves: list[Segment], rewards: list[Reward], config: Config) -> list[Row]:
-    """Rewards of one question -> advantages of its leaves -> of its segments -> rows to train."""
+    """Rewards of one question -> advantages of its leaves -> of segments -> rows of the update."""
     A = group_advantages([reward.total for reward in rewards])  # (M)
     below = shared_by(leaves)  # segment -> the leaves that pass through it
     advantages = {
@@ -270,9 +270,9 @@ def credit(leaves: list[Segment], rewards: list[Reward], config: Config) -> list
 def policy_loss(
     logp: Tensor, old_logp: Tensor, batch: Batch, config: Config, total: float, ref_logp=None
 ) -> tuple[Tensor, Tensor]:
-    """Clipped surrogate, a mean over the `total` policy tokens of the whole step (official code).
+    """PPO's clipped loss, a mean over the `total` policy tokens of the whole step (as released).
 
-    Also returns for how many of those tokens the clip took the gradient away.
+    Also returns how many of those tokens have no gradient because of the clip.
     """
     ratio = torch.exp(logp - old_logp)  # (B, T)
     objective = clipped_objective(  # (B, T)   0 where A is: prompts, results, padding
@@ -287,9 +287,9 @@ def policy_loss(
 
 
 def update(policy: Policy, optimizer, rows: list[Row], config: Config) -> dict:
-    """`updates_per_rollout` optimizer steps on one rollout; one normaliser however it is split.
+    """`updates_per_rollout` optimizer steps on one rollout; `total` is that of all parts together.
 
-    A row without a gradient (its group has equal rewards) counts in the mean and costs nothing.
+    A row without a gradient (its group has equal rewards) counts in the mean, but is not computed.
     """
     # A token that d trajectories share counts d times, as if each had a row of its own.
     total = sum(sum(row.weight) for row in rows)
@@ -301,19 +301,19 @@ def update(policy: Policy, optimizer, rows: list[Row], config: Config) -> dict:
     n, loss_sum, clipped_sum, norms, drifts = config.updates_per_rollout, 0.0, 0.0, [], []
     for i in range(n):
         for p in policy.parameters:
-            p.grad = torch.zeros_like(p)  # not None: Adam's momentum acts also without a gradient
+            p.grad = torch.zeros_like(p)  # not None: AdamW's momentum acts also without rows
         for some, batch, old_logp, ref_logp in zip(parts, batches, old, reference, strict=True):
             texts = [row.input_ids for row in some]
             logp = token_logprobs(policy, batch, config.temperature)  # (B, T)
             require_finite("a log-prob", logp, texts)
-            if i == 0:  # how far the trainer is from what the sampler drew with
+            if i == 0:  # difference of the log-probs here and in sampling
                 drifts.append((logp.detach() - batch.sampled_logp)[~batch.sampled_logp.isnan()])
             old_logp = logp.detach() if old_logp is None else old_logp
             loss, clipped = policy_loss(logp, old_logp, batch, config, total, ref_logp)
             require_finite("the loss", loss, texts)
-            policy.scaler.scale(loss).backward()  # scaled in float16 only: nothing underflows
+            policy.scaler.scale(loss).backward()  # scaled in float16 only, against underflow
             loss_sum, clipped_sum = loss_sum + loss.item(), clipped_sum + clipped.item()
-        norms.append(take_step(policy, optimizer, total, MAX_GRAD_NORM, rows))  # None: left out
+        norms.append(take_step(policy, optimizer, total, MAX_GRAD_NORM, rows))  # None: skipped
     drift = torch.cat(drifts).abs().tolist() if drifts else []
     figures = {"loss": loss_sum / n, "clip_fraction": clipped_sum / (total * n)}
     figures |= {"grad_norm": norms[-1], "skipped_updates": norms.count(None)}
@@ -327,7 +327,7 @@ MAX_GRAD_NORM = 1.0  # gradients are scaled down to this norm, as in the release
 
 @torch.no_grad()
 def fixed_logprobs(policy: Policy, batches: list[Batch], config: Config) -> tuple[list, list]:
-    """Log-probs before the update and with the adapter off; None, and no pass, where not needed."""
+    """Log-probs before the update, and with the adapter off; None where they are not needed."""
     old, reference = [None] * len(batches), [None] * len(batches)
     if config.updates_per_rollout > 1:  # with one update the ratio is 1
         old = [token_logprobs(policy, batch, config.temperature) for batch in batches]
@@ -341,7 +341,7 @@ def fixed_logprobs(policy: Policy, batches: list[Batch], config: Config) -> tupl
 
 
 def train(config: Config, tools: dict | None = None, resume: Path | None = None) -> None:
-    """Evaluate, then roll out, reward, credit and update step by step, and evaluate again."""
+    """Evaluate, train step by step (evaluating now and then), and evaluate again."""
     check_training(config)
     questions, test = load_questions(config.dataset_path), load_questions(config.eval_path)
     with RunFolder(config, resume, joined()) as run:
@@ -379,7 +379,7 @@ def safe_step(
     agent: Agent, optimizer, questions: list[Question], config: Config, step: int,
     scores: Sequence[list[float]] = (),
 ) -> tuple[dict, list[list[Segment]], list[list[Reward]]]:  # fmt: skip
-    """`train_step` and its figures; where the memory runs out, the same again with less at once."""
+    """`train_step` and its figures; out of memory: the same step again, less at a time."""
     policy = agent.policy
 
     def work(fitted: Config):
@@ -390,7 +390,7 @@ def safe_step(
         short = {"short_answers": short_answers(policy, groups)}
         return {**step_metrics(groups, rewards), **short, **figures}, groups, rewards
 
-    # The same seed and step number draw the same again: only the update has to be undone.
+    # Seed and step number draw the same tokens again: only the update has to be undone.
     undo = snapshot(policy, optimizer)  # some optimizer steps may have been taken
     try:
         return policy.limits.retry(config, work, undo)
@@ -410,7 +410,7 @@ class Agent:
 
     @shared
     def roll_out(self, questions: list[Question], config: Config, seed: int) -> tuple[list, list]:
-        """Leaves and rewards of each question; where the memory runs out, fewer rows at once."""
+        """Leaves and rewards of each question; out of memory: again, fewer rows at a time."""
 
         def work(fitted: Config):
             writer = open_writer(self.policy, fitted)
@@ -422,7 +422,7 @@ class Agent:
         return self.policy.limits.retry(config, work)
 
     def examine(self, leaf: Segment, question: Question, reward: Reward, config: Config) -> dict:
-        """What a trajectory answers, and how good that is by each measure of an evaluation."""
+        """The answer of a trajectory, and its score by each measure of an evaluation."""
         turns = self.policy.turns(leaf)
         if config.official_rewards:
             text, is_math = official.transcript(turns), question.domain == "math"
@@ -442,7 +442,7 @@ def make_tools(config: Config) -> dict[str, toolbox.Tool]:
 def load_agent(config: Config, tools: dict | None = None, trainable: bool = False) -> Agent:
     """The model of the settings with its adapter, and the built-in tools or one's own."""
     tools = tools or make_tools(config)
-    torch.manual_seed(config.seed)  # a fresh adapter is drawn
+    torch.manual_seed(config.seed)  # a new adapter has random weights
     return Agent(load_policy(config, tools, trainable), tools, config)
 
 

@@ -1,11 +1,11 @@
 """How uncertain is the policy, and should the rollout fork here?
 
-ARPO (arXiv 2507.19849) spends its rollouts where the policy hesitates. This file holds that idea:
-the entropy of the next token, its mean over the first k tokens of a segment, and the rules that
-turn it into a branch decision. H is in nats until divided by ln V; then it lies in [0, 1].
+ARPO (arXiv 2507.19849) begins new trajectories where the policy is uncertain. This file computes
+the entropy of the next token, its mean over the first k tokens of a segment, and, by one of seven
+rules, the branch decision. H is in nats until divided by ln V; then it lies in [0, 1].
 
-Pure functions. B rows, k measured tokens, V words in the vocabulary. The random draw u is passed
-in, so a decision can be taken again.
+Pure functions. k measured tokens, V tokens in the vocabulary. The random draw u is an argument,
+so that a decision can be repeated.
 """
 
 import math
@@ -26,18 +26,18 @@ def token_entropy(logits: Tensor) -> Tensor:
 
 
 def normalised_entropy(H: Sequence[float], vocab_size: int) -> float:
-    """Mean of H / ln V over the entropies of k tokens in nats: in [0, 1]; none chose nothing: 0.
+    """Mean of H / ln V, from the entropies of k tokens in nats: in [0, 1]; 0 for an empty list.
 
-    The paper (Eq. 4) divides by V itself: with V = 152k a change of H then decides nothing.
+    The paper (Eq. 4) divides by V: if V = 152,000, the gain decides only where alpha = tau.
     """
     return sum(H) / max(1, len(H)) / math.log(vocab_size)
 
 
 def official_entropy(topk_logp: Iterable[Iterable[float]], vocab_size: int) -> float:
-    """-(sum of p ln p over the first 20 tokens and the top log-probs reported for each) / ln V.
+    """-(sum of p ln p over the first 20 tokens and the likeliest tokens at each) / ln V.
 
     The released code (vllm_rollout_with_tools.py:172). A sum and not a mean, so it grows with the
-    number of tokens: up to 3.86 for 20 tokens, the top 10 (not renormalised), V = 152k.
+    number of tokens: up to 3.86 for 20 tokens, the 10 likeliest (not renormalised), V = 152,000.
     """
     first = [logp for token in list(topk_logp)[:20] for logp in token if logp > -math.inf]
     return -sum(math.exp(logp) * logp for logp in first) / math.log(vocab_size)
@@ -53,14 +53,14 @@ class Decision:
     H: float  # entropy here
     H_initial: float  # entropy at the start of the same trajectory
     gain: float  # by how much H exceeds what the rule compares it with
-    probability: float  # the rule's P, in [0, 1]
-    forks: int  # extra paths wanted, beside the one that goes on
-    granted: int = 0  # how many paths the budget let begin here
-    score: float | None = None  # what rule step compares with the running threshold
+    probability: float  # P: compared with tau (paper), or the chance of a fork; in [0, 1]
+    forks: int  # new paths that the rule wants, beside the one that goes on
+    granted: int = 0  # new paths that begin here: at most those still to begin
+    score: float | None = None  # of rule step: compared with the running threshold
 
     @property
     def rank(self) -> float:
-        """Where slots are short, tool results with a higher one come first."""
+        """If fewer paths are left than wanted, tool results with a higher rank come first."""
         return self.gain if self.score is None else self.score
 
 
@@ -68,11 +68,11 @@ def clip(x: float) -> float:
     return min(max(x, 0.0), 1.0)
 
 
-# Every rule is called with the same arguments, by name, and ignores those it has no use for: all
+# Every rule is called with the same arguments, by name, and ignores those it does not need: all
 # settings (app/config.py), and
-#   u            a uniform draw from [0, 1)
-#   history      the entropies measured before this one, in this tree
-#   threshold    running_threshold of the last steps' scores
+#   u            a random number, uniform in [0, 1)
+#   history      the entropies measured before this one, in this tree (adaptive)
+#   threshold    running_threshold of the last steps' scores (step)
 
 
 def paper(
@@ -91,7 +91,7 @@ def paper(
 def official(H, H_initial, *, u, branch_probability, entropy_weight, **_):
     """Fork one copy when clip(u - w * (H - H_initial)) <= tau (vllm_rollout_with_tools.py:468).
 
-    So P(fork) = clip(tau + w * gain) for tau < 1: with the published 0.5 and 0.2 near a coin flip.
+    So P(fork) = clip(tau + w * gain) if tau < 1; published: tau (branch_probability) 0.5, w 0.2.
     """
     gain = H - H_initial
     probability = clip(branch_probability + entropy_weight * gain)
@@ -102,8 +102,8 @@ def official(H, H_initial, *, u, branch_probability, entropy_weight, **_):
 def adaptive(H, H_initial, *, history, entropy_sigma, max_branches, **_):
     """Fork min(floor(H / T), max_branches) times if H > T = mean + k_sigma * std (a blog on ARPO).
 
-    Mean and std are those of the history; fewer than two values have no spread: T = H, no fork.
-    The blog's N_branches is read as forks beside the path itself: one path in all is no fork.
+    Mean and std are those of the history; with fewer than two values T = H, so no fork.
+    We read the blog's N_branches as the number of new paths, not counting the one that goes on.
     """
     T = H
     if len(history) > 1:
@@ -116,7 +116,7 @@ def adaptive(H, H_initial, *, history, entropy_sigma, max_branches, **_):
 def threshold(H, H_initial, *, entropy_threshold, max_branches, **_):
     """Fork min(floor(H * max_branches), max_branches) times if H > entropy_threshold (same blog).
 
-    With its threshold of 0.5 that is never less than half of max_branches.
+    With the blog's threshold of 0.5 that is about half of max_branches or more.
     """
     gain = H - entropy_threshold
     forks = min(math.floor(H * max_branches), max_branches) if gain > 0 else 0
@@ -124,21 +124,21 @@ def threshold(H, H_initial, *, entropy_threshold, max_branches, **_):
 
 
 def random_control(H, H_initial, *, u, branch_probability, max_branches, **_):
-    """Fork when u < branch_probability, whatever H: the control experiment nobody published."""
+    """Fork when u < branch_probability, whatever H is: the control experiment."""
     forks = max_branches if u < branch_probability else 0
     return Decision(H, H_initial, H - H_initial, branch_probability, forks)
 
 
 def never(H, H_initial, **_):
-    """No forks: every rollout starts at the question, which is GRPO."""
+    """No forks: every trajectory begins at the question, which is GRPO."""
     return Decision(H, H_initial, H - H_initial, probability=0.0, forks=0)
 
 
 def step(H, H_initial, *, u, threshold, branch_score, max_branches, **_):
     """Fork max_branches times if the score is above the step's running threshold (ours).
 
-    All questions of a step share one budget, so that it goes where the score, H or the gain, is
-    high. A random score is the control.
+    All questions of a step share the trajectories, so that more begin where the score (H or the
+    gain) is high. A random score is the control.
     """
     gain = H - H_initial
     score = {"entropy": H, "gain": gain, "random": u}[branch_score]
@@ -147,9 +147,9 @@ def step(H, H_initial, *, u, threshold, branch_score, max_branches, **_):
 
 
 def running_threshold(scores: Sequence[Sequence[float]], wanted: float) -> float:
-    """What so many of a step's scores exceed, if it is like the last ones: a list for each of them.
+    """The score that about `wanted` results a step exceeded in the last steps (a list for each).
 
-    Without any nothing is above it: all forks wait until the first paths have ended.
+    Without scores it is inf: nothing forks until the first paths have ended.
     """
     known = sorted((score for step in scores for score in step), reverse=True)
     above = round(wanted * len(scores))

@@ -2,8 +2,8 @@
 
     policy text -> policy_stop -> read_call -> ToolCall -> run_calls -> ToolResult -> result_text
 
-A tool is a named function from text to text. What the policy does wrong, and what a tool does
-wrong, is data: a result that says so in words. Nothing here knows of models, tokens or tensors.
+A tool is a named function from text to text. A mistake of the policy or of a tool never ends the
+rollout: the policy reads an error as its result. Nothing here uses models, tokens or tensors.
 """
 
 import ast
@@ -31,11 +31,11 @@ from tqdm import tqdm
 from data.files import Document, load_documents
 
 TAG = re.compile(r"<(/?)([A-Za-z_][A-Za-z0-9_-]{0,40})>")
-RESERVED = ("think", "answer", "result")  # the grammar's own tags never name a tool
+RESERVED = ("think", "answer", "result")  # tags of the format; no tool may have these names
 
 
 class ToolError(ValueError):
-    """What the policy did wrong, in words: becomes an error result, never ends a rollout."""
+    """A mistake of the policy, in words; it becomes the result, and never ends a rollout."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def last_closed(text: str) -> tuple[str, str] | None:
         slash, tag_name = tag.groups()
         if not slash:
             opened[tag_name] = tag.end()
-        elif tag_name in opened and tag_name != "result":  # a bare closing tag means nothing
+        elif tag_name in opened and tag_name != "result":  # a closing tag alone is ignored
             name, content = tag_name, slice(opened.pop(tag_name), tag.start())
     return (name, text[content]) if name else None
 
@@ -127,7 +127,7 @@ class Screen:
 
 
 def run_one(call: ToolCall, tools: Mapping[str, Tool]) -> ToolResult:
-    """Run one call right here; whatever goes wrong becomes an error result."""
+    """Run one call in this thread; any exception becomes an error result."""
     if call.name not in tools or not call.argument:
         wrong = f"the call of {call.name} is empty"
         wrong = wrong if call.name in tools else f"there is no tool named {call.name}"
@@ -137,7 +137,7 @@ def run_one(call: ToolCall, tools: Mapping[str, Tool]) -> ToolResult:
         if not isinstance(text, str):
             raise TypeError(f"it returned {type(text).__name__}, not text")
         return ToolResult(str.__str__(text), ok=True)  # of a subclass only the characters
-    except BaseException as error:  # deliberately everything: a rollout outlives its tools
+    except BaseException as error:  # every exception: no tool may end a rollout
         return ToolResult(cut(problem(call.name, error), 300), ok=False)
 
 
@@ -152,7 +152,7 @@ def problem(name: str, error: BaseException) -> str:
 def run_calls(
     calls: list[ToolCall], tools: Mapping[str, Tool], time_limit: float
 ) -> list[ToolResult]:
-    """Run the calls of one rollout level side by side; the results in the order of the calls.
+    """Run the calls of one rollout level in parallel; the results in the order of the calls.
 
     Equal calls run once. A call that raises, or takes longer than ``time_limit`` seconds, gives an
     error result. Tools are trusted code in daemon threads: one that takes longer is stopped as soon
@@ -179,7 +179,7 @@ def run_calls(
                 thread.join(min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX))
                 late = ToolResult(f"{call.name} took longer than {time_limit:g} seconds", ok=False)
                 results[call] = finished.get(call, late)
-                if thread.is_alive():  # a busy loop would slow down everything else
+                if thread.is_alive():  # an endless loop would slow down the rest
                     ident, error = ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit)
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, error)
     return [results[call] for call in calls]
@@ -200,7 +200,7 @@ def escape(text: str) -> str:
 
 
 def broken(marker: str) -> str:
-    """The spelling of a special token, e.g. <|end|> or [INST], that is one no more."""
+    """A special token, e.g. <|end|> or [INST], spelled so that it is plain text."""
     escaped = escape(marker)
     return escaped if escaped != marker else f"{marker[0]} {marker[1:]}"
 
@@ -221,13 +221,13 @@ def cut(text: str, max_chars: int) -> str:
 # --- calculator -----------------------------------------------------------------------------------
 
 MAX_CHARS = 500  # of an expression
-MAX_BITS = 4096  # of every integer on the way
+MAX_BITS = 4096  # of every integer in a calculation
 MAX_DIGITS = 200  # of the result
-NOISE = 1e-15  # relative error of a few operations on floats
+NOISE = 1e-15  # relative rounding error of a few operations on floats
 Number = int | Fraction | float  # only a float is inexact
 NUMBER = r"(?:\d[\d_]*\.?|\.\d)[\d_]*(?:[eE][+-]?\d+)?"
 TOKEN = re.compile(rf"({NUMBER})|([A-Za-z_]\w*)|(\S)", re.ASCII)
-ADVICE = {  # what means several things, or nothing here -> what to write instead
+ADVICE = {  # pattern that is ambiguous or not allowed -> what to write instead
     # gcd(540,270) is clear, since nobody takes the gcd of one number
     r"(?<![\w.])(?!(?<=gcd\(|lcm\(|omb\()\d+,\d+\))\d{1,3}([,']\d{3})+(?!\d)": "write 1234, not "
     "1,234; several numbers as 1, 234",
@@ -245,11 +245,11 @@ ADVICE = {  # what means several things, or nothing here -> what to write instea
 
 
 def calculate(expression: str) -> str:
-    """The value of an arithmetic expression, or ToolError, in words and at once.
+    """The value of an arithmetic expression; ToolError, in words, where there is none.
 
     Python's rules hold: -2**2 is -4, // rounds down, log is natural, sin takes radians, round(2.5)
-    is 2. Integers, decimals and fractions are exact (0.1 + 0.2 - 0.3 is 0), roots and so on floats.
-    All digits of an integer are shown, up to 15 of a decimal, and of all else, as of 1/3, ten.
+    is 2. Integers, decimals and fractions are exact (0.1 + 0.2 - 0.3 is 0); roots etc. are floats.
+    Shown are all digits of an integer, up to 15 of a decimal, ten of other numbers, such as 1/3.
     """
     try:
         text = read_expression(expression)
@@ -283,7 +283,7 @@ def read_expression(expression: str) -> str:
 
 
 def evaluate(node: ast.AST, text: str) -> Number:
-    """The value of one node of the syntax tree of ``text``; every number on the way is bounded."""
+    """The value of one node of the syntax tree of ``text``; the size of every number is limited."""
     match node:
         case ast.Constant(value=int() | float() as value):
             if isinstance(value, float):  # as it was written: 0.1 is a tenth
@@ -330,7 +330,7 @@ def bounded(value: Number | complex) -> Number:
 
 
 def settled(value: Number, scale: Number) -> Number:
-    """The value; 0 if rounding alone leaves as much of numbers of that scale: sin(pi / 6) - 0.5."""
+    """The value, but 0 if it is only rounding error compared with `scale`: sin(pi / 6) - 0.5."""
     if isinstance(value, float) and abs(value) <= 1e-5 * abs(scale):
         if abs(value) > NOISE * abs(scale):
             raise ToolError("too few digits are left where nearly equal numbers cancel")
@@ -415,7 +415,7 @@ WORD = re.compile(rf"([{SPACELESS}]+)|([^\W_{SPACELESS}]+)")
 
 
 def terms(text: str, of_query: bool = False) -> list[str]:
-    """Words in lower case; of a run without spaces all pairs (of a document, characters, too)."""
+    """Words in lower case; without spaces, character pairs (of a document, also characters)."""
     if text.isascii():
         return re.findall("[a-z0-9]+", text.lower())
     found = []

@@ -20,7 +20,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 def option(default: Any, help: str, low=None, high=None, **legal) -> Any:
-    """A field with its help text and what is legal: low, high, above, also, choices."""
+    """A field: its help text, and what is legal (bounds; `also`: a value outside them; choices)."""
     legal |= {name: bound for name, bound in (("low", low), ("high", high)) if bound is not None}
     return dataclasses.field(default=default, metadata={"help": help, **legal})
 
@@ -32,63 +32,67 @@ class Config:
     adapter: str | None = option(None, "folder of a LoRA adapter to start from")
     trust_remote_code: bool = option(False, "run Python code that comes with the model")
     load_in_4bit: bool = option(True, "quantise the frozen weights to NF4 (bitsandbytes)")
-    dtype: str = option("auto", "of activations; auto: by the machine", choices=DTYPES)
+    dtype: str = option("auto", "of activations: auto, bfloat16, float16, float32", choices=DTYPES)
     lora_rank: int = option(16, "rank of the LoRA adapter, on all linear layers", 1, 1024)
-    system_prompt: str | None = option(None, "file with another one; {tools} stands for the tools")
+    system_prompt: str | None = option(None, "file that replaces it; {tools}: the list of tools")
     thinking: bool = option(True, "false: ask the chat template for an empty think block (Qwen3)")
     # the task; the forms of its files: data/formats.py
     dataset_path: str = option(str(DATA / "train.jsonl"), "questions to train on")
     eval_path: str = option(str(DATA / "test.jsonl"), "questions to evaluate on")
-    documents_path: str = option(str(DATA / "documents.jsonl"), "what is searched (JSONL)")
+    documents_path: str = option(str(DATA / "documents.jsonl"), "documents to search (JSONL)")
     search_results: int = option(1, "documents a search returns (3 is usual elsewhere)", 1, 1000)
     tool_time_limit: float = option(5.0, "seconds a tool may take", 0.01, 86_400)
-    max_result_tokens: int = option(256, "tokens of a tool result, others are cut off", 32, TOKENS)
+    max_result_tokens: int = option(256, "tokens of a tool result; the rest is cut", 32, TOKENS)
     max_tool_calls: int = option(6, "calls a trajectory may make", 0, 300)
-    max_segment_tokens: int = option(64, "tokens the policy may write at a time", 1, TOKENS)
+    max_segment_tokens: int = option(64, "tokens of a policy segment (one turn)", 1, TOKENS)
     max_total_tokens: int = option(512, "tokens of a trajectory, prompt included", 1, TOKENS)
-    # the rollout; accuracies: version 0.3 (git log: aee8684), 5 seeds; k, N = 4, rate, weight: 2
+    # the rollout; the comparisons in these comments: version 0.3 (commit aee8684), 5 seeds; of k,
+    # N = 4, learning rate and shared_weight: 2 seeds
     group_size: int = option(8, "M: trajectories returned for each question", 1, 10_000)
-    # With Z = 4: GRPO's accuracy (-0.2 points [-1.3, +0.8]) for 53 % of its tool calls. N = 2 and
-    # Z = 1: -0.4 [-4.0, +3.3] for 61 %; N = 4: 73 %.
-    initial_rollouts: int = option(1, "N: begun at the question; M - N may branch off", 1, 10_000)
-    # no rule is more accurate than another; adaptive takes 85 % of the calls where paper takes 61
-    branch_rule: str = option("paper", "when to fork after a tool result", choices=RULES)
+    # N = 1, Z = 4: 53 % of GRPO's tool calls, accuracy -0.2 points [-1.3, +0.8] from GRPO's.
+    # N = 2, Z = 1: 61 %, -0.4 [-4.0, +3.3]. N = 4, Z = 1: 73 %.
+    initial_rollouts: int = option(1, "N: of M, begun at the question; the others fork", 1, 10_000)
+    # no rule was more accurate than another; adaptive made 85 % of GRPO's calls, paper 61 %
+    branch_rule: str = option(
+        "paper", "paper, official, adaptive, threshold, step, random or none", choices=RULES
+    )
     branch_score: str = option(
-        "entropy", "what rule step compares", choices=("entropy", "gain", "random")
+        "entropy", "rule step: entropy, gain, random", choices=("entropy", "gain", "random")
     )
     max_leaves: int = option(8, "rule step: the most trajectories of a question", 1, 10_000)
-    branch_probability: float = option(0.5, "paper's alpha, official tau", 0, 1)
-    entropy_weight: float = option(0.2, "paper's beta, official w", -1000, 1000)
-    entropy_threshold: float = option(0.5, "paper's tau; of the threshold rule", -1000, 1000)
-    entropy_sigma: float = option(1.5, "k_sigma of the adaptive rule", -1000, 1000)
+    branch_probability: float = option(0.5, "alpha of paper, tau of official, P of random", 0, 1)
+    entropy_weight: float = option(0.2, "beta of rule paper, w of official", -1000, 1000)
+    entropy_threshold: float = option(0.5, "tau of rule paper; H of rule threshold", -1000, 1000)
+    entropy_sigma: float = option(1.5, "k_sigma of rule adaptive", -1000, 1000)
     # 5, 10 and 20 end within a point of each other
     entropy_tokens: int = option(10, "k: tokens measured after a tool result", 1, TOKENS)
     max_branches: int = option(4, "Z: most forks at one tool result", 0, 10_000)
     temperature: float = option(1.0, "of sampling and training; 0: greedy", 0.001, 1000, also=0)
-    rollout_rows: int = option(128, "paths decoded side by side, others wait", 1, 1_000_000)
-    top_p: float = option(1.0, "share of the likeliest tokens; train takes 1", above=0, high=1)
+    rollout_rows: int = option(128, "most paths decoded at the same time", 1, 1_000_000)
+    top_p: float = option(1.0, "sample from the likeliest tokens; train: only 1", above=0, high=1)
     # the update
     steps: int = option(100, "training steps: a rollout and its update each", 1, STEPS)
-    questions_per_step: int = option(8, "questions rolled out side by side", 1, 100_000)
+    questions_per_step: int = option(8, "questions of a training step", 1, 100_000)
     updates_per_rollout: int = option(1, "optimizer steps on a rollout; >1: off-policy", 1, 1000)
     # 5e-4 and 2e-3 end 2 to 3 points lower
     learning_rate: float = option(1e-3, "of AdamW, constant", above=0, high=1)
-    # with one update a rollout all weights have one gradient; with four all end 1 to 5 points lower
-    shared_weight: float = option(0.0, "of shared tokens' advantages: 0 soft, 1 hard", 0, 1)
+    # with one update a rollout it changes nothing; with four updates all values end 1 to 5 points
+    # lower than with one
+    shared_weight: float = option(0.0, "credit of shared tokens: 0 soft, 1 hard", 0, 1)
     clip_low: float = option(0.2, "the ratio is clipped below 1 - clip_low", 0, 1)
     clip_high: float = option(0.2, "and above 1 + clip_high (larger: clip-higher)", 0, 10**6)
     dual_clip: float | None = option(None, "cap on the ratio where A < 0", above=1, high=10**6)
     kl_coefficient: float = option(0.0, "weight of KL(policy, adapter switched off)", 0, 1000)
-    official_rewards: bool = option(False, "score like the official code, quirks included")
+    official_rewards: bool = option(False, "score as the released code does, errors included")
     micro_batch_tokens: int = option(8192, "tokens of one forward and backward pass", 1, 10**9)
     # the run
     memory_gb: float | None = option(None, "GiB to use; none: all there is", above=0, high=10**6)
-    seed: int = option(0, "of everything that is drawn", 0, 2**32 - 1)
+    seed: int = option(0, "of all random numbers", 0, 2**32 - 1)
     output_dir: str = option("runs/arpo", "folder of the run; an existing one is not touched")
     save_every: int = option(10, "steps between checkpoints; --resume needs one", 1, STEPS)
     eval_every: int = option(50, "steps between evaluations while training; 0: none", 0, STEPS)
-    # before and after training all questions are asked
-    eval_part: int = option(20, "of each domain in those (others: all); 0: never", 0, 10**9)
+    # before and after training: all questions, sampled and greedy; on the way: sampled only
+    eval_part: int = option(20, "--eval_every: questions a domain; 0: never evaluate", 0, 10**9)
 
     def __post_init__(self):
         check(self)

@@ -1,10 +1,10 @@
 """ARPO on one page (arXiv 2507.19849): python -m course.one_page --steps 20
 
 GRPO samples M trajectories for a question and learns which of them were better than the others.
-ARPO begins only N of them at the question. The other M - N are forks: they begin later, at a tool
-result after which the policy is less sure what to write, and share everything before that point.
-Q questions, M trajectories each, R rows, T or S tokens, V words. Left out, see arpo_mini.py: KL,
-checks, files, evaluation, and speed (a path is read again from its beginning at every turn).
+ARPO begins only N of them at the question. The other M - N are forks: they begin at a tool result
+after which the policy (the model) is more uncertain, and share everything before that point. Q
+questions, R rows (paths), T or S tokens, V tokens in the vocabulary. Left out, see arpo_mini.py:
+KL, checks, files, evaluation, speed (every turn reads a path again from its beginning).
 """
 
 import argparse
@@ -22,12 +22,12 @@ from entropy import RULES, normalised_entropy, token_entropy
 
 
 def train_step(policy, optimizer, questions, config, tools, seed):
-    """One step: try each question M times, reward the trajectories, credit the tokens, update."""
+    """One step: M trajectories a question, a reward for each, advantages for tokens, an update."""
     groups = rollout(policy, questions, config, tools, seed)  # Q groups of M leaves
-    rewards, credits = [], {}  # credits: segment -> (d), an advantage from each leaf below it
+    rewards, credits = [], {}  # segment -> (d), one advantage from each leaf below it
     for leaves, question in zip(groups, questions, strict=True):
         judged = [judge(policy, leaf, question) for leaf in leaves]  # M
-        A = group_advantages([r.total for r in judged])  # (M)    above 0: better than the group
+        A = group_advantages([r.total for r in judged])  # (M)    > 0: better than the group's mean
         credits |= segment_advantages(leaves, A.to(policy.device), config.shared_weight)
         rewards += judged
     for _ in range(config.updates_per_rollout):
@@ -37,7 +37,7 @@ def train_step(policy, optimizer, questions, config, tools, seed):
         "accuracy": sum(r.accuracy for r in rewards) / len(rewards),
         "tool_calls": len({s.parent for s in credits if s.parent.author == "tool"}),
         "forks": len(rewards) - sum(s.parent.author == "prompt" for s in credits),
-        "tokens": (1 + config.updates_per_rollout) * sum(s.depth() for s in credits),  # read
+        "tokens": (1 + config.updates_per_rollout) * sum(s.depth() for s in credits),  # computed
     }
 
 
@@ -45,7 +45,7 @@ def rollout(policy, questions, config, tools, seed):
     """M different leaves for each question. The path to a leaf is a trajectory."""
     torch.manual_seed(seed)  # every token is drawn from this generator
     M, N = config.group_size, config.initial_rollouts
-    budgets = {}  # root -> what it may still spend, and what its branch rule needs
+    budgets = {}  # root -> slots: paths still to begin; what its branch rule needs
     for i, question in enumerate(questions):
         root = Segment("prompt", policy.prompt(question.text))  # all M paths share it
         budgets[root] = {"slots": M - N, "rng": random.Random(f"{seed} {i}"), "history": []}
@@ -56,13 +56,13 @@ def rollout(policy, questions, config, tools, seed):
 def grow(policy, nodes, budgets, config, tools):
     """All leaves below these nodes (questions or tool results). Each call is one level deeper."""
     for root, budget in budgets.items():
-        if root not in [node.path()[0] for node in nodes]:  # no path is open: none can fork
-            nodes = nodes + [root] * budget["slots"]  # the rest begins at the question
+        if root not in [node.path()[0] for node in nodes]:  # all paths have ended: none can fork
+            nodes = nodes + [root] * budget["slots"]  # the missing ones begin at the question
             budget["slots"] = 0
     if not nodes:
         return []
     drafts = write(policy, nodes, config)  # what the policy writes after each node
-    forked = decide_forks(drafts, budgets, config)  # results after which it was not sure
+    forked = decide_forks(drafts, budgets, config)  # tool results, once for each fork
     drafts += write(policy, forked, config) if forked else []  # a fork begins right after a result
     results = {draft: call_tool(policy, draft, config, tools) for draft in drafts}
     leaves = [draft for draft in drafts if results[draft] is None]  # these paths end here
@@ -70,7 +70,7 @@ def grow(policy, nodes, budgets, config, tools):
 
 
 def write(policy, nodes, config):
-    """A new policy segment after each node, to its end. Every word may be drawn (top_k = 0)."""
+    """A policy segment after each node, to its end. Every token may be drawn (top_k = 0)."""
     paths = [node.path_tokens() for node in nodes]
     inputs = policy.tokenizer.pad({"input_ids": paths}, return_tensors="pt").to(policy.device)
     W = inputs["input_ids"].shape[1]  # (R, W)    a row for each node, padded on the left
@@ -87,7 +87,7 @@ def write(policy, nodes, config):
     logp = scores.log_softmax(dim=-1).gather(2, new[:, :, None])[:, :, 0].tolist()  # (R, S)
     H = token_entropy(scores).tolist()  # (R, S)    in nats
     drafts = []
-    for i, row in enumerate(new.tolist()):  # a row that ended early is filled up: cut that off
+    for i, row in enumerate(new.tolist()):  # a row that ended early is padded: cut that off
         n = next((n for n in range(1, rooms[i]) if policy.why_ended(row[:n])), rooms[i])
         stop = policy.why_ended(row[:n]) or "length"  # else: tool, answer or eos
         H_k = normalised_entropy(H[i][:n][: config.entropy_tokens], policy.vocab_size)  # in [0, 1]
@@ -97,7 +97,7 @@ def write(policy, nodes, config):
 
 def decide_forks(drafts, budgets, config):
     """The tool results to fork, once for each fork: the largest gain first, while slots last."""
-    rule, forked = RULES[config.branch_rule], []  # a rule takes what it needs of the config
+    rule, forked = RULES[config.branch_rule], []  # it takes what it needs of config
     read = [draft for draft in drafts if draft.parent.author == "tool"]
     for draft in read:
         budget, H_initial = budgets[draft.path()[0]], draft.path()[1].entropy  # its start
@@ -118,7 +118,7 @@ def call_tool(policy, draft, config, tools):
     if draft.stop != "tool" or used == config.max_tool_calls:
         return None
     call = toolbox.read_call(policy.decode(draft.token_ids), tools)
-    output = toolbox.run_one(call, tools)  # a bad call gives an error message, and goes on
+    output = toolbox.run_one(call, tools)  # a bad call: an error is the result
     token_ids = policy.encode_result(output, config.max_result_tokens)
     result = Segment("tool", token_ids, draft, tool=call.name if output.ok else None)
     return result if result.depth() < config.max_total_tokens else None  # None: no room to answer
@@ -126,18 +126,18 @@ def call_tool(policy, draft, config, tools):
 
 def judge(policy, leaf, question):
     """-1 for a broken format, else how right the answer is, and a bonus for two kinds of tools."""
-    kinds = {segment.tool for segment in leaf.path() if segment.tool}  # of tools that worked
+    kinds = {segment.tool for segment in leaf.path() if segment.tool}  # of tools that answered
     return reward(policy.turns(leaf), question.answers, judge=judge_answer, tools_used=len(kinds))
 
 
 def loss(policy, segment, A, config):
-    """Clipped surrogate (PPO) of the n tokens of a policy segment that d trajectories share."""
+    """PPO's clipped loss of the n tokens of a policy segment that d trajectories share."""
     n = len(segment.logp)
     tokens = torch.tensor(segment.path_tokens(), device=policy.device)  # (T)
-    logits = policy.lm(tokens[None]).logits[0, -n - 1 : -1].float()  # (n, V)    t - 1 scores t
+    logits = policy.lm(tokens[None]).logits[0, -n - 1 : -1].float()  # (n, V)    t - 1 is for t
     logp = (logits / config.temperature).log_softmax(dim=-1).gather(1, tokens[-n:, None])  # (n, 1)
     ratio = torch.exp(logp - logp.new_tensor(segment.logp)[:, None])  # (n, 1)    1 at first
-    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)  # farther away: no gradient
+    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)  # outside: no gradient
     return -torch.min(ratio * A, clipped * A).sum()  # A (d), so (n, d) -> ()
 
 
@@ -145,7 +145,7 @@ def update(policy, optimizer, credits, config):
     """A step down the loss: a mean over the tokens that the policy wrote in all trajectories."""
     total = sum(len(segment.logp) * len(A) for segment, A in credits.items())
     optimizer.zero_grad()
-    for segment, A in credits.items():  # prompts and results are read, but not learned
+    for segment, A in credits.items():  # policy segments only: prompts and results are not trained
         (loss(policy, segment, A, config) / total).backward()
     torch.nn.utils.clip_grad_norm_(policy.parameters, 1.0)  # of the adapter, all else is frozen
     optimizer.step()
