@@ -1,6 +1,6 @@
 """Train several methods from one cold start over several seeds, and say how sure a difference is.
 
-    python -m lab.compare [--methods main] [--seeds 5] [--steps 100] [--jobs N] [--output_dir DIR]
+    python -m lab.compare [--methods main] [--seeds 8] [--steps 100] [--jobs N] [--output_dir DIR]
     python -m lab.compare draw [DIR]                 the table and the figures of results.json again
     python -m lab.compare entropy [--adapter DIR]    does it pay to fork where the policy hesitates?
 
