@@ -72,6 +72,7 @@ class Policy:
         half = self.lm.dtype == torch.float16  # else its methods hand through what they are given
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         if half:
+            self.scaler.scale(torch.zeros(1, device=self.device))  # a step may have no gradient
             self.lm.get_output_embeddings().register_forward_hook(refuse_overflow)
         self.context = getattr(shape, "max_position_embeddings", None) or math.inf  # in tokens
 
@@ -159,7 +160,10 @@ def load_policy(config, tools: dict[str, toolbox.Tool], trainable: bool) -> Poli
         closers = {i for token, i in tokenizer.get_vocab().items() if ">" in token}
         frame = chat_frame(tokenizer, system_prompt, config, tools)
         policy = Policy(model, tokenizer, system_prompt, ends, pad_id, closers, frame)
-        added, tag = tokenizer.added_tokens_decoder.items(), re.compile(r"[<\[{|\uff5c].*\w")
+        added, tag = (
+            tokenizer.added_tokens_decoder.items(),
+            re.compile(r"[<\[{|\uff5c\u25c1\xab].*\w"),
+        )
         policy.markers.update(ends, (i for i, t in added if t.special or tag.search(t.content)))
         doing = "compute trees with"
         require_same_logprobs(policy, config)
