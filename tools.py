@@ -123,9 +123,9 @@ class Screen:
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
 
-    def close(self) -> None: ...
+    def close(self, **settings: object) -> None: ...
 
-    detach = close
+    detach = reconfigure = close
 
     @property
     def buffer(self):

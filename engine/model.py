@@ -63,12 +63,11 @@ class Policy:
 
     def __post_init__(self) -> None:
         self.lm = self.model.get_base_model()  # the adapter's layers sit inside it and stay live
-        self.device = self.lm.device
+        self.device, self.processes = self.lm.device, joined()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]  # the adapter
         self.turn_end = self.eos_ids[0]  # what a demonstration ends with
         shape = self.lm.config.get_text_config()
         self.vocab_size = shape.vocab_size
-        self.processes = joined()
         half = self.lm.dtype == torch.float16  # else its methods hand through what they are given
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         if half:

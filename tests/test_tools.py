@@ -162,7 +162,7 @@ def test_a_tool_can_print_but_not_close_the_screen(monkeypatch):
     def tool(text):
         print("hello")
         print("problem", file=sys.stderr)
-        sys.stdout.detach()
+        sys.stdout.detach(), sys.stdout.reconfigure(encoding="ascii")
         sys.stdout, sys.stderr = sys.stdout.close(), sys.stderr.close()
 
     out, error = io.StringIO(), io.StringIO()
