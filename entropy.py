@@ -99,6 +99,9 @@ def official(H, H_initial, *, u, branch_probability, entropy_weight, **_):
     return Decision(H, H_initial, gain, probability, forks=int(fork))
 
 
+ROUNDING = 1e-5  # of float32: equal entropies differ by less, computed in another batch
+
+
 def adaptive(H, H_initial, *, history, entropy_sigma, max_branches, **_):
     """Fork min(floor(H / T), max_branches) times if H > T = mean + k_sigma * std (a blog on ARPO).
 
@@ -109,8 +112,9 @@ def adaptive(H, H_initial, *, history, entropy_sigma, max_branches, **_):
     if len(history) > 1:
         T = statistics.fmean(history) + entropy_sigma * statistics.pstdev(history)
     wanted = H / T if T > 0 else max_branches
-    forks = math.floor(min(wanted, max_branches)) if H > T else 0
-    return Decision(H, H_initial, gain=H - T, probability=float(H > T), forks=forks)
+    above = H - T > ROUNDING
+    forks = math.floor(min(wanted, max_branches)) if above else 0
+    return Decision(H, H_initial, gain=H - T, probability=float(above), forks=forks)
 
 
 def threshold(H, H_initial, *, entropy_threshold, max_branches, **_):

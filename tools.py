@@ -123,7 +123,13 @@ class Screen:
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
 
-    def close(self) -> None: ...
+    def close(self, **settings: object) -> None: ...
+
+    detach = reconfigure = close
+
+    @property
+    def buffer(self):
+        return Screen(self.stream.buffer)
 
 
 def run_one(call: ToolCall, tools: Mapping[str, Tool]) -> ToolResult:
@@ -411,7 +417,8 @@ PART = 2**18  # terms counted at a time
 # Thai, Lao, Burmese, Khmer, Japanese, Chinese: no spaces; Korean: particles follow the word.
 SPACELESS = "\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0edf\u1000-\u1049\u1780-\u17d3\u3005-\u3007"
 SPACELESS += "\u3041-\u30fa\u30fc-\u31ff\u3400-\u9fff\U00020000-\U0003ffff\uac00-\ud7ff"
-WORD = re.compile(rf"([{SPACELESS}]+)|([^\W_{SPACELESS}]+)")
+INDIC = "\u0900-\u0963\u0966-\u0dff"  # whose vowel signs are no letters to \\w
+WORD = re.compile(rf"([{SPACELESS}]+)|((?:[^\W_{SPACELESS}]|[{INDIC}])+)")
 
 
 def terms(text: str, of_query: bool = False) -> list[str]:
@@ -419,7 +426,8 @@ def terms(text: str, of_query: bool = False) -> list[str]:
     if text.isascii():
         return re.findall("[a-z0-9]+", text.lower())
     found = []
-    for run, word in WORD.findall(unicodedata.normalize("NFKC", text).casefold()):
+    text = unicodedata.normalize("NFKC", text).casefold().replace("\u0307", "")  # of Istanbul's I
+    for run, word in WORD.findall(text):
         found += [word] if word else run if len(run) == 1 or not of_query else []
         found += map("".join, pairwise(run))
     return found

@@ -141,6 +141,7 @@ def clean(text: str) -> str:
     text = text[:MAX_TEXT]
     if not text.isascii():
         text = re.sub("[º˚]", "°", re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞])", " ", text))  # 2½ is not 21/2
+        text = re.sub("[\u00ad\u200b\u200e\u200f\u2060\ufeff]", "", text)  # they are not seen
         text = re.sub("[⁰ⁱ⁴-⁹⁺⁻ⁿ¹²³]+", r"^{\g<0>}", text)  # 10² is not 102
         text = unicodedata.normalize("NFKC", text).translate(SIGNS)
     if re.search(r"[\\$^~{]", text):
@@ -176,7 +177,17 @@ QUANTITY = re.compile(
     re.DOTALL,
 )
 SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "dozen": 12}
-SCALES |= {"trillion": 10**12, "万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8}
+SCALES |= {"trillion": 10**12, "quadrillion": 10**15, "lakh": 10**5, "crore": 10**7}
+SCALES |= {
+    "百万": 10**6,
+    "千万": 10**7,
+    "百": 100,
+    "千": 1000,
+    "만": 10**4,
+    "억": 10**8,
+    "천": 1000,
+}
+SCALES |= {"万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8}
 SCALE = re.compile(rf"\s*({'|'.join(SCALES)})s?(?![a-z])")
 MEASURED = re.compile(r"(.*?\S)(\s+([A-Za-z]{2,})[\w^{}/.-]*(?:\s+[A-Za-z][\w^{}/.-]*)*)")
 UNIT = re.compile(r"(/?)((?:[^\W\d_]|[°%$€£¥₹₩'-])+)\.?(?:\^?\{?(-?[1-4])\}?)?")
@@ -196,9 +207,11 @@ UNITS = {
 }
 DECADE = re.compile(r"\d{3}0'?s")  # the 1990s
 NO_UNIT = set(  # words that change the number before them
-    "and or to not nor minus plus over out of by than half halves third quarter fourth fifth tenth "
-    "squared cubed factorial".split()
-)
+    "and or to not nor minus plus over out of by than half halves third quarter fourth fifth sixth "
+    "seventh eighth ninth tenth eleventh twelfth hundredth thousandth millionth squared cubed "
+    "factorial divided times modulo pi tau infinity mil mille millone milliard тысяча тысячи тысяч "
+    "миллион миллиона миллионов alpha beta theta".split()
+).union(FUNCTIONS.split("|")) - {"sec"}
 
 
 def as_number(text: str) -> Fraction | None:
@@ -238,7 +251,7 @@ def unit_of(text: str, unit: str) -> str | None:
     beside = text[:1].isspace()
     for token in re.sub(r"\s*(?:/|\bper\b)\s*", " /", text).split():
         found = UNIT.fullmatch(token)
-        if not found or found[2].rstrip("s") in NO_UNIT:
+        if not found or {found[2], found[2].rstrip("s")} & NO_UNIT:
             return None
         per, word, power = found.groups(default="")
         lower = word.lower() if len(word) > 1 else word  # "M" is no meter

@@ -63,15 +63,15 @@ class Policy:
 
     def __post_init__(self) -> None:
         self.lm = self.model.get_base_model()  # the adapter's layers sit inside it and stay live
-        self.device = self.lm.device
+        self.device, self.processes = self.lm.device, joined()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]  # the adapter
         self.turn_end = self.eos_ids[0]  # what a demonstration ends with
         shape = self.lm.config.get_text_config()
         self.vocab_size = shape.vocab_size
-        self.processes = joined()
         half = self.lm.dtype == torch.float16  # else its methods hand through what they are given
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         if half:
+            self.scaler.scale(torch.zeros(1, device=self.device))  # a step may have no gradient
             self.lm.get_output_embeddings().register_forward_hook(refuse_overflow)
         self.context = getattr(shape, "max_position_embeddings", None) or math.inf  # in tokens
 
@@ -159,7 +159,10 @@ def load_policy(config, tools: dict[str, toolbox.Tool], trainable: bool) -> Poli
         closers = {i for token, i in tokenizer.get_vocab().items() if ">" in token}
         frame = chat_frame(tokenizer, system_prompt, config, tools)
         policy = Policy(model, tokenizer, system_prompt, ends, pad_id, closers, frame)
-        added, tag = tokenizer.added_tokens_decoder.items(), re.compile(r"[<\[{|\uff5c].*\w")
+        added, tag = (
+            tokenizer.added_tokens_decoder.items(),
+            re.compile(r"[<\[{|\uff5c\u25c1\xab].*\w"),
+        )
         policy.markers.update(ends, (i for i, t in added if t.special or tag.search(t.content)))
         doing = "compute trees with"
         require_same_logprobs(policy, config)

@@ -193,6 +193,13 @@ def test_one_that_becomes_too_loud_ends_its_step_in_one_line(restored_half, ques
         safe_step(agent, optimizer, questions[2:4], config, 5)
 
 
+def test_the_first_step_may_have_no_gradient(config, tools, rows):
+    nothing, half = [0.0] * len(rows[0]), dataclasses.replace(config, dtype="float16")
+    policy = load(half, tools)
+    row = dataclasses.replace(rows[0], A_plus=nothing, A_minus=nothing)
+    assert update(policy, still(policy), [row], config)["grad_norm"] == 0
+
+
 def test_a_cold_start_is_scaled_too(restored_half, tools):
     policy, config = restored_half
     rows = [sft.demonstration_row(policy, *sft.demonstrations_of_the_world(1, tools, 0, 0.0))]

@@ -72,6 +72,7 @@ def test_adaptive_by_hand():
     assert decision.probability == 1.0
     for short in ([], [0.1]):  # no spread
         assert decide("adaptive", 0.9, 0.3, history=short) == Decision(0.9, 0.3, 0.0, 0.0, 0)
+    assert decide("adaptive", 0.5 + 1e-7, history=[0.5, 0.5]).forks == 0  # that is rounding
     # After nothing but certainty a threshold of 0 cannot divide: any doubt is more than usual.
     assert (forks(0.1, history=[0.0, 0.0]), forks(0.0, history=[0.0, 0.0])) == (2, 0)
 

@@ -44,7 +44,8 @@ x=63 for 63; \text{63} for 63; 63^\circ for 63; 90^\circ for 90; 90° for 90; 1e
 18cm for 18 cm; 18 centimeters for 18 cm; 18 metres for 18 m; 18 KG for 18 kilograms;
 3 apple for 3 apples; 18 years old for 18 years; 25 \text{ cm}^2 for 25 square centimeters;
 5m² for 5 m^2; 60 km/h for 60 kilometers per hour; 25℃ for 25 degrees Celsius; 90˚ for 90;
-5人 for 5; 1984年 for 1984; 18 лет for 18
+5人 for 5; 1984年 for 1984; 18 лет for 18; 3만 for 30000; 3百万 for 3000000; 5 sec for 5 s;
+​63 for 63; 2 lakh for 200000
 """
 OTHER_NUMBER = r"""
 -5. for 5; (5) for -5; 34. for 3/4; (1.5) for 15; 1,5 for 15; 1,5 for 1.5; 1,23 for 123;
@@ -55,7 +56,8 @@ OTHER_NUMBER = r"""
 5 cm^2 for 5 cm^3; $5 for €5; 25°C for 25°F; 5个 for 5人; 2x for 2; 2t for 2; 2π for 2; 3i for 3;
 1.5M for 1.5; 1990s for 1990; 1st for 1; 10² for 102; 10⁵ for 105; 63_8 for 63; x1 for 1;
 50% for 5; 0.3333 for 1/3; 1/2 for 12; 1/0 for 0; 9e999 for 9; 0 for none; 11 for Apollo 11;
-3-1 for 1-3; -1 for 3-4; 1030 for 10:30; 1987 for 2004-05-12; 510 for 5'10; 100200 for (100,200)
+3-1 for 1-3; -1 for 3-4; 1030 for 10:30; 1987 for 2004-05-12; 510 for 5'10; 100200 for (100,200);
+2 pi for 2; 4 cos for 4; 2 halves for 2; 3 hundredths for 3; 5 crore for 5; 3 тысячи for 3
 """
 
 
@@ -79,8 +81,8 @@ EQUAL = r"""
 (1,2) for (1, 2); \left(\tfrac12, 3\right) for (0.5, 3); 1, 2 for (1,2); 2,1 for 1,2;
 \{1,2\} for \{2,1\}; {1,2} for \{2,1\}; 10^5 for 100000; 2+3 for 5; 2+3=5 for 5; 5! for 120;
 \binom{5}{2} for 10; \frac{\sqrt{2}}{2} for \frac{1}{\sqrt{2}}; √12 for 2\sqrt3;
-sqrt(12) for 2*sqrt(3); 2π for 2\pi; x²-1 for (x-1)(x+1); x**2 for x^2; 0.5x for \frac{x}{2};
-1.1^2 for 1.21; 3<x for x>3; x>=3 for [3,\infty); x \in (1,2) for 1<x<2;
+sqrt(12) for 2*sqrt(3); 2π for 2\pi; 2 pi for 2\pi; x²-1 for (x-1)(x+1); x**2 for x^2;
+0.5x for \frac{x}{2}; 1.1^2 for 1.21; 3<x for x>3; x>=3 for [3,\infty); x \in (1,2) for 1<x<2;
 x=1 \text{ or } x=2 for 2, 1; y=2x+1 for 2x+1; \sin(x) for sin x; \varnothing for ∅;
 A and C for C, A;
 \begin{pmatrix}1&2\\3&4\end{pmatrix} for \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix};

@@ -62,7 +62,7 @@ def read_line(number: int, text: bytes, problem: Callable[[dict], str]) -> Line:
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
-        return Line(number, text, None, f"no JSON: {reason(error)}")
+        return Line(number, text, None, f"no JSON: {reason(error).removeprefix('no JSON: ')}")
     if not isinstance(row, dict):
         wrong = f"it must be an object, {{...}}, not {reprlib.repr(row)}"
     elif "step" not in row:
@@ -131,7 +131,7 @@ def read_config(path: Path) -> dict:
     try:
         config = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: no JSON: {reason(error)}") from None
+        raise UserError(f"{path}: no JSON: {reason(error).removeprefix('no JSON: ')}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: it must be an object, {{...}}, not {reprlib.repr(config)}")
     return config
