@@ -155,7 +155,7 @@ def running_threshold(scores: Sequence[Sequence[float]], wanted: float) -> float
 
     Without scores it is inf: nothing forks until the first paths have ended.
     """
-    known = sorted((score for step in scores for score in step), reverse=True)
+    known = sorted((score for some in scores for score in some), reverse=True)
     above = round(wanted * len(scores))
     return known[above] if above < len(known) else -math.inf if known else math.inf
 

@@ -159,10 +159,8 @@ def load_policy(config, tools: dict[str, toolbox.Tool], trainable: bool) -> Poli
         closers = {i for token, i in tokenizer.get_vocab().items() if ">" in token}
         frame = chat_frame(tokenizer, system_prompt, config, tools)
         policy = Policy(model, tokenizer, system_prompt, ends, pad_id, closers, frame)
-        added, tag = (
-            tokenizer.added_tokens_decoder.items(),
-            re.compile(r"[<\[{|\uff5c\u25c1\xab].*\w"),
-        )
+        added = tokenizer.added_tokens_decoder.items()
+        tag = re.compile(r"[<\[{|\uff5c\u25c1\xab].*\w")
         policy.markers.update(ends, (i for i, t in added if t.special or tag.search(t.content)))
         doing = "compute trees with"
         require_same_logprobs(policy, config)

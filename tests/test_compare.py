@@ -1,6 +1,7 @@
 """The comparison: its statistics, its runs (played by a fake process), what it writes and says."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -14,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_questions
+from conftest import ECHO, TINY, TINY_QUESTIONS, write_questions
 
-from advantage import Segment
+import arpo_mini
+from advantage import Reward, Segment
 from app import cli
 from app.config import Config
 from arpo_mini import Agent
@@ -371,6 +373,29 @@ def test_every_method_is_a_legal_training():
     assert compare.choose("main") == [*compare.FAMILIES["main"]]
     assert compare.choose("arpo-hard-x4,grpo") == ["grpo", "arpo-hard-x4"]
     assert set(compare.METHODS) == {m for names in compare.FAMILIES.values() for m in names}
+
+
+@pytest.mark.parametrize("control", ["after", "sigma", "shuffled", "oracle", "live"])
+def test_a_control_spends_the_same_budget(tiny, control, monkeypatch):
+    """Of what it replaces: all leaves of a step, and forks only where it says."""
+    judged = itertools.count()
+    monkeypatch.setattr(controls, "judge", lambda *_: Reward(next(judged) % 2, 1.0, True, 1))
+    for name in ("rollout", "running_threshold", "spend_rest"):  # put back at the end
+        monkeypatch.setattr(arpo_mini, name, getattr(arpo_mini, name))
+    changed = {k: v for k, v in compare.STEP.items() if k != "questions_per_step"}
+    config = dataclasses.replace(TINY, **changed, questions_per_step=2)
+    if control == "live":
+        config = dataclasses.replace(config, branch_rule="none", initial_rollouts=2)
+    getattr(controls, control)()
+    writer, always = arpo_mini.open_writer(tiny, config), [[-1.0] * 50, [-1.0] * 50]
+    groups = arpo_mini.rollout(writer, TINY_QUESTIONS, config, ECHO, 3, always)
+    leaves = [leaf for group in groups for leaf in group]
+    assert len(set(leaves)) == 8 and max(map(len, groups)) <= 8
+    decided = [s.decision for leaf in leaves for s in leaf.path() if s.decision]
+    at_once = control == "sigma"  # mean + k * std of what never varies: -1, and all is above
+    assert {d.forks > 0 for d in decided} == {at_once}
+    assert any(d.granted for d in decided) == (control != "live")
+    assert (next(judged) > 0) == (control in ("oracle", "live"))
 
 
 # ---- what is written ----------------------------------------------------------------------
