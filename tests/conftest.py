@@ -103,6 +103,11 @@ def write_questions(path, domains=3, each=1):
     return str(path)
 
 
+@pytest.fixture(scope="session")
+def few(tmp_path_factory):
+    return write_questions(tmp_path_factory.mktemp("data") / "few.jsonl")
+
+
 def lines_of(folder, name):
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import scripted
-from conftest import write_questions
 from scripted import main, small_tree
 
 import app.cli
@@ -31,11 +30,6 @@ from entropy import RULES
 
 ROOT = Path(__file__).parent.parent
 OBEYED = "\x1b]0;evil\x07\x1b[2J\x9b31m\u202e[bold]\ud800"  # by a terminal
-
-
-@pytest.fixture(scope="module")
-def few(tmp_path_factory):
-    return write_questions(tmp_path_factory.mktemp("data") / "few.jsonl")
 
 
 # ---- what is typed ------------------------------------------------------------------------

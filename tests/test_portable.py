@@ -56,13 +56,13 @@ def test_line_ends_change_nothing_and_a_drive_letter_is_no_data_set(tmp_path):
         assert path in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        ImportError("Using `bitsandbytes` 4-bit quantization requires bitsandbytes: `pip install`"),
-        NotImplementedError("Could not run 'bitsandbytes::gemv_4bit' with arguments from 'CPU'"),
-    ],
-)
+NO_NF4 = [
+    ImportError("Using `bitsandbytes` 4-bit quantization requires bitsandbytes: `pip install`")
+]
+NO_NF4 += [NotImplementedError("Could not run 'bitsandbytes::gemv_4bit' with arguments from 'CPU'")]
+
+
+@pytest.mark.parametrize("error", NO_NF4)
 def test_where_nf4_does_not_run_one_line_says_what_does(error, monkeypatch):
     def load_model(config):
         raise error

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from browser import Browser
+from conftest import lines_of
 from scripted import main
 
 from app.page.curves import nice_ticks, thinned
@@ -27,12 +28,8 @@ RUN = Path(__file__).parent / "run"
 HOSTILE = '<script>window.pwned = 1</script><!-- "><img src=x onerror="window.pwned = 1"> </script>'
 
 
-def lines_of(name, folder=RUN):
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
-
-
 CONFIG = json.loads((RUN / "config.json").read_text())
-TREES = lines_of("rollouts.jsonl")
+TREES = lines_of(RUN, "rollouts.jsonl")
 
 
 def text_of(node):
@@ -80,7 +77,7 @@ def test_a_page_holds_table_curves_trees_and_settings(run_folder):
         assert f'<th scope="row">{key}</th><td><bdi>{value}</bdi></td>' in text
     data = data_in(text)
     assert data["curves"]["steps"] == [1, 2, 3]
-    rewards = [row["reward"] for row in lines_of("metrics.jsonl")]
+    rewards = [row["reward"] for row in lines_of(RUN, "metrics.jsonl")]
     assert data["curves"]["charts"][0][0]["values"] == rewards
     (run,) = data["runs"]
     assert [len(t["nodes"]) for t in run["trees"]] == [9, 9, 23]
@@ -215,7 +212,7 @@ def test_a_line_that_is_still_being_written_is_left_out_and_said(run_folder):
 
 def test_a_run_that_was_stopped_before_its_last_evaluation(run_folder):
     path = run_folder / "evaluations.jsonl"
-    rows = lines_of("evaluations.jsonl", run_folder)
+    rows = lines_of(run_folder, "evaluations.jsonl")
     partial = [row | {"step": 2, "questions": 2} for row in rows[:2]]
     for kept, words in ((rows[:2], "not evaluated since step 0"), ([], "not evaluated yet"),
                         (rows[:2] + partial, "at step 2, on 2 questions only")):  # fmt: skip
@@ -280,7 +277,7 @@ def test_any_value_may_be_of_any_kind(tmp_path, capsys):
     for case in range(300):
         folder = Path(shutil.copytree(RUN, tmp_path / str(case)))
         name = rng.choice(["config.json", *LOGS])
-        rows = lines_of(name) if name.endswith("l") else [CONFIG | {}]
+        rows = lines_of(RUN, name) if name.endswith("l") else [CONFIG | {}]
         for _ in range(rng.randint(1, 3)):
             at = rng.choice(rows)
             while True:  # a random way down to a value
@@ -308,11 +305,11 @@ def hostile_run():
     for node in record["nodes"]:
         node["tokens"][0] = odd
     record["nodes"][3]["tokens"][-1] = f"<answer>{odd}</answer>"
-    figures = lines_of("evaluations.jsonl")[0]
+    figures = lines_of(RUN, "evaluations.jsonl")[0]
     figures["domains"] = {odd: figures["domains"]["math"]}
     config = CONFIG | {"model_name": odd}
     drawn = tree(record, config)
-    return Run(odd, config, lines_of("metrics.jsonl"), [figures], [drawn], [odd])
+    return Run(odd, config, lines_of(RUN, "metrics.jsonl"), [figures], [drawn], [odd])
 
 
 def test_hostile_text_never_stands_in_the_page_as_markup():
@@ -495,7 +492,7 @@ def test_hover_gives_values_in_every_curve(tab, run_folder, tmp_path):
     report(run_folder, RUN, html=tmp_path / "two.html")
     tab.open(tmp_path / "two.html")
     tab.mouse("mouseMoved", ".plot[data-chart='2']", across=0.95)
-    last = lines_of("metrics.jsonl")[2]
+    last = lines_of(RUN, "metrics.jsonl")[2]
     assert tab.texts("#readout2")[0].count(f"{last['entropy_after_tool']:.4f}") == 2
     assert tab.texts("#readout0")[0].startswith("step 3")
     assert "small" in tab.texts("#readout0")[0]

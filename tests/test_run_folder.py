@@ -35,11 +35,6 @@ def every_tree():
         yield
 
 
-@pytest.fixture(scope="module")
-def few(tmp_path_factory):
-    return write_questions(tmp_path_factory.mktemp("data") / "few.jsonl")
-
-
 def train(folder, few, *more):
     """6 steps; checkpoints after 2, 4 and 6, of which the last two stay; evaluations after them."""
     flags = "--steps 6 --save_every 2 --eval_every 2 --eval_part 1 --group_size 2".split()

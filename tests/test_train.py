@@ -34,11 +34,6 @@ def main(*args):
     return app.cli.main([str(arg) for arg in args], arpo_mini.train, arpo_mini.load_agent)
 
 
-@pytest.fixture(scope="module")
-def few(tmp_path_factory):
-    return write_questions(tmp_path_factory.mktemp("data") / "few.jsonl")
-
-
 @pytest.fixture(scope="module", params=WAYS)
 def whole(request, few, tmp_path_factory):
     """An uninterrupted run, its flags, and where to interrupt one like it."""
