@@ -455,7 +455,7 @@ def test_entropies_at_given_calls_are_those_of_the_model(policy, config, tools):
     rows = [{"question": "Who is the mayor of Tarnholm?"}, {"problem": "Why?", "result": "So."}]
     rows[1]["call"] = "<think>a</think><calculator>1+1</calculator>"
     one = dataclasses.replace(config, entropy_tokens=1, temperature=8.0)
-    agent = Agent(policy, tools, one)
+    agent = arpo_mini.Agent(policy, tools, one)
     asked = [forking.read_forced(row) for row in rows]
     found = forking.measure_forced(agent, asked, 2, one)
     texts = ["<search>Who is the mayor of Tarnholm?</search>", rows[1]["call"]]
