@@ -64,7 +64,7 @@ from engine.packing import (
     take_step,
     token_logprobs,
 )
-from engine.processes import joined, shared
+from engine.processes import joined
 from engine.writer import Writer
 from entropy import RULES, Decision, running_threshold
 
@@ -92,9 +92,8 @@ def train_step(
     rolled_out = time.perf_counter()
     rows = [row for pair in zip(groups, rewards, strict=True) for row in credit(*pair, config)]
     figures = update(policy, optimizer, rows, config)
-    seconds = {"rollout": rolled_out - started, "update": time.perf_counter() - rolled_out}
-    figures |= {f"seconds_{part}": value for part, value in seconds.items()}
-    return figures | {"prefill_tokens": writer.prefill_tokens}, groups, rewards
+    figures |= {"seconds_rollout": rolled_out - started, "prefill_tokens": writer.prefill_tokens}
+    return figures | {"seconds_update": time.perf_counter() - rolled_out}, groups, rewards
 
 
 def grow(
@@ -317,9 +316,8 @@ def update(policy: Policy, optimizer, rows: list[Row], config: Config) -> dict:
     drift = torch.cat(drifts).abs().tolist() if drifts else []
     figures = {"loss": loss_sum / n, "clip_fraction": clipped_sum / (total * n)}
     figures |= {"grad_norm": norms[-1], "skipped_updates": norms.count(None)}
-    figures["train_tokens"] = sum(map(len, rows))
-    drift_mean = sum(drift) / len(drift) if drift else None
-    return figures | {"drift_mean": drift_mean, "drift_max": max(drift, default=None)}
+    figures |= {"train_tokens": sum(map(len, rows)), "drift_max": max(drift, default=None)}
+    return figures | {"drift_mean": sum(drift) / len(drift) if drift else None}
 
 
 MAX_GRAD_NORM = 1.0  # gradients are scaled down to this norm, as in the released settings
@@ -408,16 +406,18 @@ class Agent:
     config: Config
     prefill_tokens: int = 0  # prompt and result tokens that the last rollout read
 
-    @shared
     def roll_out(self, questions: list[Question], config: Config, seed: int) -> tuple[list, list]:
         """Leaves and rewards of each question; out of memory: again, fewer rows at a time."""
 
         def work(fitted: Config):
-            writer = open_writer(self.policy, fitted)
-            groups = rollout(writer, questions, fitted, self.tools, seed)
-            self.prefill_tokens = writer.prefill_tokens
-            asked = zip(questions, groups, strict=True)
-            return groups, [[judge(self.policy, leaf, q, fitted) for leaf in g] for q, g in asked]
+            def of_some(some: list[Question], number: int):
+                writer = open_writer(self.policy, fitted)
+                groups = rollout(writer, some, fitted, self.tools, number)
+                self.prefill_tokens = writer.prefill_tokens
+                asked = zip(some, groups, strict=True)
+                return {}, groups, [[judge(self.policy, x, q, fitted) for x in g] for q, g in asked]
+
+            return self.policy.processes.shared(of_some, questions, seed)[1:]
 
         return self.policy.limits.retry(config, work)
 

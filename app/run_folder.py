@@ -305,6 +305,9 @@ class RunFolder:
         """A new run or the one in `folder`; `start` writes. Of several processes the first does."""
         self.config, self.folder = config, folder and Path(folder).resolve()
         self.processes, self.writes, self.checkpoint = processes, processes.rank == 0, None
+        if processes.count > config.questions_per_step:
+            words = f"each of {processes.count} processes needs a question"
+            raise UserError(f"--questions_per_step {config.questions_per_step}: {words}")
         self.made_by = made_by(config) | {"processes": processes.count}
         console.quiet = console.quiet or not self.writes
         self.done: tuple[int, dict] | None = None  # the last completed step, and its files
@@ -410,8 +413,6 @@ class RunFolder:
             vars(limits).update(others["limits"])
             self.scores = others["scores"]
             scaler.load_state_dict(others["scaler"])
-        if self.processes.count > 1:
-            self.processes.agree(model, self.made_by)
         if not self.writes:
             logged = [line.row for line in self.logs[LOGS[1]] if line.row]
             self.evaluations, self.done = [x for x in logged if x["step"] <= done], (done, {})

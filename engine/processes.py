@@ -1,12 +1,12 @@
 """Several processes, a GPU or a core each: `accelerate launch arpo_mini.py train`, or torchrun.
 
-Each rolls out its share of the questions; gradients are summed before every optimizer step, so
-that all adapters stay the same. Process 0 alone writes files. One process meets nobody.
+All begin with the same adapter (same seed, same files), each rolls out its share of the questions,
+and gradients are summed before every optimizer step, so adapters stay the same. Process 0 writes.
 """
 
 import os
 from datetime import timedelta
-from functools import lru_cache
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -14,15 +14,13 @@ import torch.distributed as dist
 from advantage import shared_by
 from data.files import UserError
 
-MEANS, SUMS = ("loss", "clip_fraction", "drift_mean"), ("train_tokens", "prefill_tokens")
-
 
 class Processes:
     def __init__(self):
-        self.met, self.part = False, 1.0  # the others in this step; of the step's tokens
-        self.rank, self.count = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1)))
+        variables = ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)
+        self.rank, gpu, self.count = (int(os.environ.get(*x)) for x in variables)
         if self.count > 1:
-            gpu, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            there = torch.cuda.device_count()
             if 0 < there <= gpu:
                 raise UserError(f"process {gpu} has no GPU of its own: this machine has {there}")
             torch.cuda.set_device(gpu) if there else None
@@ -41,23 +39,11 @@ class Processes:
         self.meet(dist.all_gather_object, said := [None] * self.count, mine)
         return said
 
-    def agree(self, model: torch.nn.Module, facts: dict) -> None:
-        """All begin with the adapter of process 0; UserError where the facts are not the same."""
-        if facts["questions_per_step"] < self.count:
-            raise UserError(
-                f"--questions_per_step: each of {self.count} processes needs a question"
-            )
-        for rank, other in enumerate(self.exchange(facts)):
-            if odd := [name for name in facts if facts[name] != other.get(name)]:
-                raise UserError(f"process {rank} was started with another {', '.join(odd)}")
-        for p in filter(lambda p: p.requires_grad, model.parameters()):
-            self.meet(dist.broadcast, p.data, 0)
-
     def add_up(self, parameters: list, total: float) -> None:
         """Gradients of means over `total` tokens become that of the mean over all tokens."""
-        flat = torch.cat([p.grad.flatten() for p in parameters])
         self.part = total / sum(self.exchange(total))
-        self.meet(dist.all_reduce, flat.mul_(self.part))
+        flat = self.part * torch.nn.utils.parameters_to_vector(p.grad for p in parameters)
+        self.meet(dist.all_reduce, flat)
         for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             p.grad = grad.view_as(p)
 
@@ -65,46 +51,30 @@ class Processes:
         """work(questions, seed) -> figures, groups, rewards: of all, where each does its share."""
         if self.count == 1:
             return work(questions, number)
-        self.met = False
+        self.met, self.part = False, 1.0  # the others in this step; of the step's tokens
         try:
-            mine = work(questions[self.rank :: self.count], number + 1_000_000_007 * self.rank)
+            own = questions[self.rank :: self.count]
+            figures, *mine = work(own, number + 1_000_000_007 * self.rank)
         except torch.OutOfMemoryError as error:
             if not self.met:  # else the others do not repeat the step
                 raise
             raise UserError(f"{error}; it takes a smaller --micro_batch_tokens") from None
-        trees = [list(shared_by(leaves)) for leaves in mine[1]]  # pickled parents first: not deep
-        said = self.exchange((trees, {**mine[0], "part": self.part}, *mine[1:]))
-        _, figures, *found = zip(*said, strict=True)
+        trees = [list(shared_by(leaves)) for leaves in mine[0]]  # pickled parents first: not deep
+        _, shares, *found = zip(*self.exchange((trees, (self.part, figures), *mine)), strict=True)
         at = [divmod(i, self.count) for i in range(len(questions))]
-        return merged(figures), *([some[rank][i] for i, rank in at] for some in found)
+        return merged(shares), *([some[rank][i] for i, rank in at] for some in found)
 
 
-def merged(figures: tuple[dict, ...]) -> dict:
-    """Of the whole step: sums, means over its tokens, of other figures the largest."""
-
-    def of_all(name: str):
-        known = [f for f in figures if f[name] is not None]
-        values = [f[name] for f in known]
-        if name in MEANS and known:
-            return sum(f[name] * f["part"] for f in known) / sum(f["part"] for f in known)
-        return sum(values) if name in SUMS else max(values, default=None)
-
-    return {name: of_all(name) for name in figures[0] if name != "part"}
-
-
-def shared(roll_out):
-    """An agent's method: each process rolls out its share of the questions, and all get all."""
-
-    def of_all(self, questions, config, seed):
-        def work(some, seed):
-            return {}, *roll_out(self, some, config, seed)
-
-        return self.policy.processes.shared(work, questions, seed)[1:]
-
-    return of_all
+def merged(shares: tuple[tuple[float, dict], ...]) -> dict:
+    """Figures of the whole step: sums, means over its tokens, of other figures the largest."""
+    whole = {}
+    for name in shares[0][1]:
+        known = [(part, figures[name]) for part, figures in shares if figures[name] is not None]
+        values = [value for _, value in known]
+        whole[name] = sum(values) if name.endswith("_tokens") else max(values, default=None)
+        if name in ("loss", "clip_fraction", "drift_mean") and known:
+            whole[name] = sum(part * value for part, value in known) / sum(p for p, _ in known)
+    return whole
 
 
-@lru_cache(maxsize=1)
-def joined() -> Processes:
-    """Those that were launched together; they meet for the first time."""
-    return Processes()
+joined = cache(Processes)  # those that were launched together: they meet once

@@ -25,6 +25,7 @@ from test_update import flat_gradient, some_rewards
 
 import app.cli
 import arpo_mini
+from app.config import Config
 from app.run_folder import RunFolder
 from arpo_mini import credit, update
 from data.files import UserError
@@ -148,7 +149,7 @@ def test_one_process_meets_nobody_and_a_gpu_is_not_shared(monkeypatch):
         processes.Processes()
 
 
-def test_out_of_memory_is_repeated_alone_until_it_has_met_the_others(monkeypatch):
+def test_out_of_memory_is_repeated_alone_until_it_has_met_the_others():
     some = processes.Processes()
     some.count = 2
 
@@ -160,11 +161,8 @@ def test_out_of_memory_is_repeated_alone_until_it_has_met_the_others(monkeypatch
         some.shared(work, [7, 8], 0)
     with pytest.raises(UserError, match=r"^no memory; it takes a smaller --micro_batch_tokens$"):
         some.shared(work, [5, 8], 0)
-    monkeypatch.setattr(some, "exchange", lambda facts: [facts, {**facts, "seed": 1}])
-    with pytest.raises(UserError, match=r"^process 1 was started with another seed$"):
-        some.agree(torch.nn.Linear(1, 1), {"seed": 0, "questions_per_step": 2})
-    with pytest.raises(UserError, match=r"^--questions_per_step: each of 2 processes needs a"):
-        some.agree(torch.nn.Linear(1, 1), {"questions_per_step": 1})
+    with pytest.raises(UserError, match=r"^--questions_per_step 1: each of 2 processes needs a"):
+        RunFolder(Config(questions_per_step=1), processes=some)
 
 
 if __name__ == "__main__":
