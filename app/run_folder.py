@@ -442,13 +442,14 @@ class RunFolder:
         """The rows up to step `done`, which stay. What cannot be read goes, and is said."""
         lines, path = self.logs[name], self.folder / name
         kept = [line for line in lines if line.row and line.row["step"] <= done]
+        kept.sort(key=lambda line: line.row["step"])
         # A last line cut short is what a killed process leaves; a later step is made again.
         damaged = [x for x in lines if not x.row and (x.cut_short is None or x.cut_short <= done)]
         if damaged:
             where = f"{name}, line {damaged[0].number}: {damaged[0].wrong}"
             more = f", and {len(damaged) - 1} more lines" if len(damaged) > 1 else ""
             logger.info(f"{where}{more}; left out here and kept in {set_aside(path)}")
-        if len(kept) < len(lines):
+        if kept != lines:
             put(path, b"".join(line.text + b"\n" for line in kept))
         return [line.row for line in kept]
 

@@ -29,7 +29,7 @@ UNSURE = Hesitation(again=0.06, misread=0.48, stop=0.1, guess=0.8)
 # The worlds, and how their demonstrator hesitates.
 WORLDS = {
     "country": (make_world, UNSURE),
-    "decisive": (decisive_world, Hesitation(again=0.05, misread=0.4, stop=0.45, rivals_only=True)),
+    "decisive": (decisive_world, Hesitation(again=0.05, misread=0.4, stop=0.55, rivals_only=True)),
 }
 # The share of turns in which it goes the right way whatever the chances. They are what is learnt
 # (see `Turn`), so this only decides how often the long ways are seen to their end.

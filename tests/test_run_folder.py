@@ -225,7 +225,8 @@ JUNK = ["", "junk", "[1]", "7", "null", '{"step": null}', '{"step": true}', '{"s
 def test_a_line_that_cannot_be_read_is_left_out_and_the_others_stay(name, copy, capsys):
     """Whatever it is: the file as it was stays beside, and what was left out is said."""
     good = (copy / name).read_bytes().splitlines(keepends=True)
-    for number, junk in enumerate(filter(None, JUNK), start=1):
+    again = good[0].decode().strip()  # a line that is there twice; and then in another order
+    for number, junk in enumerate((*filter(None, JUNK), again), start=1):
         damaged = b"".join([good[0], junk.encode() + b"\n", *good[1:]])
         (copy / name).write_bytes(damaged)
         assert resume(copy) == 0
@@ -234,6 +235,9 @@ def test_a_line_that_cannot_be_read_is_left_out_and_the_others_stay(name, copy, 
         assert f"{name}, line 2: " in out and f"left out here and kept in {aside}" in out
         assert (copy / aside).read_bytes() == damaged
         assert (copy / name).read_bytes() == b"".join(good) and "Traceback" not in out
+    steps = sorted(good, key=lambda line: -json.loads(line)["step"])
+    (copy / name).write_bytes(b"".join(steps))
+    assert resume(copy) == 0 and (copy / name).read_bytes() == b"".join(good)
 
 
 def test_a_lost_line_of_metrics_is_a_gap(copy, capsys):

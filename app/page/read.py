@@ -29,6 +29,8 @@ SUMMED = (
     ("questions", "accuracy", "well_formed", "tool_calls"),
     (),
 )
+# What a line of each says once; () stands for all of it.
+ONCE = (("step",), ("step", "decoding", "questions"), ())
 
 # ---- a log --------------------------------------------------------------------------------
 
@@ -51,6 +53,7 @@ def read_log(path: Path, problem: Callable[[str, dict], str]) -> list[Line]:
         return [Line(0, b"", None, reason(error))]
     check = partial(problem, path.name)
     lines = [read_line(n, text, check) for n, text in enumerate(whole, 1) if text.strip()]
+    lines = without_repeats(lines, ONCE[LOGS.index(path.name)])
     if rest:
         step = re.match(rb'{"step": (\d{1,12})\b', rest)
         at = int(step[1]) if step else math.inf
@@ -72,6 +75,18 @@ def read_line(number: int, text: bytes, problem: Callable[[dict], str]) -> Line:
     else:
         wrong = problem(row)
     return Line(number, text, None if wrong else row, wrong)
+
+
+def without_repeats(lines: list[Line], keys: tuple[str, ...]) -> list[Line]:
+    """The first line that says a thing has a row, the others have none."""
+    found: list[Line] = []
+    seen = set()
+    for line in lines:
+        said = line.row and (json.dumps([line.row.get(k) for k in keys]) if keys else line.text)
+        again = said is not None and said in seen
+        seen.add(said)
+        found.append(line._replace(row=None, wrong="it is there twice") if again else line)
+    return found
 
 
 def lacks_parts(name: str, row: dict) -> str:
