@@ -36,6 +36,8 @@ NO_EXPRESSION = re.compile(
     r"|(?<![\\A-Za-z])[A-Za-z]\d|\A\d+(?:\s*[-:/.]\s*\d+)+\Z"  # U2; a score, a time, a date
     r"|\^\{?(?:\d{5}|\d+\}?\^)|\d{4}!|!!|(?:[({]\s*){3}"  # would only take time
 )
+RAY = r"([a-z]) *(<|>|\\le|\\ge) *([^<>=,]+?)"
+RAYS = re.compile(rf"{RAY} *(?:\bor|\\cup) +{RAY}")
 
 
 def same_expression(prediction: str, answer: str) -> bool:
@@ -75,7 +77,17 @@ def as_latex(text: str) -> str:
     text = re.sub(r"(?:√|\\?\bsqrt) ?\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"(?:√|(?<!\\)\bsqrt) ?(\d+|[a-z](?![a-z]))", r"\\sqrt{\1}", text)
     text = re.sub(rf"(?<![\\A-Za-z])({FUNCTIONS})(?![A-Za-z])", r"\\\1 ", text)
-    return re.sub(r"(\^)?(\d*)\.(\d+)", exact, text.replace("varnothing", "emptyset"))
+    text = re.sub(r"(\^)?(\d*)\.(\d+)", exact, text.replace("varnothing", "emptyset"))
+    if (rays := RAYS.fullmatch(text)) and rays[1] == rays[4]:  # "x <= 3 or x >= 5"
+        text = r"\cup ".join(interval(*rays.groups()[i : i + 2]) for i in (1, 4))
+    return text
+
+
+def interval(relation: str, end: str) -> str:
+    """What x may be where it stands in this relation to the end."""
+    if relation in ("<", r"\le"):
+        return rf"(-\infty,{end}{')' if relation == '<' else ']'}"
+    return rf"{'(' if relation == '>' else '['}{end},\infty)"
 
 
 def ask_worker(texts: tuple[str, str]) -> bool:

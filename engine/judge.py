@@ -124,7 +124,8 @@ def f1_score(prediction: str, answer: str) -> float:
 
 MAX_TEXT = 4_000  # characters that are read: NFKC takes quadratic time (accents on accents)
 SIGNS = str.maketrans(
-    "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\u2044\u2215\u2236\u3001\u3002", "-------//:,."
+    "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\u2044\u2215\u2236\u2019\u3001\u3002",
+    "-------//:',.",
 )
 STYLE = re.compile(r"\\(?:text[a-z]{0,6}|math(?:rm|bf|it|sf)|[mh]box)\s*\{([^{}]*)\}")
 SILENT = re.compile(r"\\(?:left|right|[Bb]igg?[lr]?|f?boxed|displaystyle)(?![a-z])|\\[()\[\]]")
@@ -166,7 +167,7 @@ def squeeze(text: str) -> str:
 
 # ---- numbers ------------------------------------------------------------------------------
 
-DECIMAL = r"(?:\d{1,3}(?:[, ]\d{3})+|\d*)(?:\.\d+)?(?:[eE][-+]?\d{1,3})?"
+DECIMAL = r"(?:\d{1,3}(?:[, ']\d{3})+|\d*)(?:\.\d+)?(?:[eE][-+]?\d{1,3})?"
 NUMBER = re.compile(rf"[-+]?(?:{DECIMAL}|\d+/\d+)")
 FRACTION = re.compile(r"\\frac\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))")
 QUANTITY = re.compile(
@@ -210,7 +211,10 @@ NO_UNIT = set(  # words that change the number before them
     "and or to not nor minus plus over out of by than half halves third quarter fourth fifth sixth "
     "seventh eighth ninth tenth eleventh twelfth hundredth thousandth millionth squared cubed "
     "factorial divided times modulo pi tau infinity mil mille millone milliard тысяча тысячи тысяч "
-    "миллион миллиона миллионов alpha beta theta".split()
+    "миллион миллиона миллионов alpha beta theta "
+    # and those that take it back
+    "maybe perhaps possibly probably likely unlikely approximately approx roughly nearly almost "
+    "unknown unsure uncertain wrong incorrect false impossible guess".split()
 ).union(FUNCTIONS.split("|")) - {"sec"}
 
 
@@ -219,7 +223,7 @@ def as_number(text: str) -> Fraction | None:
     try:
         text = text.strip()
         plain = len(text) <= MAX_LENGTH and NUMBER.fullmatch(text)
-        return Fraction(re.sub("[, ]", "", text)) if plain else None
+        return Fraction(re.sub("[, ']", "", text)) if plain else None
     except (ValueError, ZeroDivisionError):  # "", "e5", "1/0"
         return None
 
@@ -232,7 +236,7 @@ def quantity(text: str) -> tuple[Fraction, str] | None:
     if found["open"] and "," in (found["decimal"] or ""):  # the point (100,200)
         return None
     try:
-        value = Fraction(re.sub("[, ]", "", found["part"] or found["decimal"]))
+        value = Fraction(re.sub("[, ']", "", found["part"] or found["decimal"]))
     except (ValueError, ZeroDivisionError):
         return None
     value = (value + int(found["whole"] or 0)) * Fraction(10) ** int(found["power"] or 0)
