@@ -86,7 +86,7 @@ class Config:
     official_rewards: bool = option(False, "score as the released code does, errors included")
     micro_batch_tokens: int = option(8192, "tokens of one forward and backward pass", 1, 10**9)
     # the run
-    memory_gb: float | None = option(None, "GiB to use; none: all there is", above=0, high=10**6)
+    memory_gb: float | None = option(None, "GiB to use; none: all there is", 0.01, 10**6)
     seed: int = option(0, "of all random numbers", 0, 2**32 - 1)
     output_dir: str = option("runs/arpo", "folder of the run; an existing one is not touched")
     save_every: int = option(10, "steps between checkpoints; --resume needs one", 1, STEPS)

@@ -132,7 +132,7 @@ SILENT = re.compile(r"\\(?:left|right|[Bb]igg?[lr]?|f?boxed|displaystyle)(?![a-z
 WRAPPED = re.compile(r"\A(?:\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}|\*\*(.*)\*\*)\Z", re.DOTALL)
 EDGES = " \t\r\n`\"'“”\u2018\u2019«»「」『』《》"
 NAME = re.compile(r"\A\\?[A-Za-z][\w\\{} ]*(?:\([^()=]*\))?=\s*(?=[^=]+\Z)")
-DIGIT = re.compile(r"\d")
+DIGIT = re.compile(r"\d|\\[a-z]")  # a number may have a value without one: "\cos \pi"
 CHOICE = re.compile(r"\(?\s*([A-Za-z])\s*[).:]?")
 
 

@@ -85,7 +85,7 @@ EQUAL = r"""
 sqrt(12) for 2*sqrt(3); 2π for 2\pi; 2 pi for 2\pi; x²-1 for (x-1)(x+1); x**2 for x^2;
 0.5x for \frac{x}{2}; 1.1^2 for 1.21; 3<x for x>3; x>=3 for [3,\infty); x \in (1,2) for 1<x<2;
 x=1 \text{ or } x=2 for 2, 1; y=2x+1 for 2x+1; \sin(x) for sin x; \varnothing for ∅;
-A and C for C, A;
+A and C for C, A; \cos \pi for -1; \ln e for 1;
 \begin{pmatrix}1&2\\3&4\end{pmatrix} for \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix};
 10^{-3} for 1e-3; \log_2 8 for 3; 6÷3 for 2; 2x+y-4=0 for y=4-2x; x_1=2 for 2;
 10\pi \text{ cm}^2 for 10\pi; 12\sqrt3 inches for 12\sqrt{3} in; 2^{2024}-1 for 2^{2024} - 1;
