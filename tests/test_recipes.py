@@ -23,9 +23,9 @@ FIXTURES = {  # a name on the page -> a file of the same form
     **{f"hotpotqa/hotpot_qa:distractor/{s}": "hotpot_distractor" for s in ("train", "validation")},
     **{
         "dongguanting/ARPO-SFT-54K": "sharegpt",
-        "dongguanting/ARPO-RL-Reasoning-10K": "reinforcement",
+        "dongguanting/ARPO-RL-Reasoning-10K:train_10k": "reinforcement",
     },
-    **{"dongguanting/ARPO-RL-DeepSearch-1K": "reinforcement", "aime24.jsonl": "aime24"},
+    **{"dongguanting/ARPO-RL-DeepSearch-1K:hard_search": "reinforcement", "aime24.jsonl": "aime24"},
 }
 LESS = "--max_segment_tokens 16 --max_total_tokens 900 --group_size 2 --initial_rollouts 1"
 PROGRAMS = {
