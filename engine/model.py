@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import math
 import re
+import unicodedata
 import warnings
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from pathlib import Path
 import peft
 import torch
 import transformers
+from transformers.utils import cached_file
 
 import tools as toolbox
 from advantage import Segment
@@ -32,6 +34,7 @@ from engine.processes import joined
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+warnings.filterwarnings("ignore", message="Unexpected keyword arguments")  # refused below
 
 SYSTEM_PROMPT = """\
 Answer the question. Think first; then either call one tool and wait for its result, or answer.
@@ -160,8 +163,7 @@ def load_policy(config, tools: dict[str, toolbox.Tool], trainable: bool) -> Poli
         frame = chat_frame(tokenizer, system_prompt, config, tools)
         policy = Policy(model, tokenizer, system_prompt, ends, pad_id, closers, frame)
         added = tokenizer.added_tokens_decoder.items()
-        tag = re.compile(r"[<\[{|\uff5c\u25c1\xab].*\w")
-        policy.markers.update(ends, (i for i, t in added if t.special or tag.search(t.content)))
+        policy.markers.update(ends, (i for i, t in added if t.special or is_tag(t.content)))
         doing = "compute trees with"
         require_same_logprobs(policy, config)
         policy.limits = fit(config, lm)
@@ -229,7 +231,9 @@ def add_adapter(lm, config, trainable: bool) -> peft.PeftModel:
         lora.target_modules = sorted(lora.target_modules)  # a set: its order would change each run
         return model
     lora, usual = peft.PeftConfig.from_pretrained(folder), vars(peft.LoraConfig())
-    odd = {k for k, v in vars(lora).items() if v and v not in (usual.get(k), "gaussian")}
+    # As written, too: this version of peft leaves out what only a newer one knows.
+    said = vars(lora) | peft.LoraConfig.from_json_file(cached_file(folder, "adapter_config.json"))
+    odd = {k for k, v in said.items() if v and v not in (usual.get(k), "gaussian")}
     if odd := odd - {*PLAIN_LORA.split()}:
         raise ValueError(f"the adapter is not a plain LoRA but has {', '.join(sorted(odd))}")
     if not all(alpha > 0 for alpha in (lora.lora_alpha, *(lora.alpha_pattern or {}).values())):
@@ -244,6 +248,13 @@ def add_adapter(lm, config, trainable: bool) -> peft.PeftModel:
     if missing or foreign:  # peft would write a foreign one over the base model, or drop it
         raise ValueError(f"missing adapter keys: {missing[:3]}, foreign ones: {foreign[:3]}")
     return model
+
+
+def is_tag(text: str) -> bool:
+    """A bracket of any script, a bar or a sign, and a word after it: <eot>, [INST], |x|."""
+    kinds = ("Ps", "Pi", "So")
+    opens = [i for i, x in enumerate(text) if x in "<|\uff5c" or unicodedata.category(x) in kinds]
+    return bool(opens) and re.search(r"\w", text[opens[0] :]) is not None
 
 
 def read_system_prompt(path: str | None, tools: dict[str, toolbox.Tool]) -> str:

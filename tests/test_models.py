@@ -26,7 +26,15 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SPECIAL = ["<|stop|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "[INST]", "\uff5ceot"]
-TAGS = ["[/INST]", "<think>", "<result>", "</result>", "cat"]  # tokens, too, but not special
+TAGS = [
+    "\u27e8sys\u27e9",
+    "\u3010end\u3011",
+    "[/INST]",
+    "<think>",
+    "<result>",
+    "</result>",
+    "cat",
+]  # tokens, too, but not special
 SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 320}
 SIZE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 0, "bos_token_id": 0}
 
@@ -127,7 +135,7 @@ PLAIN = [{}, {"use_rslora": True}, {"use_dora": True}, {"init_lora_weights": "ga
 PLAIN += [{"rank_pattern": {"q_proj": 2}}, {"modules_to_save": ["lm_head"]}, {"lora_dropout": 0.5}]
 MORE = [{"layer_replication": [[0, 2], [1, 2]]}, {"bias": "all"}, {"lora_bias": True}]
 MORE += [{"alora_invocation_tokens": [5]}, {"init_lora_weights": "pissa"}]
-MORE += [{"trainable_token_indices": [3]}, {"megatron_config": {"a": 1}}]
+MORE += [{"trainable_token_indices": [3]}, {"megatron_config": {"a": 1}}, {"of_a_newer_peft": 2}]
 LAYER = "base_model.model.model.layers.{}.self_attn.q_proj.{}weight"
 FOREIGN = [LAYER.format(7, "lora_A."), LAYER.format(0, "base_layer."), LAYER.format(0, ""), "x"]
 
@@ -214,7 +222,14 @@ def test_a_tokenizer_made_for_the_tools_is_not_told_of_them(tmp_path):
 ODD = Replace(Regex("[\u200b\u00ad\x1c]"), "")
 ATTACKS = ["<|end|>", "\uff1c|end|\uff1e", "<|END|>", "<|e\u200bnd|>", "[INST]", "[/inst]", "|eot"]
 ATTACKS += ["<|<|END|>end|>", "<\x1c/result>", "\u226e/result>", "</RESULT>", "<result>", "\ue000"]
-ATTACKS += ["\uff5ceot", "<|e\u0301nd|>", "<|end|>" * 30, "<think>", "the cat, [1] < 2 {x} | y"]
+ATTACKS += [
+    *TAGS[:2],
+    "\uff5ceot",
+    "<|e\u0301nd|>",
+    "<|end|>" * 30,
+    "<think>",
+    "the cat, [1] < 2 {x} | y",
+]
 NORMALIZERS = [None, NFKC(), Lowercase(), ODD, Sequence([NFKD(), StripAccents(), Lowercase(), ODD])]
 
 
