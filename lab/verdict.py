@@ -5,6 +5,7 @@ what was spent on training up to it. Runs of one seed draw their questions in on
 """
 
 import json
+import statistics
 from pathlib import Path
 
 from rich import box
@@ -15,6 +16,7 @@ from lab.intervals import Estimate, paired, t_interval
 
 BASELINE = "grpo"
 TARGETS = (0.85, 0.9)  # accuracies: what does it take to get there?
+LAST = 5  # evaluations: their mean swings less than the final accuracy does
 OURS, BESIDE = "step", {"random": "step-random", "default": "arpo-1-of-8-z4", "grpo": "grpo"}
 MORE = (  # differences in the table beside those
     ("step-after", "step-after-random"),
@@ -53,11 +55,17 @@ def share_until(ours: dict, theirs: dict, name: str, target: float) -> Estimate 
     return paired(*reached, lambda a, b: a / b)
 
 
-def difference(results: dict, ours: str, theirs: str) -> Estimate | None:
+def accuracy(run: dict, last: int = 1) -> float:
+    """In %, after training: the mean of the last evaluations, the final one among them."""
+    return 100 * statistics.fmean(column(run, "sampled")[-last:])
+
+
+def difference(results: dict, ours: str, theirs: str, last: int = 1) -> Estimate | None:
     """Of the accuracies after training, in points, paired by seed."""
-    pair = (runs_of(results, method) for method in (ours, theirs))
-    final = [{s: 100 * column(run, "sampled")[-1] for s, run in runs.items()} for runs in pair]
-    return paired(*final)
+    return paired(
+        *(runs_of(results, method) for method in (ours, theirs)),
+        lambda a, b: accuracy(a, last) - accuracy(b, last),
+    )
 
 
 # ---- the table ----------------------------------------------------------------------------
@@ -74,8 +82,10 @@ def interval(e: Estimate | None, form: str) -> str:
 def row(results: dict, method: str) -> dict[str, str]:
     """What a method reached and what it took, by the heads of the table."""
     runs, base = runs_of(results, method), runs_of(results, BASELINE)
-    final = t_interval([100 * column(run, "sampled")[-1] for run in runs.values()])
-    cells = {"seeds": str(len(runs)), "accuracy, %": interval(final, ".1f")}
+    cells = {"seeds": str(len(runs))}
+    for last, words in ((1, "accuracy, %"), (LAST, f"of the last {LAST} evaluations, %")):
+        found = t_interval([accuracy(run, last) for run in runs.values()])
+        cells[words] = interval(found, ".1f")
     beside = None if method == BASELINE else difference(results, method, BASELINE)
     cells["minus GRPO"] = interval(beside, "+.1f")
     for name, words in (("tool_calls", "calls"), ("tokens", "tokens")):
@@ -107,10 +117,14 @@ def show(results: dict, methods: list[str], path: Path) -> None:
     heads = ["method", *next(iter(rows.values()))]
     tables = [[heads, *([method, *cells.values()] for method, cells in rows.items())]]
     pairs = [*((OURS, theirs) for theirs in BESIDE.values()), *MORE]
-    found = [(*pair, difference(results, *pair)) for pair in pairs if {*pair} <= {*methods}]
-    if found := [(ours, theirs, e) for ours, theirs, e in found if e]:
-        lines = [[f"{ours} minus {theirs}", interval(e, "+.1f")] for ours, theirs, e in found]
-        tables.append([["difference, by seed", "points"], *lines])
+    lines = []
+    for pair in pairs:
+        if {*pair} <= {*methods} and difference(results, *pair):
+            found = (interval(difference(results, *pair, last), "+.1f") for last in (1, LAST))
+            lines.append([" minus ".join(pair), *found])
+    if lines:
+        heads = ["difference, by seed, in points", "final", f"last {LAST} evaluations"]
+        tables.append([heads, *lines])
     text = ""
     for head, *lines in tables:
         table = Table(*head, box=box.SIMPLE_HEAD)
@@ -131,8 +145,7 @@ def summary(results: dict) -> dict:
     for words, name in (("calls", "tool_calls"), ("tokens", "tokens")):
         e = share_until(runs, runs_of(results, BASELINE), name, TARGETS[-1])
         found[f"{words}_to_90_share_of_grpo"] = e and e[0]
-    final = [100 * column(run, "sampled")[-1] for run in runs.values()]
-    final = t_interval(final)[0] if final else None
+    final = t_interval([accuracy(run) for run in runs.values()])[0] if runs else None
     return {"seeds": sorted(map(int, runs)), **found, "final": final}
 
 
