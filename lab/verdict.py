@@ -56,8 +56,8 @@ def share_until(ours: dict, theirs: dict, name: str, target: float) -> Estimate 
 
 
 def accuracy(run: dict, last: int = 1) -> float:
-    """In %, after training: the mean of the last evaluations, the final one among them."""
-    return 100 * statistics.fmean(column(run, "sampled")[-last:])
+    """In %: the mean of the last evaluations, the final one among them, that before training not."""
+    return 100 * statistics.fmean(column(run, "sampled")[1:][-last:])
 
 
 def difference(results: dict, ours: str, theirs: str, last: int = 1) -> Estimate | None:

@@ -119,11 +119,11 @@ def test_a_row_of_the_table(results, tmp_path, capsys):
     head, _, grpo, step, _, _, _, line = (tmp_path / "table.md").read_text("utf-8").splitlines()
     assert head.startswith("| method | seeds | accuracy, % | of the last 5 evaluations, % | minus")
     cells = "- | 200 | 100 | 100 (1 of 2) | 400 | 200 | 200 (1 of 2) | 1.5 | 15.0 | 10 | 50% |"
-    assert grpo == f"| grpo | 2 | 92.0 ±38.1 | 73.3 ±21.2 | {cells}"
+    assert grpo == f"| grpo | 2 | 92.0 ±38.1 | 90.0 ±31.8 | {cells}"
     cells = "+2.5 ±31.8 | 100 (50%) | 25 | 25 | 240 (60%) | 60 | 60 | 1.5 | 30.0 | 10 | 50% |"
-    assert step == f"| step | 2 | 94.5 ±6.4 | 83.7 ±105.9 | {cells}"
+    assert step == f"| step | 2 | 94.5 ±6.4 | 93.0 ±0.0 | {cells}"
     assert (
-        line == "| step minus grpo | +2.5 ±31.8 | +10.3 ±84.7 |"
+        line == "| step minus grpo | +2.5 ±31.8 | +3.0 ±31.8 |"
         and "±31.8" in capsys.readouterr().out
     )
 
