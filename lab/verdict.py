@@ -56,7 +56,7 @@ def share_until(ours: dict, theirs: dict, name: str, target: float) -> Estimate 
 
 
 def accuracy(run: dict, last: int = 1) -> float:
-    """In %: the mean of the last evaluations, the final one among them, that before training not."""
+    """In %: the mean of the last evaluations; the final one is among them, the first one is not."""
     return 100 * statistics.fmean(column(run, "sampled")[1:][-last:])
 
 
