@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 import string
-from collections import Counter
 
 from torch import Tensor
 
 from advantage import Reward, Segment, boxed, total_reward
+from engine.judge import overlap
 from entropy import official_entropy
 
 # ---- entropy (vllm_rollout_with_tools.py) -------------------------------------------------
@@ -58,9 +58,9 @@ def official_reward(transcript: str, answers: str | list[str], eos: str | None =
 
 def official_format(text: str) -> bool:
     # quirk: tags are counted, not paired: </think> may come first, or a thought after the answer
-    if text.count("<think>") == 0 or text.count("<think>") != text.count("</think>"):
-        return False
-    if text.count("<answer>") != 1 or text.count("</answer>") != 1:
+    tags = ("<think>", "</think>", "<answer>", "</answer>")
+    opened, closed, *answers = (text.count(tag) for tag in tags)
+    if opened == 0 or opened != closed or answers != [1, 1]:
         return False
     for tool in ("search", "python"):
         call = text.find(f"<{tool}>")
@@ -82,8 +82,15 @@ def official_boxed(text: str) -> str | None:
 
 def normalize_answer(text: str) -> str:
     """Lower case, no ASCII punctuation, no articles, single spaces (SQuAD, deep_research.py)."""
-    text = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+    return without_articles(text.lower().translate(str.maketrans("", "", string.punctuation)))
+
+
+def without_articles(text: str) -> str:
+    return single_spaced(re.sub(r"\b(a|an|the)\b", " ", text))
+
+
+def single_spaced(text: str) -> str:
+    return " ".join(text.split())
 
 
 def f1_score(prediction: str, answers: str | list[str]) -> float:
@@ -91,10 +98,8 @@ def f1_score(prediction: str, answers: str | list[str]) -> float:
     best = 0.0
     for answer in [answers] if isinstance(answers, str) else answers:
         p, a = normalize_answer(prediction), normalize_answer(answer)
-        if p != a and {p, a} & {"yes", "no", "noanswer"}:
-            continue
-        shared = (Counter(p.split()) & Counter(a.split())).total()
-        best = max(best, 2 * shared / max(len(p.split()) + len(a.split()), 1))
+        if p == a or not {p, a} & {"yes", "no", "noanswer"}:
+            best = max(best, overlap(p.split(), a.split()))
     return best
 
 
@@ -123,10 +128,9 @@ def official_prediction(text: str) -> str:
     found = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
     within = found[-1] if found else text
     box = last_boxed(within)
-    if box.startswith("\\boxed{") and box.endswith("}"):
-        box = box[len("\\boxed{") : -1]
-    if box.startswith("\\text{") and box.endswith("}"):
-        box = box[len("\\text{") : -1]
+    for opening in ("\\boxed{", "\\text{"):
+        if box.startswith(opening) and box.endswith("}"):
+            box = box[len(opening) : -1]
     return box or (within if found else "")
 
 
@@ -142,31 +146,24 @@ def last_boxed(text: str) -> str:
 
 
 def official_math(prediction: str, answer: str | list[str]) -> dict:
-    return best(prediction, [answer] if isinstance(answer, str) else answer, squeeze)
+    return best(prediction, [answer] if isinstance(answer, str) else answer, single_spaced)
 
 
 def official_qa(prediction: str, answers: str | list[str]) -> dict:
     if isinstance(answers, str):  # quirk: a text in brackets is taken for a list
         listed = answers.startswith("[")
         answers = re.split(r",\s*", answers.strip("[]")) if listed else [answers]
-    return best(prediction, answers, lambda text: squeeze(re.sub(r"\b(a|an|the)\b", " ", text)))
-
-
-def squeeze(text: str) -> str:
-    return " ".join(text.split())
+    return best(prediction, answers, without_articles)
 
 
 def best(prediction: str, answers: list[str], normalise) -> dict:
     """The highest of each score over the answers."""
-    p = normalise(prediction.lower())
-    scores = NONE
-    for answer in answers:
-        a = normalise(answer.lower())
-        shared = (Counter(p.split()) & Counter(a.split())).total()
+    p, scores = normalise(prediction.lower()), NONE
+    for a in (normalise(answer.lower()) for answer in answers):
         now = {
             "em": int(p == a),
             "acc": int(a in p),  # quirk: any text holds an answer that is an article
-            "f1": 2 * shared / max(len(p.split()) + len(a.split()), 1),
+            "f1": overlap(p.split(), a.split()),
             "math_equal": int(official_math_equal(p, a)),
         }
         scores = {name: max(scores[name], now[name]) for name in scores}

@@ -24,9 +24,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qw
 from app.config import option
 from arpo_mini import SEARCH_CHARS
 from data.demonstrator import UNSURE, WORLDS, Demonstrator, Hesitation, Turn
-from data.files import UserError, reason
 from data.make_world import DOMAINS, Entity, Maker, capital
-from lab.command import exit_code, parse
+from lab.command import exit_code, make_folder, parse
 from tools import default_tools
 
 DATA = Path(__file__).parent.parent / "data"
@@ -208,11 +207,7 @@ def cold_start(args: list[str]) -> None:
     own, _ = parse("lab.coldstart", __doc__, args, Flags, names=())
     first, (source, unsure) = own.world == "country", WORLDS[own.world]
     folder = DATA if first else DATA / own.world
-    output = Path(own.output_dir or folder / "tiny-qwen3")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {output}: {reason(error)}") from None
+    output = make_folder(own.output_dir or folder / "tiny-qwen3")
     world, _, test = source.make()
     tools = default_tools(folder / "documents.jsonl", 1, SEARCH_CHARS)
     taken = {problem.key for problem in test}

@@ -6,12 +6,13 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Container
+from pathlib import Path
 from typing import Any
 
 from app.cli import Parser
 from app.config import Config, check
 from app.run_folder import Terminated, terminate
-from data.files import UserError
+from data.files import UserError, reason
 
 # It says at its import that a kernel is missing which is optional.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -36,6 +37,15 @@ def parse(
     settings = own(**{item.name: values.pop(item.name) for item in mine if item.name in values})
     check(settings)
     return settings, {**defaults, **values}
+
+
+def make_folder(path: str | Path) -> Path:
+    """The folder of --output_dir, there or new."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {path}: {reason(error)}") from None
+    return Path(path)
 
 
 def exit_code(work: Callable[[], int | None]) -> int:

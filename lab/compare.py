@@ -51,39 +51,23 @@ RESULTS = ROOT / "lab/results/compare"
 STEP = {"branch_rule": "step", "questions_per_step": 16, "group_size": 4, "max_leaves": 8}
 GRPO = {"branch_rule": "none", "initial_rollouts": 8}
 PAPER = {"branch_rule": "paper", "initial_rollouts": 2, "max_branches": 1, "shared_weight": 0.0}
-OFF_POLICY = {"updates_per_rollout": 4}
-METHODS: dict[str, dict] = {
-    "grpo": GRPO,
+SIXTEEN = {"questions_per_step": 16, "group_size": 4}
+SETTINGS: dict[str, dict] = {  # what the comments of app/config.py compare
     "arpo-paper": PAPER,
     "arpo-official": {**PAPER, "branch_rule": "official", "entropy_tokens": 20},
     "arpo-adaptive": {**PAPER, "branch_rule": "adaptive"},
-    "arpo-random": {**PAPER, "branch_rule": "random"},
-    "arpo-1-of-8": {**PAPER, "initial_rollouts": 1},
+    # about as often as the paper's rule wants to fork
+    "arpo-random": {**PAPER, "branch_rule": "random", "branch_probability": 0.9},
     "arpo-4-of-8": {**PAPER, "initial_rollouts": 4},
-    "grpo-x4": {**GRPO, **OFF_POLICY},
-    "arpo-soft-x4": {**PAPER, **OFF_POLICY},
-    "arpo-mixed-x4": {**PAPER, **OFF_POLICY, "shared_weight": 0.3},
-    "arpo-hard-x4": {**PAPER, **OFF_POLICY, "shared_weight": 1.0},
-    "arpo-z4": {**PAPER, "max_branches": 4},
-    "arpo-1-of-8-z4": {**PAPER, "initial_rollouts": 1, "max_branches": 4},
     "arpo-k5": {**PAPER, "entropy_tokens": 5},
     "arpo-k20": {**PAPER, "entropy_tokens": 20},
-    "step": STEP,
-    "step-random": {**STEP, "branch_score": "random"},
-    "step-gain": {**STEP, "branch_score": "gain"},
-    "step-after": {**STEP, "control": "after"},
-    "step-after-random": {**STEP, "branch_score": "random", "control": "after"},
-    "step-shuffled": {**STEP, "control": "shuffled"},
-    "step-oracle": {**STEP, "control": "oracle"},
-    "step-sigma": {**STEP, "control": "sigma"},
-    "16x4": {"questions_per_step": 16, "group_size": 4},
-    "grpo-live": {
-        **GRPO,
-        "questions_per_step": 16,
-        "group_size": 4,
-        "initial_rollouts": 2,
-        "control": "live",
-    },
+    "arpo-soft-x4": {**PAPER, "updates_per_rollout": 4},
+    "arpo-mixed-x4": {**PAPER, "updates_per_rollout": 4, "shared_weight": 0.3},
+    "arpo-hard-x4": {**PAPER, "updates_per_rollout": 4, "shared_weight": 1.0},
+    "arpo-lr-5e-4": {**PAPER, "learning_rate": 5e-4},
+    "arpo-lr-2e-3": {**PAPER, "learning_rate": 2e-3},
+}
+SHAPES: dict[str, dict] = {  # of one budget for a step
     "step-8x8": {**STEP, "questions_per_step": 8, "group_size": 8, "max_leaves": 16},
     "step-24x3": {**STEP, "questions_per_step": 24, "group_size": 3},
     "step-32x2": {**STEP, "questions_per_step": 32, "group_size": 2},
@@ -92,37 +76,30 @@ METHODS: dict[str, dict] = {
     "step-z2": {**STEP, "max_branches": 2},
     "step-z8": {**STEP, "max_branches": 8},
     "step-n2": {**STEP, "initial_rollouts": 2},
-    "arpo-lr-5e-4": {**PAPER, "learning_rate": 5e-4},
-    "arpo-lr-2e-3": {**PAPER, "learning_rate": 2e-3},
+}
+METHODS: dict[str, dict] = {
+    "grpo": GRPO,
+    **SETTINGS,
+    "arpo-1-of-8-z4": {**PAPER, "initial_rollouts": 1, "max_branches": 4},
+    "step": STEP,
+    "step-random": {**STEP, "branch_score": "random"},
+    "step-gain": {**STEP, "branch_score": "gain"},
+    "step-after": {**STEP, "control": "after"},
+    "step-after-random": {**STEP, "branch_score": "random", "control": "after"},
+    "step-shuffled": {**STEP, "control": "shuffled"},
+    "step-oracle": {**STEP, "control": "oracle"},
+    "step-sigma": {**STEP, "control": "sigma"},
+    "16x4": SIXTEEN,
+    "grpo-live": {**GRPO, **SIXTEEN, "initial_rollouts": 2, "control": "live"},
+    **SHAPES,
 }
 FAMILIES: dict[str, tuple[str, ...]] = {  # a question each, and a figure each
     "main": ("grpo", "arpo-1-of-8-z4", "step", "step-random"),
     "when": ("step-after", "step-after-random", "step-shuffled", "16x4"),
     "ceiling": ("step-oracle", "grpo-live"),
-    "shape": (
-        "step",
-        "step-8x8",
-        "step-24x3",
-        "step-32x2",
-        "step-leaves-6",
-        "step-leaves-12",
-        "step-z2",
-        "step-z8",
-        "step-n2",
-        "step-gain",
-        "step-sigma",
-    ),
-    "question": ("grpo", "arpo-paper", "arpo-adaptive", "arpo-random", "arpo-1-of-8-z4"),
-    "rules": ("grpo", "arpo-paper", "arpo-official", "arpo-adaptive", "arpo-random"),
-    "initial_rollouts": ("grpo", "arpo-1-of-8", "arpo-paper", "arpo-4-of-8"),
-    "off_policy": ("grpo-x4", "arpo-soft-x4", "arpo-mixed-x4", "arpo-hard-x4"),
-    "max_branches": ("arpo-paper", "arpo-z4", "arpo-1-of-8-z4"),
-    "entropy_tokens": ("arpo-k5", "arpo-paper", "arpo-k20"),
-    "learning_rate": ("arpo-lr-5e-4", "arpo-paper", "arpo-lr-2e-3"),
+    "shape": ("step", *SHAPES, "step-gain", "step-sigma"),
+    "settings": ("grpo", *SETTINGS, "arpo-1-of-8-z4"),
 }
-# Forks at random, as often as the other, with the same seed, wanted to. A rule that always wants to
-# has a control that does the very same.
-CONTROLS = {"arpo-random": "arpo-paper"}
 # What a comparison sets otherwise than a training: all test questions at every evaluation, so that
 # the points of a curve are comparable.
 DEFAULTS = {"eval_every": 5, "eval_part": 100_000}
@@ -141,10 +118,6 @@ def choose(text: str) -> list[str]:
             legal = ", ".join([*METHODS, *FAMILIES, "all"])
             raise UserError(f"--methods {name}: choose, separated by commas, from {legal}")
         chosen |= set(METHODS if name == "all" else FAMILIES.get(name, (name,)))
-    for control, controlled in CONTROLS.items():
-        if control in chosen and controlled not in chosen:
-            words = f"{control} forks as often as {controlled}; name that too"
-            raise UserError(f"--methods {text}: {words}")
     return [name for name in METHODS if name in chosen]
 
 
@@ -331,28 +304,22 @@ class Comparison:
         return self.folder / "runs" / run.method / str(run.seed)
 
     def stored(self, run: Run) -> dict | None:
-        new = {"overrides": METHODS[run.method], "runs": {}}
-        method = self.results["methods"].get(run.method, new)
+        method = self.results["methods"].get(run.method)
+        if method is None:
+            return None
         refuse_changed(self.path, method["overrides"], METHODS[run.method])
         return method["runs"].get(str(run.seed))
 
-    def settings_of(self, run: Run) -> dict | None:
-        """Its Config but for output_dir, and its input files; None while another run is needed."""
-        settings = {**self.results["settings"], **METHODS[run.method], "seed": run.seed}
-        if run.method in CONTROLS:
-            controlled = self.stored(Run(CONTROLS[run.method], run.seed))
-            if controlled is None:
-                return None
-            settings["branch_probability"] = controlled["wish_rate"]
-        return settings
+    def settings_of(self, run: Run) -> dict:
+        """Its Config but for output_dir, and its input files."""
+        return {**self.results["settings"], **METHODS[run.method], "seed": run.seed}
 
     def record(self, run: Run) -> dict | None:
         """The figures of a run, kept; None if it is not whole. Other settings are refused."""
-        slot, settings = self.slot(run), self.settings_of(run)
-        before = settings_in(slot)
-        found = read_run(slot) if settings and before else None
+        before = settings_in(self.slot(run))
+        found = read_run(self.slot(run)) if before else None
         if found:
-            refuse_changed(slot, before, settings)
+            refuse_changed(self.slot(run), before, self.settings_of(run))
             new = {"overrides": METHODS[run.method], "runs": {}}
             method = self.results["methods"].setdefault(run.method, new)
             method["runs"][str(run.seed)] = found
@@ -375,23 +342,16 @@ class Comparison:
         with tqdm(total=len(runs), initial=len(runs) - len(waiting), disable=None) as bar:
             try:
                 while waiting or running:
-                    self.start_some(waiting, running, jobs)
+                    while waiting and len(running) < jobs:
+                        run = waiting.pop(0)
+                        threads = max(1, CORES // jobs)
+                        running[run] = start(self.settings_of(run), self.slot(run), threads)
                     time.sleep(POLL)
                     for run in [r for r, process in running.items() if process.poll() is not None]:
                         bar.write(self.outcome(run, running.pop(run).returncode))
                         bar.update()
             finally:
                 stop(list(running.values()))
-
-    def start_some(self, waiting: list[Run], running: dict, jobs: int) -> None:
-        for run in list(waiting):
-            settings, controlled = self.settings_of(run), CONTROLS.get(run.method)
-            if settings is None and Run(controlled, run.seed) in self.failed:
-                self.failed[run] = f"{controlled}, which it takes its rate from, has failed"
-                waiting.remove(run)
-            elif settings is not None and len(running) < jobs:
-                waiting.remove(run)
-                running[run] = start(settings, self.slot(run), max(1, CORES // jobs))
 
     def outcome(self, run: Run, code: int) -> str:
         """Record a process that has ended; a line about it."""

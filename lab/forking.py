@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -35,9 +36,9 @@ from app.config import Config, option
 from app.evaluation import first_per_domain
 from app.screen import print_table, say
 from arpo_mini import Agent, Budget, grow, judge, load_agent, open_writer
-from data.files import UserError, read_rows, reason
+from data.files import UserError, read_rows
 from data.formats import Question, asked, domain_of, load_questions
-from lab.command import parse
+from lab.command import make_folder, parse
 from lab.intervals import Estimate, bootstrap, spearman, t_interval
 from lab.verdict import drawing
 from tools import ToolResult, policy_stop, read_call, run_calls
@@ -45,7 +46,7 @@ from tools import ToolResult, policy_stop, read_call, run_calls
 ROOT = Path(__file__).resolve().parent.parent
 AT_ONCE = 16  # questions rolled out side by side
 FAR = 30  # tokens after a result that Figure 1 looks at
-COLUMNS = ("question", "call", "H", "H_initial", "spread", "right")  # of a node
+COLUMNS = ("question", "call", "H", "H_initial", "spread")  # of a node
 H, H_INITIAL, SPREAD = (COLUMNS.index(c) for c in ("H", "H_initial", "spread"))
 
 
@@ -70,11 +71,9 @@ def continue_from(
     return list(known.values())
 
 
-def spread_of(agent: Agent, leaves: list[Segment], question: Question, config: Config):
-    """Variance of the rewards (with n - 1), and the share of right answers."""
-    rewards = [judge(agent.policy, leaf, question, config) for leaf in leaves]
-    right = np.mean([reward.accuracy == 1 for reward in rewards])
-    return float(np.var([reward.total for reward in rewards], ddof=1)), float(right)
+def spread_of(agent: Agent, leaves: list[Segment], question: Question, config: Config) -> float:
+    """Variance of the rewards (with n - 1)."""
+    return statistics.variance(judge(agent.policy, x, question, config).total for x in leaves)
 
 
 def measure(agent: Agent, questions: list[Question], k: int, config: Config) -> tuple[list, dict]:
@@ -95,7 +94,7 @@ def measure(agent: Agent, questions: list[Question], k: int, config: Config) -> 
         forks = continue_from(agent, list(results), k, config, seed + 1)
         for (node, (i, *seen)), leaves in zip(results.items(), forks, strict=True):
             call = sum(segment.author == "tool" for segment in node.path())
-            nodes.append([i, call, *seen, *spread_of(agent, leaves, questions[i], config)])
+            nodes.append([i, call, *seen, spread_of(agent, leaves, questions[i], config)])
         for i, leaves in enumerate(groups, start=at):
             for segment in (s for s in shared_by(leaves) if s.author == "policy"):
                 place = "start" if segment.parent.author == "prompt" else "result"
@@ -197,7 +196,7 @@ def answers(nodes: list[list[float]]) -> dict[str, Estimate | None]:
     def spread_where(chosen):
         return lambda r: r[chosen(r), SPREAD].mean() if chosen(r).any() else np.nan
 
-    statistics = {
+    wanted = {
         "Spearman of H and spread": lambda r: spearman(r[:, H], r[:, SPREAD]),
         "Spearman of gain and spread": lambda r: spearman(gain(r), r[:, SPREAD]),
         "spread, H above its median": spread_where(lambda r: r[:, H] > middle),
@@ -206,7 +205,7 @@ def answers(nodes: list[list[float]]) -> dict[str, Estimate | None]:
         "spread, gain > 0": spread_where(lambda r: gain(r) > 0),
         "spread, gain <= 0": spread_where(lambda r: gain(r) <= 0),
     }
-    return {words: bootstrap(statistic, clusters) for words, statistic in statistics.items()}
+    return {words: bootstrap(statistic, clusters) for words, statistic in wanted.items()}
 
 
 # ---- command line -------------------------------------------------------------------------
@@ -229,7 +228,7 @@ class Flags:
 
 def study(args: list[str]) -> None:
     own, values = parse("lab.compare entropy", __doc__, args, Flags, TAKEN)
-    k, name, folder = own.continuations, own.name, Path(own.output_dir)
+    k, name = own.continuations, own.name
     config = Config(**values, branch_rule="none")
     if own.forced:
         rows = [row for _, row in read_rows(own.forced, read_forced, FORCED)]
@@ -241,10 +240,7 @@ def study(args: list[str]) -> None:
     if name is None:
         name = Path(config.adapter).resolve().parent.name if config.adapter else "cold-start"
         name += "-forced" * bool(own.forced)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {folder}: {reason(error)}") from None
+    folder = make_folder(own.output_dir)
     settings = {"questions": len(questions), "continuations": k, "seed": config.seed}
     if own.forced:
         nodes = measure_forced(agent, questions, k, config)

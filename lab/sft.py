@@ -4,7 +4,8 @@
 
 The loss is next-token prediction on what the policy writes; prompts and tool results are only
 read. Without --data the demonstrations are the mini-world's, always right. The adapter is a
-starting point: `arpo_mini.py train --adapter DIR/adapter`.
+starting point: `arpo_mini.py train --adapter DIR/adapter`. The learning rate falls to 0 in a line;
+demonstrations of more than --max_total_tokens are left out.
 
 A demonstration is spelled as a rollout would spell it: the prompt that train and eval use (the
 file's own system prompt is left out, its tools are others), and results between <result> tags. The
@@ -54,26 +55,19 @@ from engine.packing import (
     take_step,
     token_logprobs,
 )
-from lab.command import TRAIN, exit_code, parse
+from lab.command import exit_code, parse
 from tools import ToolError, ToolResult, calculate, result_text
 
-
-def same(name: str) -> dataclasses.Field:
-    """The field of train's Config: one default and one help text for both."""
-    item = Config.__dataclass_fields__[name]
-    return option(item.default, **item.metadata)
+SHARED = (  # settings of `train` that it has, too
+    "model_name adapter trust_remote_code load_in_4bit dtype lora_rank system_prompt thinking "
+    "max_total_tokens learning_rate micro_batch_tokens memory_gb seed output_dir"
+).split()
+DEFAULTS = {"model_name": "", "max_total_tokens": 4096, "learning_rate": 2e-4}
+DEFAULTS |= {"micro_batch_tokens": 2048, "output_dir": "runs/coldstart"}
 
 
 @dataclass(frozen=True)
-class Settings:
-    model_name: str = option("", "folder or hub id of a causal LM")
-    adapter: str | None = same("adapter")
-    trust_remote_code: bool = same("trust_remote_code")
-    load_in_4bit: bool = same("load_in_4bit")
-    dtype: str = same("dtype")
-    lora_rank: int = same("lora_rank")
-    system_prompt: str | None = same("system_prompt")
-    thinking: bool = same("thinking")
+class Settings:  # beside those
     data: str | None = option(None, "sharegpt JSONL (default: demonstrations of the mini-world)")
     python_calls: str = option(
         "calculator", "<python> becomes <calculator> or is left out", choices=("calculator", "keep")
@@ -82,25 +76,13 @@ class Settings:
     hesitation: float = option(
         0.0, "of its demonstrator after a result: 0 never, 1 as for the tiny model", low=0, high=1
     )
-    max_total_tokens: int = option(4096, "longer demonstrations are left out", low=1)
     epochs: float = option(1.0, "times that each demonstration is read", above=0)
     demonstrations_per_step: int = option(16, "of one optimizer step", low=1)
-    learning_rate: float = option(2e-4, "of AdamW, falling to 0 in a line", above=0)
-    micro_batch_tokens: int = option(2048, "tokens of one forward and backward pass", low=1)
-    memory_gb: float | None = same("memory_gb")
-    seed: int = same("seed")
-    output_dir: str = option("runs/coldstart", "folder of the run; an existing one is not touched")
 
     def __post_init__(self):
-        if not self.model_name:
-            raise UserError("--model_name is missing: a folder or hub id of a causal LM")
         if self.data and self.hesitation:
             words = "only the mini-world's demonstrator hesitates"
             raise UserError(f"--hesitation {self.hesitation} --data {self.data}: {words}")
-
-    def of_policy(self) -> Config:
-        """The settings that it shares with train."""
-        return Config(**{k: v for k, v in dataclasses.asdict(self).items() if k in TRAIN})
 
 
 # ---- demonstrations -----------------------------------------------------------------------
@@ -184,38 +166,39 @@ def fitting_update(policy: Policy, optimizer, rows: list[Row], config: Config) -
     return policy.limits.retry(config, lambda c: update(policy, optimizer, rows, c), undo)
 
 
-def fine_tune(settings: Settings) -> None:
-    config = settings.of_policy()
+def fine_tune(settings: Settings, config: Config) -> None:
+    if not config.model_name:
+        raise UserError("--model_name is missing: a folder or hub id of a causal LM")
     tools = make_tools(config)
     if settings.data:
         demonstrations, left_out = from_file(settings.data, settings.python_calls)
     else:
-        which = (settings.demonstrations, tools, settings.seed, settings.hesitation)
+        which = (settings.demonstrations, tools, config.seed, settings.hesitation)
         demonstrations, left_out = demonstrations_of_the_world(*which), Counter()
-    torch.manual_seed(settings.seed)  # the fresh adapter
+    torch.manual_seed(config.seed)  # the fresh adapter
     policy = load_policy(config, tools, trainable=True)
     rows = [demonstration_row(policy, demonstration) for demonstration in demonstrations]
-    kept = [row for row in rows if len(row) <= settings.max_total_tokens]
-    left_out[f"have more than {settings.max_total_tokens} tokens"] = len(rows) - len(kept)
+    kept = [row for row in rows if len(row) <= config.max_total_tokens]
+    left_out[f"have more than {config.max_total_tokens} tokens"] = len(rows) - len(kept)
     whys = "; ".join(f"{n} {why}" for why, n in left_out.items() if n)
     if not kept:
         raise UserError(f"{settings.data or 'the mini-world'}: no demonstration is left: {whys}")
-    folder = new_folder(settings.output_dir)
+    folder = new_folder(config.output_dir)
     say(f"{folder}: {len(kept)} demonstrations{whys and f'; left out: {whys}'}")
-    text = json.dumps(dataclasses.asdict(settings), indent=2)
+    shared = {name: getattr(config, name) for name in SHARED}
+    text = json.dumps(shared | dataclasses.asdict(settings), indent=2)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     try:
-        train(policy, kept, settings, folder / "metrics.jsonl")
+        train(policy, kept, settings, config, folder / "metrics.jsonl")
     finally:  # whatever ended it, the steps that were made are kept
         policy.model.save_pretrained(folder / "adapter")
         say(f"the adapter is in {folder / 'adapter'}")
 
 
-def train(policy: Policy, rows: list[Row], settings: Settings, log: Path) -> None:
+def train(policy: Policy, rows: list[Row], settings: Settings, config: Config, log: Path) -> None:
     """Every demonstration in a random order, again and again."""
-    optimizer = torch.optim.AdamW(policy.parameters, lr=settings.learning_rate, weight_decay=0.0)
-    config = settings.of_policy()
-    n, rng = min(settings.demonstrations_per_step, len(rows)), Random(settings.seed)
+    optimizer = torch.optim.AdamW(policy.parameters, lr=config.learning_rate, weight_decay=0.0)
+    n, rng = min(settings.demonstrations_per_step, len(rows)), Random(config.seed)
     steps = max(1, math.ceil(settings.epochs * len(rows) / n))
     waiting: list[Row] = []
     with log.open("w", encoding="utf-8") as file:
@@ -224,20 +207,19 @@ def train(policy: Policy, rows: list[Row], settings: Settings, log: Path) -> Non
             while len(waiting) < n:
                 waiting += rng.sample(rows, len(rows))
             some, waiting = waiting[:n], waiting[n:]
-            optimizer.param_groups[0]["lr"] = settings.learning_rate * (1 - (step - 1) / steps)
-            loss = fitting_update(policy, optimizer, some, config)
-            seconds = time.perf_counter() - started
-            metrics = {"step": step, "loss": loss, "tokens": sum(map(len, some))}
-            file.write(json.dumps(metrics | {"seconds": seconds}) + "\n")
+            optimizer.param_groups[0]["lr"] = config.learning_rate * (1 - (step - 1) / steps)
+            metrics = {"step": step, "loss": fitting_update(policy, optimizer, some, config)}
+            metrics |= {"tokens": sum(map(len, some)), "seconds": time.perf_counter() - started}
+            file.write(json.dumps(metrics) + "\n")
             file.flush()
-            bar.set_postfix(loss=f"{loss:.4f}")
             if step == 1 or step == steps or step % max(1, steps // 10) == 0:
-                bar.write(f"step {step:5d} of {steps}  loss {loss:.4f}")
+                bar.write(f"step {step:5d} of {steps}  loss {metrics['loss']:.4f}")
 
 
 def main(args: list[str]) -> int:
     def work() -> None:
-        fine_tune(parse("lab.coldstart", __doc__, args, Settings, names=())[0])
+        settings, values = parse("lab.coldstart", __doc__, args, Settings, SHARED, **DEFAULTS)
+        fine_tune(settings, Config(**values))
 
     return exit_code(work)
 

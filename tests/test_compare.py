@@ -75,13 +75,9 @@ def test_the_bootstrap_draws_whole_clusters():
 
 
 def a_run(accuracy, calls, tokens=(0, 100, 200)):
-    spent = {"tool_calls": calls, "generated_tokens": tokens, "prefill_tokens": tokens}
-    points = {"step": [0, 10, 20], "sampled": accuracy, "seconds": [0, 5, 10]}
-    points["live_groups"] = [0, 20, 30]
-    return {
-        "wish_rate": 0.5,
-        "points": points | {name: [*values] for name, values in spent.items()},
-    }
+    points = {"step": [0, 10, 20], "sampled": accuracy, "tool_calls": calls, "seconds": [0, 5, 10]}
+    points |= {key: [*tokens] for key in ("generated_tokens", "prefill_tokens")}
+    return {"wish_rate": 0.5, "points": points | {"live_groups": [0, 20, 30]}}
 
 
 @pytest.fixture
@@ -189,12 +185,15 @@ def fake(tmp_path, monkeypatch):
 
 
 def test_a_finished_run_is_not_repeated(fake):
+    """Also where results.json is lost: whole folders count, a torn one is run again."""
+    methods = ("--methods", "grpo,arpo-paper", "--seeds")
     for seeds, trained in (("1", ["arpo-paper 0", "grpo 0"]), ("2", ["arpo-paper 1", "grpo 1"])):
-        assert fake("--methods", "grpo,arpo-paper", "--seeds", seeds) == 0
+        assert fake(*methods, seeds) == 0
         assert fake.trained() == trained
-    assert fake("--methods", "grpo,arpo-paper", "--seeds", "2") == 0
+    assert fake(*methods, "2") == 0
     assert fake.trained() == []
-    assert fake.results()["methods"]["grpo"]["runs"]["1"] == {
+    before = fake.results()
+    assert before["methods"]["grpo"]["runs"]["1"] == {
         "wish_rate": 0.2833,
         "points": {
             "step": [0, 2, 4],
@@ -206,43 +205,24 @@ def test_a_finished_run_is_not_repeated(fake):
             "live_groups": [0, 6, 12],
         },
     }
-
-
-def test_a_run_that_outlived_its_comparison_is_taken_as_it_is(fake):
-    """results.json is lost, the folders are there: whole ones count, a torn one is run again."""
-    assert fake("--methods", "grpo", "--seeds", "2") == 0
-    fake.trained()
     (fake.folder / "results.json").unlink()
     torn = fake.folder / "runs" / "grpo" / "1" / "final.json"  # killed while it was written
     torn.write_text(torn.read_text()[:-10])
-    assert fake("--methods", "grpo", "--seeds", "2") == 0
-    assert fake.trained() == ["grpo 1"]
-    assert [*fake.results()["methods"]["grpo"]["runs"]] == ["0", "1"]
-
-
-def test_the_control_forks_as_often_as_the_paper_with_the_same_seed(fake):
-    assert fake("--methods", "arpo-random,arpo-paper", "--seeds", "2") == 0
-    for seed, rate in (("0", 0.25), ("1", 0.2833)):
-        slot = fake.folder / "runs" / "arpo-random" / seed
-        assert compare.settings_in(slot)["branch_probability"] == rate
-        paper = compare.settings_in(slot.parent.parent / "arpo-paper" / seed)
-        assert paper["branch_probability"] == Config().branch_probability
+    assert fake(*methods, "2") == 0
+    assert fake.trained() == ["grpo 1"] and fake.results() == before
 
 
 def test_a_run_that_dies_is_reported_and_stops_no_other(fake, capsys):
     FakeProcess.failing = "arpo-paper 0"
-    methods = ("--methods", "grpo,arpo-paper,arpo-random", "--seeds", "2")
+    methods = ("--methods", "grpo,arpo-paper", "--seeds", "2")
     assert fake(*methods) == 1
     out, error = capsys.readouterr()
     assert "arpo-paper, seed 0: died with exit code 1: out of luck" in out
-    assert error.count("error: ") == 2  # the dead one, and the control that needs it
-    assert "error: arpo-paper, seed 0: exit code 1: out of luck" in error
-    assert "error: arpo-random, seed 0: arpo-paper" in error
-    both = ["arpo-paper 0", "arpo-paper 1", "arpo-random 1", "grpo 0", "grpo 1"]
-    assert fake.trained() == both
+    assert error == "error: arpo-paper, seed 0: exit code 1: out of luck\n"
+    assert fake.trained() == ["arpo-paper 0", "arpo-paper 1", "grpo 0", "grpo 1"]
     FakeProcess.failing = ""
     assert fake(*methods) == 0
-    assert fake.trained() == ["arpo-paper 0", "arpo-random 0"]
+    assert fake.trained() == ["arpo-paper 0"]
 
 
 def test_other_settings_do_not_mix(fake, capsys, monkeypatch):
@@ -340,8 +320,7 @@ def test_what_a_process_does(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--methods", "ppo"], ["ppo", "grpo", "arpo-paper", "rules", "all"]),
-        (["--methods", "grpo,arpo-random"], ["arpo-random", "arpo-paper"]),
+        (["--methods", "ppo"], ["ppo", "grpo", "arpo-paper", "settings", "all"]),
         (["--seeds", "0"], ["--seeds 0", "at least 1"]),
         (["--jobs", "0"], ["--jobs 0", "at least 1"]),
         (["run"], ["run"]),
@@ -365,9 +344,6 @@ def test_every_method_is_a_legal_training():
         config = Config(**values, seed=3)
         assert 64 <= config.group_size * config.questions_per_step <= 72
         assert (config.branch_rule == "none") == name.startswith("grpo")
-    for control, controlled in compare.CONTROLS.items():
-        same = {**compare.METHODS[controlled], "branch_rule": "random"}
-        assert compare.METHODS[control] == same
     assert compare.choose("main") == [*compare.FAMILIES["main"]]
     assert compare.choose("arpo-hard-x4,grpo") == ["grpo", "arpo-hard-x4"]
     assert set(compare.METHODS) == {m for names in compare.FAMILIES.values() for m in names}
@@ -482,11 +458,7 @@ def test_entropies_at_given_calls_are_those_of_the_model(policy, config, tools):
 @pytest.mark.parametrize(
     "row, flags, words",
     [
-        (
-            '{"question": "a", "call": "look it up"}',
-            [],
-            "a call is one that ends in </its tool>; legal: ",
-        ),
+        ('{"question": "a", "call": "look it up"}', [], "one that ends in </its tool>; legal: "),
         ('{"question": "a", "result": 3}', [], "question and result are texts"),
         ("", [], "holds no questions; legal: "),
         ('{"question": "a"}', ["--max_total_tokens", "30"], "--max_total_tokens 30: the result"),
@@ -501,10 +473,10 @@ def test_calls_that_cannot_be_given_are_refused(row, flags, words, tmp_path, cap
 
 @pytest.mark.parametrize("kind", ["tells", "does not", "never varies"])
 def test_a_planted_answer_is_found(kind):
-    """[question, call, H, H_initial, spread, right]: two calls of 40 questions."""
+    """[question, call, H, H_initial, spread]: two calls of 40 questions."""
     rng = np.random.default_rng(0)
     spread = {"tells": lambda H: H**3, "does not": lambda H: rng.random()}.get(kind, lambda H: 0.0)
-    nodes = [[q, c, H := rng.random(), 0.5, spread(H), 0.5] for q in range(40) for c in (1, 2)]
+    nodes = [[q, c, H := rng.random(), 0.5, spread(H)] for q in range(40) for c in (1, 2)]
     found = forking.answers(nodes)
     e = found["Spearman of H and spread"]
     if kind == "tells":
@@ -564,10 +536,10 @@ def test_the_entropy_study_from_end_to_end(tmp_path, capsys):
     result = json.loads((tmp_path / "cold-start.json").read_text())
     assert result["settings"] == {"questions": 6, "continuations": 4, "seed": 0}
     assert len(result["nodes"]) >= 6
-    for question, call, H, H_initial, spread, right in result["nodes"]:
+    for question, call, H, H_initial, spread in result["nodes"]:
         assert 0 <= question < 6 and call >= 1 and 0 <= H <= 1 and 0 <= H_initial <= 1
-        assert spread >= 0 and 0 <= right <= 1
-        assert spread > 0 or right in (0, 1)  # some right, some wrong: rewards differ
+        assert 0 <= spread <= 2
+    assert any(node[-1] > 0 for node in result["nodes"])
     start, after = (result["figure_1"][place] for place in ("start", "result"))
     assert max(e[0] for e in after) > max(e[0] for e in start)
     assert "Spearman" in capsys.readouterr().out
