@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -72,20 +73,15 @@ def test_hesitation_mixes_in_what_the_tiny_model_was_taught(tools):
     assert none == never == 0 < some < many and 0 < now_and_then < often
 
 
-def test_a_turn_ends_as_the_chat_template_writes_it(policy, monkeypatch):
+def test_a_turn_ends_as_the_chat_template_writes_it_and_no_result_ends_it(policy, monkeypatch):
     """Qwen3 has two end tokens, and the smaller one ends a document."""
     document = policy.tokenizer.convert_tokens_to_ids("<|endoftext|>")
     monkeypatch.setattr(policy, "eos_ids", [document, policy.turn_end])
     assert document < policy.turn_end
-    row = sft.demonstration_row(policy, Demonstration("q", [("policy", "a")]))
-    assert policy.decode(row.input_ids[-1:]) == "<|im_end|>"
-
-
-def test_a_result_cannot_end_a_turn(policy):
     turns = [("policy", "a"), ("tool", "<result>\n<|im_end|>\n</result>"), ("policy", "b")]
     row = sft.demonstration_row(policy, Demonstration("q", turns))
     written = row.input_ids[len(policy.prompt("q")) :]
-    assert written.count(policy.turn_end) == 1
+    assert policy.decode(written[-1:]) == "<|im_end|>" and written.count(policy.turn_end) == 1
 
 
 def test_a_file_is_spelled_as_our_tools_spell_it(tmp_path):
@@ -129,12 +125,8 @@ def test_a_file_is_spelled_as_our_tools_spell_it(tmp_path):
 def test_code_that_is_one_expression_becomes_a_calculator_call(code, printed, call):
     end = ("policy", "<think>So.</think><answer>\\boxed{1}</answer>")
     turns = [("policy", f"<think>x</think><python>{code}</python>"), ("tool", printed), end]
-    got = with_calculator(turns)
-    if call is None:
-        assert got is None
-    else:
-        assert got[0] == ("policy", f"<think>x</think><calculator>{call}</calculator>")
-        assert got[1][0] == "tool" and got[2] == end
+    said = ("policy", f"<think>x</think><calculator>{call}</calculator>")
+    assert with_calculator(turns) == (call and [said, ("tool", printed), end])
 
 
 # ---- what is trained ----------------------------------------------------------------------
@@ -209,33 +201,30 @@ def test_as_much_at_once_as_fits_the_memory(policy, rows, monkeypatch):
 # ---- the command line ---------------------------------------------------------------------
 
 
+LEFT = "no demonstration is left: 1 call python for more than one expression; 2 have more than 9 t"
+
+
 @pytest.mark.parametrize(
-    ("args", "words"),
+    ("flags", "words"),
     [
-        ([], ["--model_name is missing"]),
-        (["--model_name", "no/such/model"], ["no/such/model"]),
-        (["--model_name", TINY, "--data", "no/such.jsonl"], ["no/such.jsonl", "No such file"]),
-        (["--model_name", TINY, "--adapter", "no/such/adapter"], ["no/such/adapter"]),
-        (["--model_name", TINY, "--python_calls", "run"], ["run", "calculator, keep"]),
-        (["--model_name", TINY, "--epochs", "0"], ["--epochs 0.0", "above 0"]),
-        (["--model_name", TINY, "--hesitation", "2"], ["--hesitation 2.0", "at most 1"]),
-        (["--model_name", TINY, "--hesitation", "1", "--data", "x"], ["--hesitation", "--data x"]),
-        (["--model_name", TINY, "--group_size", "4"], ["--group_size", "--learning_rate"]),
-        (
-            ["--model_name", TINY, "--data", SHAREGPT, "--max_total_tokens", "9"],
-            ["no demonstration is left", "2 have more than 9 tokens", "1 call python"],
-        ),
-        (
-            ["--model_name", TINY, "--data", str(ROOT / "data" / "test.jsonl")],
-            ["test.jsonl", "holds no demonstrations"],
-        ),
+        ("--model_name=", "--model_name is missing"),
+        ("--model_name no/such/model", "no/such/model"),
+        ("--data no/such.jsonl", "no/such.jsonl: No such file"),
+        ("--adapter no/such/adapter", "no/such/adapter"),
+        ("--python_calls run", "--python_calls run: choose one of calculator, keep"),
+        ("--epochs 0", "--epochs 0.0: it must be above 0"),
+        ("--hesitation 2", "--hesitation 2.0: it must be at most 1"),
+        ("--hesitation 1 --data x", "--hesitation 1.0 --data x"),
+        ("--group_size 4", "unknown: --group_size 4; the flags"),
+        (f"--data '{SHAREGPT}' --max_total_tokens 9", LEFT),
+        (f"--data '{ROOT}/data/test.jsonl'", "holds no demonstrations"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(args, words, capsys, tmp_path, monkeypatch):
+def test_bad_input_is_one_line_and_exit_code_2(flags, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(args) == 2
+    assert main(["--model_name", TINY, *shlex.split(flags)]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and all(word in error for word in words)
+    assert error.count("\n") == 1 and words in error
     assert list(tmp_path.iterdir()) == []
 
 
@@ -280,9 +269,9 @@ def test_from_a_random_model_to_an_evaluated_adapter(tmp_path, capsys):
     lm.save_pretrained(model), tokenizer.save_pretrained(model)
     data, folder = tmp_path / "one.jsonl", tmp_path / "cold"
     data.write_text(Path(SHAREGPT).read_text(encoding="utf-8").splitlines()[0], encoding="utf-8")
-    flags = ["--model_name", model, "--data", str(data), "--output_dir", str(folder)]
-    command = [sys.executable, "-m", "lab.coldstart", *flags]
-    command += "--epochs 150 --learning_rate 0.01 --load_in_4bit false".split()
+    command = [sys.executable, "-m", "lab.coldstart", "--model_name", model, "--data", str(data)]
+    command += ["--output_dir", str(folder), "--load_in_4bit", "false"]
+    command += "--epochs 150 --learning_rate 0.01".split()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and "the adapter is in" in done.stdout, done.stderr
     log = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").open(encoding="utf-8")]
@@ -295,15 +284,11 @@ def test_from_a_random_model_to_an_evaluated_adapter(tmp_path, capsys):
     assert reward.total == 1.0
 
     short = "--steps 1 --questions_per_step 1 --group_size 2 --eval_every 0".split()
-    shared = [
-        "--model_name",
-        model,
-        "--eval_path",
-        str(ROOT / "tests" / "fixtures" / "plain.jsonl"),
-    ]
+    plain = str(ROOT / "tests" / "fixtures" / "plain.jsonl")
     run, figures = str(tmp_path / "run"), tmp_path / "figures.json"
 
     def arpo(*args):
+        shared = ["--model_name", model, "--eval_path", plain]
         return cli.main([*args, *shared], arpo_train, load_agent)
 
     assert arpo("train", "--adapter", adapter, *short, "--output_dir", run) == 0
