@@ -54,28 +54,21 @@ def path_bytes(shape, dtype_bytes: int, columns: int) -> int:
     return cache + cache // shape.num_hidden_layers + SCORES * 4 * shape.vocab_size
 
 
-def kept_bytes(shape, dtype_bytes: int, recompute: bool) -> int:
-    """Of a token, for the backward pass: every layer, or with `recompute` the input of each."""
-    each = dtype_bytes * shape.hidden_size if recompute else layer_bytes(shape, dtype_bytes)
-    return shape.num_hidden_layers * each
+def token_bytes(shape, dtype_bytes: int, recompute: bool) -> tuple[int, int]:
+    """One token of the update: what the backward pass keeps, and what passing a layer takes beside.
 
-
-def passing_bytes(shape, dtype_bytes: int, recompute: bool) -> int:
-    """Beside that, in the layer being passed: half of it in gradients, if recomputed it itself."""
-    layer = layer_bytes(shape, dtype_bytes)
-    return layer // 2 + (layer if recompute else 0)
-
-
-def layer_bytes(shape, dtype_bytes: int) -> int:
-    """Of a token: the float32 inputs of the norms, q, k, v and the output of the attention, three
-    products of the MLP, and the inputs of seven LoRA adapters, copies unless all is float32.
+    A layer is the float32 inputs of the norms, q, k, v and the output of the attention, three
+    products of the MLP, and the inputs of seven LoRA adapters, copies unless all is float32. With
+    `recompute` only the input of each is kept, and the layer being passed is made again; half of it
+    are gradients, either way.
     """
     D, F = shape.hidden_size, shape.intermediate_size
     heads = shape.num_attention_heads * head_dim(shape)
     copies = 5 if dtype_bytes < 4 else 2
-    adapters = 4 * (copies * D + heads + F)
-    norms = 4 * (2 * D + 2 * heads)
-    return adapters + norms + dtype_bytes * (4 * heads + 3 * F)
+    norms, adapters = 4 * (2 * D + 2 * heads), 4 * (copies * D + heads + F)
+    layer = norms + dtype_bytes * (4 * heads + 3 * F) + adapters
+    kept = shape.num_hidden_layers * (dtype_bytes * D if recompute else layer)
+    return kept, layer // 2 + (layer if recompute else 0)
 
 
 def weight_bytes(lm: torch.nn.Module) -> int:
@@ -102,9 +95,9 @@ class Limits:
 
     def fitted(self, config):
         """The same settings, with what is computed at once no larger than fits."""
-        caps = {name: getattr(self, name) for name in ("rollout_rows", "micro_batch_tokens")}
-        least = {name: min(getattr(config, name), cap) for name, cap in caps.items()}
-        return dataclasses.replace(config, **least)
+        rows = min(config.rollout_rows, self.rollout_rows)
+        tokens = min(config.micro_batch_tokens, self.micro_batch_tokens)
+        return dataclasses.replace(config, rollout_rows=rows, micro_batch_tokens=tokens)
 
     def retry(self, config, work: Callable[[Any], Any], undo: Callable[[], None] = lambda: None):
         """work(fitted settings). When the memory runs out: `undo`, half at once, the same again.
@@ -136,8 +129,7 @@ class Limits:
 
 def free_memory() -> None:
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # without a GPU it does nothing
 
 
 def fit(config, lm: torch.nn.Module) -> Limits:
@@ -159,7 +151,7 @@ def fit(config, lm: torch.nn.Module) -> Limits:
 
     def tokens(recompute: bool) -> int:
         """The largest T with T * each + b * T * T <= left."""
-        each = kept_bytes(lm.config, b, recompute) + passing_bytes(lm.config, b, recompute)
+        each = sum(token_bytes(lm.config, b, recompute))
         return int((math.sqrt(each * each + 4 * b * max(0, left)) - each) / (2 * b))
 
     # Recomputing costs a third more time: only where a whole trajectory would not fit without.
@@ -196,9 +188,8 @@ def snapshot(policy, optimizer) -> Callable[[], None]:
 
     def restore() -> None:
         optimizer.zero_grad()
-        with torch.no_grad():
-            for parameter, value in zip(policy.parameters, weights, strict=True):
-                parameter.copy_(value)
+        for parameter, value in zip(policy.parameters, weights, strict=True):
+            parameter.data.copy_(value)
         optimizer.load_state_dict(copy.deepcopy(state))  # it takes what it is given as its own
         vars(policy.scaler).update(vars(copy.deepcopy(scaler)))
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria
 
 from advantage import Segment
 from data.files import UserError
@@ -96,7 +97,7 @@ class Writer:
         steps = min(steps, STEPS, max(1, SCORES_BYTES // (4 * R * V)))
         input_ids, mask, cache = self.batch(drafts, steps)  # (R, W), (R, C + W)
         known = {"attention_mask": mask, "past_key_values": cache}
-        hooks = {"logits_processor": [Finite(drafts)], "stopping_criteria": [ends]}
+        hooks = {"logits_processor": [partial(finite, drafts)], "stopping_criteria": [ends]}
         out = self.policy.lm.generate(
             input_ids, self.sampling, **known, **hooks, max_new_tokens=steps
         )
@@ -135,25 +136,22 @@ class Writer:
         self.prefill_tokens += sum(map(read_by, drafts, news))
         self.make_room(len(drafts) * (C + W + steps))
         cache = DynamicCache()
-        template = next((kv for kv in known if kv), [])
-        for i in range(0, len(template), 2):
-            parts = []
-            for j in (i, i + 1):  # keys, values
-                rows = [kv[j] if kv else template[j][:0] for kv in known]
-                parts.append(pad_sequence(rows, **LEFT))
-                for kv in known:
-                    if kv:
-                        kv[j] = None  # a path that goes on is never held twice
-            cache.update(*(part.transpose(1, 2) for part in parts), i // 2)  # (R, heads, C, d)
+        empty = next(([x[:0] for x in kv] for kv in known if kv), [])  # (0, heads, d) each
+        for i in range(0, len(empty), 2):  # keys and values of a layer
+            both = [  # popped: a path that goes on is never held twice
+                pad_sequence([kv.pop(0) if kv else none for kv in known], **LEFT).transpose(1, 2)
+                for none in empty[i : i + 2]
+            ]
+            cache.update(*both, i // 2)  # (R, heads, C, d) each
         ids = pad_sequence([torch.tensor(tokens) for tokens in unread], **LEFT, padding_value=pad)
         mask = [pad_sequence([torch.ones(n) for n in some], **LEFT) for some in (lengths, news)]
         return *(x.to(self.policy.device) for x in (ids, torch.cat(mask, dim=1).long())), cache
 
-    def known(self, draft: Segment, most: int) -> KV | None:
-        """Keys and values of at most so many first tokens of a path, as far as they are known."""
+    def known(self, draft: Segment, most: int) -> KV:
+        """Keys and values of at most so many first tokens of a path; [] where none is known."""
         segment = next((s for s in reversed(draft.path()) if s in self.kv), None)
         if segment is None:
-            return None
+            return []
         kv = self.kv.pop(segment)
         if segment.author != "policy":  # others may start here: it stays, as the newest
             self.kv[segment] = kv
@@ -164,18 +162,16 @@ class Writer:
 
         While segments begin, all of them and the nodes they began at; later those that go on.
         """
-        keep = [begins or draft.stop in (None, "tool") for draft in drafts]
-        rows = [draft for draft, kept in zip(drafts, keep, strict=True) if kept]
-        seen = seen & torch.tensor(keep, device=seen.device)[:, None]
-        lengths = [n for n, kept in zip(seen.sum(dim=1).tolist(), keep, strict=True) if kept]
-        split: list[tuple[Tensor, ...]] = []
+        keep = torch.tensor([begins or draft.stop in (None, "tool") for draft in drafts])
+        seen = seen & keep.to(seen.device)[:, None]
+        lengths, split = seen.sum(dim=1).tolist(), []  # (R); 0: not kept
         for layer in cache.layers:
             for x in (layer.keys, layer.values):
                 split.append(x.transpose(1, 2)[seen].split(lengths))  # (n, heads, d) a row
             layer.keys = layer.values = None
-        for draft, kv in zip(rows, zip(*split, strict=True), strict=True):
+        for draft, *kv in (each for each in zip(drafts, *split, strict=True) if len(each[1])):
             # A view keeps all the rows alive. What may outlive them has its own copy.
-            self.kv[draft] = [x.clone() for x in kv] if draft.stop == "tool" else list(kv)
+            self.kv[draft] = [x.clone() for x in kv] if draft.stop == "tool" else kv
             node = draft.parent
             if begins and node not in self.kv:
                 n = node.depth()
@@ -226,13 +222,8 @@ class SegmentEnd(StoppingCriteria):
         return torch.tensor([enough or end for end in done], device=input_ids.device)
 
 
-class Finite(LogitsProcessor):
+def finite(drafts: list[Segment], input_ids: Tensor, scores: Tensor) -> Tensor:
     """Nothing is sampled from logits that are no numbers."""
-
-    def __init__(self, drafts: list[Segment]):
-        self.drafts = drafts
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if not scores.isfinite().all():
-            require_finite("a logit", scores, [draft.path_tokens() for draft in self.drafts])
-        return scores
+    if not scores.isfinite().all():
+        require_finite("a logit", scores, [draft.path_tokens() for draft in drafts])
+    return scores

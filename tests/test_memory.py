@@ -80,18 +80,14 @@ def test_computing_layers_twice_saves_memory_and_changes_nothing():
     assert not any(module.training for module in policy.model.modules())
 
 
-def token_bytes(shape, recompute: bool, b=4) -> int:
-    """What a token of the update takes at most."""
-    return memory.kept_bytes(shape, b, recompute) + memory.passing_bytes(shape, b, recompute)
-
-
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_estimate_of_an_update_is_near_what_it_takes(recompute):
     """Bytes a token, in float32 on a CPU."""
     shape = {"hidden_size": 128, "intermediate_size": 384, "head_dim": 32, "layers": 4}
     policy = small_policy(vocab_size=100, num_attention_heads=4, num_key_value_heads=2, **shape)
     short, long = (peak(backward(policy, chain(policy, T), recompute)) for T in (128, 256))
-    assert 0.9 < token_bytes(policy.lm.config, recompute) / ((long - short) / 128) < 1.5
+    each = sum(memory.token_bytes(policy.lm.config, 4, recompute))
+    assert 0.9 < each / ((long - short) / 128) < 1.5
 
 
 def test_less_memory_is_less_at_once_and_none_is_no_limit(policy, config):
@@ -110,7 +106,8 @@ def test_less_memory_is_less_at_once_and_none_is_no_limit(policy, config):
         allowed = limits(gb)
         assert allowed.fitted(config).rollout_rows == min(128, allowed.rollout_rows)
         rows = allowed.rollout_rows * memory.path_bytes(policy.lm.config, 4, 512)
-        T, each = allowed.micro_batch_tokens, token_bytes(policy.lm.config, allowed.recompute)
+        T = allowed.micro_batch_tokens
+        each = sum(memory.token_bytes(policy.lm.config, 4, allowed.recompute))
         assert max(rows + memory.SCORES_BYTES, T * each + 4 * T * T) < gb * memory.GIB
 
 

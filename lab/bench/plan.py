@@ -8,8 +8,8 @@ and with an adapter of rank r:
               b), b for embedding, head and norms; a tied head is no second copy
     adapter   16 r (in + out) of every linear layer: float32 weight, gradient, two moments of AdamW
     rollout   memory.path_bytes of every path, and the scores that one call of `generate` returns
-    update    memory.kept_bytes of every token, b T T for the mask of a tree of T tokens, and the
-              larger of memory.passing_bytes of every token and the logits of one chunk
+    update    what memory.token_bytes keeps of every token, b T T for the mask of a tree of T
+              tokens, and the larger of what a layer takes in passing and the logits of one chunk
     peak      weights + adapter + max(rollout, update)
 """
 
@@ -79,13 +79,13 @@ def predict(
 ) -> dict[str, float]:
     """GiB by part: `rows` paths side by side, `tokens` a backward pass, b bytes a number."""
     V = shape.vocab_size
-    passing = tokens * memory.passing_bytes(shape, b, recompute)
+    kept, passing = memory.token_bytes(shape, b, recompute)
     logits = memory.LOGITS * 4 * V * min(tokens, max(1, memory.HEAD_BYTES // (4 * V)))
     fixed = counts.weight_bytes(config.load_in_4bit, b), 16 * counts.adapter(config.lora_rank)
     scores = min(memory.SCORES_BYTES, STEPS * 4 * rows * V)  # of one call of `generate`
     rollout = rows * memory.path_bytes(shape, b, config.max_total_tokens) + scores
-    kept = tokens * memory.kept_bytes(shape, b, recompute) + b * tokens**2
-    update = kept + max(logits, passing)  # the head is done when the layers pass back
+    # the head is done when the layers pass back
+    update = tokens * kept + b * tokens**2 + max(logits, tokens * passing)
     peak = sum(fixed) + max(rollout, update)
     names = [f"{part} GiB" for part in ("weights", "adapter", "rollout", "update", "peak")]
     return dict(zip(names, (x / GIB for x in (*fixed, rollout, update, peak)), strict=True))
