@@ -1,14 +1,12 @@
-"""Where is the policy unsure, and does its entropy tell where forking pays?
+"""Does the entropy of a policy tell where forking pays?
 
     python -m lab.compare entropy [--adapter DIR] [--questions N] [--continuations K] [--name NAME]
     python -m lab.compare entropy --forced FILE --model_name M
 
-1. Entropy of every token by its distance to the last tool result, or to the question (the paper's
-   Figure 1).
-2. K trajectories from every question; at each tool result of the first of them, K more from there.
-   The spread of a node is the variance of their rewards: what a group of forks there would be
-   compared on, and 0 where it teaches nothing. Do H or the gain (H - H_initial), as the branch rule
-   reads them off the first trajectory alone, predict the spread? (Bootstrap over questions.)
+A trajectory for every question, and K more from each of its tool results. The spread of a result is
+the variance of their rewards: what a group of forks there would be compared on, and 0 where it
+teaches nothing. Do H or the gain (H - H_initial), as the branch rule reads them off the first
+trajectory alone, predict the spread? (Bootstrap over questions.)
 
 With --forced, for a policy that does not know the format yet, the call is not its own: a row of
 FILE has a question and, if you like, a call and a result; else the question's own text is searched.
@@ -18,7 +16,6 @@ H of K beginnings at the start, of K after the result, and the gain between them
 from __future__ import annotations
 
 import json
-import math
 import random
 import statistics
 from dataclasses import dataclass
@@ -31,7 +28,7 @@ from rich import box
 from rich.table import Table
 from tqdm import tqdm
 
-from advantage import Segment, shared_by
+from advantage import Segment
 from app.config import Config, option
 from app.evaluation import first_per_domain
 from app.screen import print_table, say
@@ -40,14 +37,11 @@ from data.files import UserError, read_rows
 from data.formats import Question, asked, domain_of, load_questions
 from lab.command import make_folder, parse
 from lab.intervals import Estimate, bootstrap, spearman, t_interval
-from lab.verdict import drawing
 from tools import ToolResult, policy_stop, read_call, run_calls
 
 ROOT = Path(__file__).resolve().parent.parent
 AT_ONCE = 16  # questions rolled out side by side
-FAR = 30  # tokens after a result that Figure 1 looks at
-COLUMNS = ("question", "call", "H", "H_initial", "spread")  # of a node
-H, H_INITIAL, SPREAD = (COLUMNS.index(c) for c in ("H", "H_initial", "spread"))
+COLUMNS = ("question", "call", "H", "H_initial", "spread")  # of a tool result
 
 
 # ---- rolling out --------------------------------------------------------------------------
@@ -76,31 +70,23 @@ def spread_of(agent: Agent, leaves: list[Segment], question: Question, config: C
     return statistics.variance(judge(agent.policy, x, question, config).total for x in leaves)
 
 
-def measure(agent: Agent, questions: list[Question], k: int, config: Config) -> tuple[list, dict]:
-    """Rows of COLUMNS, one a node, and the sums for Figure 1: (questions, FAR, 2) each."""
+def measure(agent: Agent, questions: list[Question], k: int, config: Config) -> list[list]:
+    """Rows of COLUMNS, one for each tool result of a trajectory of every question."""
     nodes = []
-    figure_1 = {place: np.zeros((len(questions), FAR, 2)) for place in ("start", "result")}
     for at in tqdm(range(0, len(questions), AT_ONCE), unit_scale=AT_ONCE, disable=None):
-        seed = config.seed + 1000 * at
-        some = questions[at : at + AT_ONCE]
+        seed, some = config.seed + 1000 * at, questions[at : at + AT_ONCE]
         roots = [Segment("prompt", agent.policy.prompt(question.text)) for question in some]
-        groups = continue_from(agent, roots, k, config, seed)
-        results = {  # node -> what the branch rule would see there: the first trajectory's own
-            draft.parent: (i, draft.entropy, leaves[0].path()[1].entropy)
-            for i, leaves in enumerate(groups, start=at)
-            for draft in leaves[0].path()[2:]
-            if draft.author == "policy"
+        paths = [leaves[0].path() for leaves in continue_from(agent, roots, 1, config, seed)]
+        results = {  # result -> what the branch rule would see there
+            draft.parent: (i, draft.entropy, path[1].entropy)
+            for i, path in enumerate(paths, start=at)
+            for draft in path[3::2]  # prompt, policy, tool, policy, ..
         }
         forks = continue_from(agent, list(results), k, config, seed + 1)
         for (node, (i, *seen)), leaves in zip(results.items(), forks, strict=True):
             call = sum(segment.author == "tool" for segment in node.path())
             nodes.append([i, call, *seen, spread_of(agent, leaves, questions[i], config)])
-        for i, leaves in enumerate(groups, start=at):
-            for segment in (s for s in shared_by(leaves) if s.author == "policy"):
-                place = "start" if segment.parent.author == "prompt" else "result"
-                values = np.array(segment.token_entropy[:FAR]) / math.log(agent.policy.vocab_size)
-                figure_1[place][i, : len(values)] += np.stack([values, values * 0 + 1], axis=1)
-    return nodes, figure_1
+    return nodes
 
 
 # ---- calls that are given -----------------------------------------------------------------
@@ -171,39 +157,24 @@ def forced_answers(nodes: list[list[float]]) -> dict[str, Estimate | None]:
 # ---- what it says -------------------------------------------------------------------------
 
 
-def by_distance(sums: np.ndarray) -> list[list[float]]:
-    """(questions, FAR, 2) sums and counts -> [mean, low, high, tokens] at each distance seen."""
-    seen = [sums[:, at] for at in range(FAR) if sums[:, at, 1].any()]  # (questions, 2) each
-
-    def mean(some: np.ndarray) -> float:
-        total, n = some.sum(axis=0)
-        return total / n if n else np.nan
-
-    return [[*bootstrap(mean, list(x[:, None]), draws=300), int(x[:, 1].sum())] for x in seen]
-
-
 def answers(nodes: list[list[float]]) -> dict[str, Estimate | None]:
     """The question put in several ways; every value with its interval, None where undefined."""
     table = np.array(nodes, dtype=float).reshape(-1, len(COLUMNS))
     if not len(table):
         return {}
-    clusters = [table[table[:, 0] == question] for question in np.unique(table[:, 0])]
-    middle = np.median(table[:, H])
-
-    def gain(rows):
-        return rows[:, H] - rows[:, H_INITIAL]
+    of, _, H, H_initial, spread = table.T
+    rows = np.stack([H, H - H_initial, spread], axis=1)  # (nodes, 3)
+    clusters = [rows[of == question] for question in np.unique(of)]
 
     def spread_where(chosen):
-        return lambda r: r[chosen(r), SPREAD].mean() if chosen(r).any() else np.nan
+        return lambda r: r[chosen(r), 2].mean() if chosen(r).any() else np.nan
 
     wanted = {
-        "Spearman of H and spread": lambda r: spearman(r[:, H], r[:, SPREAD]),
-        "Spearman of gain and spread": lambda r: spearman(gain(r), r[:, SPREAD]),
-        "spread, H above its median": spread_where(lambda r: r[:, H] > middle),
-        "spread, H below its median": spread_where(lambda r: r[:, H] <= middle),
-        "share of nodes with gain > 0: the paper's rule": lambda r: (gain(r) > 0).mean(),
-        "spread, gain > 0": spread_where(lambda r: gain(r) > 0),
-        "spread, gain <= 0": spread_where(lambda r: gain(r) <= 0),
+        "Spearman of H and spread": lambda r: spearman(r[:, 0], r[:, 2]),
+        "Spearman of gain and spread": lambda r: spearman(r[:, 1], r[:, 2]),
+        "share of results with gain > 0: the paper's rule": lambda r: (r[:, 1] > 0).mean(),
+        "spread, gain > 0": spread_where(lambda r: r[:, 1] > 0),
+        "spread, gain <= 0": spread_where(lambda r: r[:, 1] <= 0),
     }
     return {words: bootstrap(statistic, clusters) for words, statistic in wanted.items()}
 
@@ -220,7 +191,7 @@ TAKEN = (  # the settings of `train` that matter here
 @dataclass(frozen=True)
 class Flags:
     questions: int = option(120, "how many of each domain", 1)
-    continuations: int = option(8, "K: trajectories from every question and tool result", 2)
+    continuations: int = option(8, "K: trajectories from every tool result", 2)
     forced: str | None = option(None, "file of questions whose first call is given, not its own")
     name: str | None = option(None, "of the files; none: cold-start, or the adapter's run")
     output_dir: str = option(str(ROOT / "lab/results/entropy"), "folder of the results")
@@ -228,8 +199,7 @@ class Flags:
 
 def study(args: list[str]) -> None:
     own, values = parse("lab.compare entropy", __doc__, args, Flags, TAKEN)
-    k, name = own.continuations, own.name
-    config = Config(**values, branch_rule="none")
+    config, name = Config(**values, branch_rule="none"), own.name
     if own.forced:
         rows = [row for _, row in read_rows(own.forced, read_forced, FORCED)]
     else:
@@ -240,25 +210,22 @@ def study(args: list[str]) -> None:
     if name is None:
         name = Path(config.adapter).resolve().parent.name if config.adapter else "cold-start"
         name += "-forced" * bool(own.forced)
-    folder = make_folder(own.output_dir)
-    settings = {"questions": len(questions), "continuations": k, "seed": config.seed}
+    path = make_folder(own.output_dir) / f"{name}.json"
+    asked = (agent, questions, own.continuations, config)
     if own.forced:
-        nodes = measure_forced(agent, questions, k, config)
-        more = {"answers": forced_answers(nodes), "columns": ("question", "start", "after")}
+        nodes, columns = measure_forced(*asked), ("question", "start", "after")
+        found = forced_answers(nodes)
     else:
-        nodes, figure_1 = measure(agent, questions, k, config)
-        figure_1 = {place: by_distance(sums) for place, sums in figure_1.items()}
-        more = {"answers": answers(nodes), "figure_1": figure_1, "columns": COLUMNS}
-    nodes = [[round(value, 5) for value in row] for row in nodes]
-    result = {"settings": settings, **more, "nodes": nodes}
-    (folder / f"{name}.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
+        nodes, columns = measure(*asked), COLUMNS
+        found = answers(nodes)
+    settings = {"questions": len(questions), "continuations": own.continuations}
+    result = {"settings": {**settings, "seed": config.seed}, "answers": found, "columns": columns}
+    result["nodes"] = [[round(value, 5) for value in row] for row in nodes]
+    path.write_text(json.dumps(result) + "\n", encoding="utf-8")
     table = Table("", "value", "95 % interval", box=box.SIMPLE_HEAD)
-    for words, e in result["answers"].items():
+    for words, e in found.items():
         known = e and e[1] is not None
         interval = f"{e[1]:.4f} to {e[2]:.4f}" if known else "--"
         table.add_row(words, f"{e[0]:.4f}" if e else "--", interval)
     print_table(table)
-    figures = None if own.forced else drawing()
-    if figures:
-        figures.entropy(result, folder / name)
-    say(f"{folder / name}.json{', .svg, .png' * bool(figures)}")
+    say(str(path))
