@@ -371,12 +371,15 @@ class Comparison:
             return
         verdict.show(self.results, methods, self.folder / "table.md")
         verdict.write_summary(self.results, self.folder)
-        figures = verdict.drawing()
-        if figures:
-            families = {f: names for f, names in FAMILIES.items() if set(names) <= set(methods)}
-            for family, names in families.items() or [("chosen", methods)]:
-                figures.accuracy(self.results, list(names), self.folder / f"accuracy-{family}")
-        say(f"{self.folder}: results.json, table.md, summary.json{', figures' * bool(figures)}")
+        say(f"{self.folder}: results.json, table.md, summary.json")
+        try:
+            from lab import figures
+        except ImportError as error:
+            say(f"no figures ({error}): pip install matplotlib, then the same command again")
+            return
+        families = {f: names for f, names in FAMILIES.items() if set(names) <= set(methods)}
+        for family, names in families.items() or [("chosen", methods)]:
+            figures.accuracy(self.results, list(names), self.folder / f"accuracy-{family}")
 
 
 # ---- command line -------------------------------------------------------------------------

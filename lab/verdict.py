@@ -11,7 +11,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from app.screen import print_table, say
+from app.screen import print_table
 from lab.intervals import Estimate, paired, t_interval
 
 BASELINE = "grpo"
@@ -155,13 +155,3 @@ def write_summary(results: dict, folder: Path) -> None:
     world = json.loads(second.read_text(encoding="utf-8")) if second.exists() else {"methods": {}}
     whole = {**summary(results), "second_world": summary(world)}
     (folder / "summary.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-
-
-def drawing():
-    """The module that draws; None, and a line that says how to get it, without matplotlib."""
-    try:
-        from lab import figures
-    except ImportError as error:
-        say(f"no figures ({error}): pip install matplotlib, then the same command again")
-        return None
-    return figures

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from app.config import DATA, PRESETS, Config
 from engine import memory, model
 from lab.bench import against, gpu, job, plan
-from lab.bench.__main__ import measured
+from lab.bench.__main__ import cell, measured
 from lab.command import exit_code
 from tools import ToolResult, result_text
 
@@ -187,14 +187,13 @@ def test_trl_reads_the_same_tokens_as_we_do(policy):
     text = result_text(ToolResult("in Hallin", ok=True))
     answered = [*called, {"role": "tool", "name": "search", "content": text}]
 
-    def render(messages, prompt=True, **more):
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=prompt, return_dict=False, **more
-        )
+    def render(messages, **more):
+        return tokenizer.apply_chat_template(messages, return_dict=False, **more)
 
-    assert render(asked, tools=[{"name": "x"}]) == policy.prompt("Where is it?")
-    assert len(render(asked, tools=[{"name": "x"}], schemas=True)) > 200
-    before, after = render(called, prompt=False), render(answered)
+    described = {"tools": [{"name": "x"}], "add_generation_prompt": True}
+    assert render(asked, **described) == policy.prompt("Where is it?")
+    assert len(render(asked, **described, schemas=True)) > 200
+    before, after = render(called), render(answered, add_generation_prompt=True)
     assert after[: len(before)] == before and after[len(before) :] == policy.encode(text)
 
 
@@ -204,12 +203,12 @@ def test_trl_finds_the_call_of_this_turn_and_no_earlier_one():
     asked = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
     turn = "<think>first</think><search>Hallin</search>"
     later = asked + turn + "<result>\nx\n</result>"
-    for prefix, text, found in (
-        (asked, turn, ("search", "Hallin")),
-        (later, "<think>then</think><calculator>1 + 1</calculator>", ("calculator", "1 + 1")),
+    second = "<think>then</think><calculator>1 + 1</calculator>"
+    expected = ("search", "Hallin"), ("calculator", "1 + 1")
+    for prefix, text, (name, argument) in zip(
+        (asked, later), (turn, second), expected, strict=True
     ):
         (call,) = tokenizer.parse_response(text, prefix=prefix)["tool_calls"]
-        name, argument = found
         assert call["function"] == {"name": name, "arguments": {"text": argument}}
     answer = tokenizer.parse_response("<think>so</think><answer>2</answer>", prefix=later)
     assert not answer.get("tool_calls")
@@ -228,18 +227,19 @@ def test_trl_pays_what_we_pay(policy):
 
 
 def test_every_goal_and_preset_is_measured_the_most_important_first():
-    cases = gpu.cases()
-    shape, preset = cases.pop("qwen3-1.7b, --preset 8gb")
-    assert next(iter(gpu.cases())) not in cases
-    assert (shape, preset) == ("qwen3-1.7b", PRESETS["8gb"])
-    settings = [case for _, case in cases.values()]
-    assert [(shape, *case.values())[:4] for shape, case in [*cases.values()][:3]] == gpu.GOALS
-    n = len(gpu.SHAPES)
-    assert len(settings) == 3 + 6 * n
-    for i, card in enumerate(plan.CARDS):
-        for case in settings[3 + i * n : 3 + (i + 1) * n]:
-            assert case == {k: PRESETS[card][k] for k in [*case][:3]} | {"load_in_4bit": True}
-    assert [case["load_in_4bit"] for case in settings[-2 * n :]] == [True, False] * n
+    (first, case), *cases = gpu.cases().items()
+    assert (first, case) == ("qwen3-1.7b, --preset 8gb", ("qwen3-1.7b", PRESETS["8gb"]))
+    found = [(shape, *settings.values()) for _, (shape, settings) in cases]
+    goals, presets, dtypes = found[:3], found[3:-8], found[-8:]
+    assert goals == [(*goal, True) for goal in gpu.GOALS]
+    sizes = ("group_size", "max_total_tokens", "memory_gb")
+    cards = [
+        (tuple(PRESETS[card][k] for k in sizes), shape)
+        for card in plan.CARDS
+        for shape in gpu.SHAPES
+    ]
+    assert presets == [(shape, *size, True) for size, shape in cards]
+    assert [four for *_, four in dtypes] == [True, False] * len(gpu.SHAPES)
 
 
 def test_a_sweep_ends_in_time_and_keeps_what_it_has(monkeypatch, tmp_path, capsys):
@@ -275,12 +275,11 @@ def test_the_whole_command_is_rehearsed_on_a_cpu(monkeypatch, tmp_path, capsys):
 def test_running_out_of_memory_is_a_figure_too(monkeypatch):
     """Also while a model is loaded: what was measured before, and what comes after it, is kept."""
 
-    def fails(*args, **kwargs):
+    def fails(config):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(model, "load_model", fails)
-    settings = {"group_size": 4, "max_total_tokens": 512, "memory_gb": None}
-    error = gpu.measured(TINY, settings, Config())["error"]
+    error = gpu.measured(TINY, {"group_size": 4}, Config())["error"]
     assert "does not fit into memory (CUDA out of memory)" in error
 
 
@@ -313,7 +312,5 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, args, words):
 
 
 def test_a_figure_is_shown_as_a_reader_expects_it():
-    from lab.bench.__main__ import cell
-
     values = (1234.5, 0.00712, 1, True, None, "why")
     assert [cell(value) for value in values] == ["1,234", "0.00712", "1", "yes", "-", "why"]

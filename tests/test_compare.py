@@ -21,6 +21,7 @@ import arpo_mini
 from advantage import Reward, Segment
 from app import cli
 from app.config import Config
+from data.files import UserError
 from lab import compare, controls, figures, forking, verdict
 from lab.intervals import T_975, bootstrap, paired, spearman, t_interval
 
@@ -249,18 +250,17 @@ def test_other_settings_do_not_mix(fake, capsys, monkeypatch):
     assert fake.trained() == [] and (fake.folder / "kept.json").read_text() == before
 
 
-def test_a_remade_cold_start_stops_the_comparison(fake, tmp_path, capsys, monkeypatch):
+def test_a_remade_cold_start_stops_the_comparison(fake, tmp_path):
+    inputs = {"model_name", "dataset_path", "eval_path", "documents_path"}
+    assert set(compare.fingerprints(dataclasses.asdict(Config()))) == inputs
     (tmp_path / "model.safetensors").write_bytes(b"one")
-    settings = {**dataclasses.asdict(Config()), "model_name": str(tmp_path)}
-    before = compare.fingerprints(settings)
-    assert set(before) == {"model_name", "dataset_path", "eval_path", "documents_path"}
+    settings = {"steps": 4, "seed": 0} | dict.fromkeys(compare.PATHS, "")
+    settings["model_name"] = str(tmp_path)
+    settings["files"] = compare.fingerprints(settings)
+    compare.start(settings, tmp_path / "grpo" / "0", threads=1)
     (tmp_path / "model.safetensors").write_bytes(b"two")
-    after = compare.fingerprints(settings)
-    assert [k for k in before if before[k] != after[k]] == ["model_name"]
-    answers = iter([{}, before])  # of the settings in common, and at a start
-    monkeypatch.setattr(compare, "fingerprints", lambda s: next(answers))
-    assert fake("--methods", "grpo", "--seeds", "2") == 2
-    assert "changed since the comparison began: " in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"comparison began: model_name$"):
+        compare.start(settings, tmp_path / "grpo" / "0", threads=1)
 
 
 def test_an_unfinished_run_goes_on_unless_its_settings_changed(fake, tmp_path):
@@ -379,23 +379,22 @@ def test_results_are_drawn_again_the_same(results, tmp_path, capsys, monkeypatch
     comparison.results = results
     comparison.save()
     assert '"step": [0, 10, 20]' in (tmp_path / "results.json").read_text()
-    names = {"results.json", "table.md", "accuracy-chosen.svg", "accuracy-chosen.png"}
-    written = []
-    for _ in range(2):
+
+    def drawn():
         assert compare.main(["draw", str(tmp_path)]) == 0
-        (tmp_path / "summary.json").unlink()
-        written.append({path.name: path.read_bytes() for path in tmp_path.iterdir()})
-    assert written[0] == written[1] and set(written[0]) == names
-    assert written[0]["accuracy-chosen.svg"].decode().count('<g id="axes_') == 4
-    for name in names - {"results.json"}:
-        (tmp_path / name).unlink()
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    first, words = drawn(), {"results.json", "table.md", "summary.json"}
+    assert first == drawn() and set(first) - words == {
+        f"accuracy-chosen.{x}" for x in ("svg", "png")
+    }
+    assert first["accuracy-chosen.svg"].decode().count('<g id="axes_') == 4
+    for path in tmp_path.glob("accuracy*"):
+        path.unlink()
     monkeypatch.delattr("lab.figures")
     monkeypatch.delitem(sys.modules, "lab.figures")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert compare.main(["draw", str(tmp_path)]) == 0
-    assert "pip install matplotlib" in capsys.readouterr().out
-    left = {"results.json", "table.md", "summary.json"}
-    assert {path.name for path in tmp_path.iterdir()} == left
+    assert set(drawn()) == words and "pip install matplotlib" in capsys.readouterr().out
 
 
 def test_the_band_is_drawn_as_far_as_every_seed_went():
