@@ -177,7 +177,6 @@ def train(model, data, steps: int) -> None:
         torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.05),
     ]
-    average = None
     for step in (bar := tqdm(range(steps), desc="cold start")):
         ids, expected = next(data)
         rows, columns, targets = soft_targets(expected, model.config.vocab_size)
@@ -191,8 +190,7 @@ def train(model, data, steps: int) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps)
             optimizer.step()
-        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
-        bar.set_postfix(KL=f"{average:.4f}")
+        bar.set_postfix(KL=f"{loss.item():.4f}")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ demonstrations of more than --max_total_tokens are left out.
 A demonstration is spelled as a rollout would spell it: the prompt that train and eval use (the
 file's own system prompt is left out, its tools are others), and results between <result> tags. The
 released data calls <python>: code that is one expression becomes a <calculator> call, others are
-left out, or kept by --python_calls keep, for a policy with a python tool of one's own.
+left out.
 
 Demonstrations that all go on in one way after a tool result teach a policy to be surer there than
 at the start (a 135M instruct model: gain -0.011, positive for 0 of 16 questions), and a rule that
@@ -69,9 +69,6 @@ DEFAULTS |= {"micro_batch_tokens": 2048, "output_dir": "runs/coldstart"}
 @dataclass(frozen=True)
 class Settings:  # beside those
     data: str | None = option(None, "sharegpt JSONL (default: demonstrations of the mini-world)")
-    python_calls: str = option(
-        "calculator", "<python> becomes <calculator> or is left out", choices=("calculator", "keep")
-    )
     demonstrations: int = option(1000, "of the mini-world, where there is no --data", low=1)
     hesitation: float = option(
         0.0, "of its demonstrator after a result: 0 never, 1 as for the tiny model", low=0, high=1
@@ -88,13 +85,12 @@ class Settings:  # beside those
 # ---- demonstrations -----------------------------------------------------------------------
 
 
-def from_file(path: str, python_calls: str) -> tuple[list[Demonstration], Counter]:
+def from_file(path: str) -> tuple[list[Demonstration], Counter]:
     """Those of a file as a rollout would spell them, and why others were left out."""
     kept, left_out = [], Counter()
     spelled = {"policy": str, "tool": lambda text: result_text(ToolResult(text.strip(), ok=True))}
     for demonstration in load_demonstrations(path):
-        turns = demonstration.turns
-        turns = turns if python_calls == "keep" else with_calculator(turns)
+        turns = with_calculator(demonstration.turns)
         if turns is None:
             left_out["call python for more than one expression"] += 1
         elif not turns[-1][1].strip():
@@ -171,7 +167,7 @@ def fine_tune(settings: Settings, config: Config) -> None:
         raise UserError("--model_name is missing: a folder or hub id of a causal LM")
     tools = make_tools(config)
     if settings.data:
-        demonstrations, left_out = from_file(settings.data, settings.python_calls)
+        demonstrations, left_out = from_file(settings.data)
     else:
         which = (settings.demonstrations, tools, config.seed, settings.hesitation)
         demonstrations, left_out = demonstrations_of_the_world(*which), Counter()

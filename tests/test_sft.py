@@ -85,7 +85,7 @@ def test_a_turn_ends_as_the_chat_template_writes_it_and_no_result_ends_it(policy
 
 
 def test_a_file_is_spelled_as_our_tools_spell_it(tmp_path):
-    kept, left_out = from_file(SHAREGPT, "calculator")
+    kept, left_out = from_file(SHAREGPT)
     assert [d.question for d in kept] == [
         "How many days are 17 weeks and 3 days?",
         "In which town is the maker of the oak lamp?",
@@ -99,13 +99,10 @@ def test_a_file_is_spelled_as_our_tools_spell_it(tmp_path):
     # markup in a result is escaped, as in a rollout: it cannot pass for a tag
     made = "Page 1: The oak lamp is made by Badger Workshop. &lt;b>1911&lt;/b>"
     assert results[0] == f"<result>\n{made}\n</result>"
-    kept, left_out = from_file(SHAREGPT, "keep")
-    assert len(kept) == 3 and not left_out
-    assert kept[2].turns[0][1].endswith("print(total)\n</python>")
     said = "<think>x</think><search>q</search><result>r</result>"
     row = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": said}]}
     (tmp_path / "odd.jsonl").write_text(json.dumps(row) + "\n", "utf-8")
-    assert from_file(str(tmp_path / "odd.jsonl"), "keep") == ([], {"end in a tool result": 1})
+    assert from_file(str(tmp_path / "odd.jsonl")) == ([], {"end in a tool result": 1})
 
 
 @pytest.mark.parametrize(
@@ -211,7 +208,6 @@ LEFT = "no demonstration is left: 1 call python for more than one expression; 2 
         ("--model_name no/such/model", "no/such/model"),
         ("--data no/such.jsonl", "no/such.jsonl: No such file"),
         ("--adapter no/such/adapter", "no/such/adapter"),
-        ("--python_calls run", "--python_calls run: choose one of calculator, keep"),
         ("--epochs 0", "--epochs 0.0: it must be above 0"),
         ("--hesitation 2", "--hesitation 2.0: it must be at most 1"),
         ("--hesitation 1 --data x", "--hesitation 1.0 --data x"),
