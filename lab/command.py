@@ -5,13 +5,17 @@ import dataclasses
 import logging
 import signal
 import sys
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
+
+from rich import box
+from rich.table import Table
 
 from app.cli import Parser
 from app.config import Config, check
 from app.run_folder import Terminated, terminate
+from app.screen import print_table
 from data.files import UserError, reason
 
 # It says at its import that a kernel is missing which is optional.
@@ -46,6 +50,13 @@ def make_folder(path: str | Path) -> Path:
     except OSError as error:
         raise UserError(f"--output_dir {path}: {reason(error)}") from None
     return Path(path)
+
+
+def print_rows(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    table = Table(*heads, box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*row)
+    print_table(table)
 
 
 def exit_code(work: Callable[[], int | None]) -> int:

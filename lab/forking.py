@@ -24,18 +24,16 @@ from typing import NamedTuple
 
 import numpy as np
 import transformers
-from rich import box
-from rich.table import Table
 from tqdm import tqdm
 
 from advantage import Segment
 from app.config import Config, option
 from app.evaluation import first_per_domain
-from app.screen import print_table, say
+from app.screen import say
 from arpo_mini import Agent, Budget, grow, judge, load_agent, open_writer
 from data.files import UserError, read_rows
 from data.formats import Question, asked, domain_of, load_questions
-from lab.command import make_folder, parse
+from lab.command import make_folder, parse, print_rows
 from lab.intervals import Estimate, bootstrap, spearman, t_interval
 from tools import ToolResult, policy_stop, read_call, run_calls
 
@@ -179,6 +177,11 @@ def answers(nodes: list[list[float]]) -> dict[str, Estimate | None]:
     return {words: bootstrap(statistic, clusters) for words, statistic in wanted.items()}
 
 
+def cells(words: str, e: Estimate | None) -> list[str]:
+    interval = f"{e[1]:.4f} to {e[2]:.4f}" if e and e[1] is not None else "--"
+    return [words, f"{e[0]:.4f}" if e else "--", interval]
+
+
 # ---- command line -------------------------------------------------------------------------
 
 TAKEN = (  # the settings of `train` that matter here
@@ -222,10 +225,5 @@ def study(args: list[str]) -> None:
     result = {"settings": {**settings, "seed": config.seed}, "answers": found, "columns": columns}
     result["nodes"] = [[round(value, 5) for value in row] for row in nodes]
     path.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    table = Table("", "value", "95 % interval", box=box.SIMPLE_HEAD)
-    for words, e in found.items():
-        known = e and e[1] is not None
-        interval = f"{e[1]:.4f} to {e[2]:.4f}" if known else "--"
-        table.add_row(words, f"{e[0]:.4f}" if e else "--", interval)
-    print_table(table)
+    print_rows(("", "value", "95 % interval"), [cells(*item) for item in found.items()])
     say(str(path))

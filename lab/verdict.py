@@ -5,13 +5,11 @@ what was spent on training up to it. Runs of one seed draw their questions in on
 """
 
 import json
-import statistics
+from operator import truediv
 from pathlib import Path
+from statistics import fmean
 
-from rich import box
-from rich.table import Table
-
-from app.screen import print_table
+from lab.command import print_rows
 from lab.intervals import Estimate, paired, t_interval
 
 BASELINE = "grpo"
@@ -52,20 +50,22 @@ def share_until(ours: dict, theirs: dict, name: str, target: float) -> Estimate 
     """Of what the others spent until then, by seed, where both got there."""
     spent = [{s: until(run, name, target) for s, run in r.items()} for r in (ours, theirs)]
     reached = [{s: value for s, value in some.items() if value} for some in spent]
-    return paired(*reached, lambda a, b: a / b)
+    return paired(*reached, truediv)
 
 
-def accuracy(run: dict, last: int = 1) -> float:
-    """In %: the mean of the last evaluations; the final one is among them, the first one is not."""
-    return 100 * statistics.fmean(column(run, "sampled")[1:][-last:])
+def last(runs: dict[str, dict], name: str) -> dict[str, float]:
+    """What was spent in all, by seed: the last value of a column."""
+    return {seed: column(run, name)[-1] for seed, run in runs.items()}
 
 
-def difference(results: dict, ours: str, theirs: str, last: int = 1) -> Estimate | None:
+def accuracy(runs: dict[str, dict], count: int = 1) -> dict[str, float]:
+    """In %, by seed: the mean of the last evaluations, but without that before training."""
+    return {s: 100 * fmean(column(run, "sampled")[1:][-count:]) for s, run in runs.items()}
+
+
+def difference(results: dict, ours: str, theirs: str, count: int = 1) -> Estimate | None:
     """Of the accuracies after training, in points, paired by seed."""
-    return paired(
-        *(runs_of(results, method) for method in (ours, theirs)),
-        lambda a, b: accuracy(a, last) - accuracy(b, last),
-    )
+    return paired(*(accuracy(runs_of(results, method), count) for method in (ours, theirs)))
 
 
 # ---- the table ----------------------------------------------------------------------------
@@ -83,32 +83,25 @@ def row(results: dict, method: str) -> dict[str, str]:
     """What a method reached and what it took, by the heads of the table."""
     runs, base = runs_of(results, method), runs_of(results, BASELINE)
     cells = {"seeds": str(len(runs))}
-    for last, words in ((1, "accuracy, %"), (LAST, f"of the last {LAST} evaluations, %")):
-        found = t_interval([accuracy(run, last) for run in runs.values()])
-        cells[words] = interval(found, ".1f")
+    for count, words in ((1, "accuracy, %"), (LAST, f"of the last {LAST} evaluations, %")):
+        cells[words] = interval(t_interval([*accuracy(runs, count).values()]), ".1f")
     beside = None if method == BASELINE else difference(results, method, BASELINE)
     cells["minus GRPO"] = interval(beside, "+.1f")
     for name, words in (("tool_calls", "calls"), ("tokens", "tokens")):
-        mean, *_ = t_interval([column(run, name)[-1] for run in runs.values()])
-        share = paired(runs, base, lambda a, b, n=name: column(a, n)[-1] / column(b, n)[-1])
+        share = paired(last(runs, name), last(base, name), truediv)
         of = f" ({share[0]:.0%})" if share and method != BASELINE else ""
-        cells[f"{words} (of GRPO's)"] = f"{mean:,.0f}{of}"
+        cells[f"{words} (of GRPO's)"] = f"{fmean(last(runs, name).values()):,.0f}{of}"
         for target in TARGETS:
             spent = [until(run, name, target) for run in runs.values()]
             there = [value for value in spent if value is not None]
             some = f" ({len(there)} of {len(spent)})" if len(there) < len(spent) else ""
-            mean = f"{t_interval(there)[0]:,.0f}" if there else "-"
-            cells[f"{words} until {target:.0%}"] = mean + some * bool(there)
-    live = [column(run, "live_groups")[-1] for run in runs.values()]
-    steps = [column(run, "step")[-1] for run in runs.values()]
-    calls = [column(run, "tool_calls")[-1] for run in runs.values()]
-    cells["live groups a step"] = f"{sum(live) / sum(steps):.1f}"
-    cells["live per 100 calls"] = f"{100 * sum(live) / sum(calls):.1f}" if sum(calls) else "-"
-    cells["seconds"] = (
-        f"{t_interval([column(run, 'seconds')[-1] for run in runs.values()])[0]:,.0f}"
-    )
-    wishes = [run["wish_rate"] for run in runs.values()]
-    return cells | {"forks wanted": f"{t_interval(wishes)[0]:.0%}"}
+            cells[f"{words} until {target:.0%}"] = f"{fmean(there):,.0f}{some}" if there else "-"
+    names = ("live_groups", "step", "tool_calls")
+    live, steps, calls = (sum(last(runs, name).values()) for name in names)
+    cells["live groups a step"] = f"{live / steps:.1f}"
+    cells["live per 100 calls"] = f"{100 * live / calls:.1f}" if calls else "-"
+    cells["seconds"] = f"{fmean(last(runs, 'seconds').values()):,.0f}"
+    return cells | {"forks wanted": f"{fmean(run['wish_rate'] for run in runs.values()):.0%}"}
 
 
 def show(results: dict, methods: list[str], path: Path) -> None:
@@ -120,17 +113,14 @@ def show(results: dict, methods: list[str], path: Path) -> None:
     lines = []
     for pair in pairs:
         if {*pair} <= {*methods} and difference(results, *pair):
-            found = (interval(difference(results, *pair, last), "+.1f") for last in (1, LAST))
-            lines.append([" minus ".join(pair), *found])
+            found = (difference(results, *pair, count) for count in (1, LAST))
+            lines.append([" minus ".join(pair), *(interval(e, "+.1f") for e in found)])
     if lines:
-        heads = ["difference, by seed, in points", "final", f"last {LAST} evaluations"]
-        tables.append([heads, *lines])
+        words = f"last {LAST} evaluations"
+        tables.append([["difference, by seed, in points", "final", words], *lines])
     text = ""
     for head, *lines in tables:
-        table = Table(*head, box=box.SIMPLE_HEAD)
-        for line in lines:
-            table.add_row(*line)
-        print_table(table)
+        print_rows(head, lines)
         marked = [head, ["---"] * len(head), *lines]
         text += "".join(f"| {' | '.join(line)} |\n" for line in marked) + "\n"
     path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
@@ -145,7 +135,7 @@ def summary(results: dict) -> dict:
     for words, name in (("calls", "tool_calls"), ("tokens", "tokens")):
         e = share_until(runs, runs_of(results, BASELINE), name, TARGETS[-1])
         found[f"{words}_to_90_share_of_grpo"] = e and e[0]
-    final = t_interval([accuracy(run) for run in runs.values()])[0] if runs else None
+    final = fmean(accuracy(runs).values()) if runs else None
     return {"seeds": sorted(map(int, runs)), **found, "final": final}
 
 

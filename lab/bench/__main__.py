@@ -19,14 +19,10 @@ from dataclasses import dataclass
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from rich import box
-from rich.table import Table
-
 from app.cli import refuse_unwritable, write_text
 from app.config import PRESETS, Config, option
-from app.screen import print_table
 from data.files import UserError
-from lab.command import exit_code, parse
+from lab.command import exit_code, parse, print_rows
 
 from . import against, gpu, plan
 
@@ -74,10 +70,7 @@ def measured(args: list[str]) -> None:
 def show(figures: dict[str, dict]) -> None:
     """A row for each name; one that could not be measured says why."""
     heads = [*next((row for row in figures.values() if "error" not in row), {"error": ""})]
-    table = Table("", *heads, box=box.SIMPLE_HEAD)
-    for name, row in figures.items():
-        table.add_row(name, *map(cell, row.values()))
-    print_table(table)
+    print_rows(["", *heads], [[name, *map(cell, row.values())] for name, row in figures.items()])
 
 
 def cell(value) -> str:
