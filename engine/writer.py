@@ -136,7 +136,7 @@ class Writer:
         self.prefill_tokens += sum(map(read_by, drafts, news))
         self.make_room(len(drafts) * (C + W + steps))
         cache = DynamicCache()
-        empty = next(([x[:0] for x in kv] for kv in known if kv), [])  # (0, heads, d) each
+        empty = next(([x[:0].clone() for x in kv] for kv in known if kv), [])  # (0, heads, d)
         for i in range(0, len(empty), 2):  # keys and values of a layer
             both = [  # popped: a path that goes on is never held twice
                 pad_sequence([kv.pop(0) if kv else none for kv in known], **LEFT).transpose(1, 2)
