@@ -141,25 +141,26 @@ def demonstration_row(policy: Policy, demonstration: Demonstration) -> Row:
 
 
 def update(policy: Policy, optimizer, rows: list[Row], config: Config) -> float:
-    """One optimizer step: the mean of -log p over the policy's tokens of all rows, in nats."""
+    """One optimizer step: the mean of -log p over the policy's tokens of all rows, in nats.
+
+    Where the memory runs out, the same again with less at once.
+    """
     total = sum(sum(row.weight) for row in rows)
-    loss_sum = 0.0
-    optimizer.zero_grad()
-    for group in micro_batches(rows, config.micro_batch_tokens):
-        batch = make_batch(group, policy.pad_id, policy.device, policy.lm.dtype)
-        logp = token_logprobs(policy, batch, temperature=1.0)  # (B, T), 0 if not counted
-        loss = -logp.sum() / total
-        require_finite("the loss", loss, [row.input_ids for row in group])
-        policy.scaler.scale(loss).backward()
-        loss_sum += loss.item()
-    take_step(policy, optimizer, total, MAX_GRAD_NORM, rows)
-    return loss_sum
 
+    def work(fitted: Config) -> float:
+        losses = []
+        optimizer.zero_grad()
+        for group in micro_batches(rows, fitted.micro_batch_tokens):
+            batch = make_batch(group, policy.pad_id, policy.device, policy.lm.dtype)
+            logp = token_logprobs(policy, batch, temperature=1.0)  # (B, T), 0 if not counted
+            loss = -logp.sum() / total
+            require_finite("the loss", loss, [row.input_ids for row in group])
+            policy.scaler.scale(loss).backward()
+            losses.append(loss.item())
+        take_step(policy, optimizer, total, MAX_GRAD_NORM, rows)
+        return sum(losses)
 
-def fitting_update(policy: Policy, optimizer, rows: list[Row], config: Config) -> float:
-    """`update`; where the memory runs out, the same again with less at once."""
-    undo = snapshot(policy, optimizer)
-    return policy.limits.retry(config, lambda c: update(policy, optimizer, rows, c), undo)
+    return policy.limits.retry(config, work, snapshot(policy, optimizer))
 
 
 def fine_tune(settings: Settings, config: Config) -> None:
@@ -204,7 +205,7 @@ def train(policy: Policy, rows: list[Row], settings: Settings, config: Config, l
                 waiting += rng.sample(rows, len(rows))
             some, waiting = waiting[:n], waiting[n:]
             optimizer.param_groups[0]["lr"] = config.learning_rate * (1 - (step - 1) / steps)
-            metrics = {"step": step, "loss": fitting_update(policy, optimizer, some, config)}
+            metrics = {"step": step, "loss": update(policy, optimizer, some, config)}
             metrics |= {"tokens": sum(map(len, some)), "seconds": time.perf_counter() - started}
             file.write(json.dumps(metrics) + "\n")
             file.flush()

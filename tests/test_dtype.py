@@ -205,7 +205,7 @@ def test_a_cold_start_is_scaled_too(restored_half, tools):
     rows = [sft.demonstration_row(policy, *sft.demonstrations_of_the_world(1, tools, 0, 0.0))]
     policy.scaler = torch.amp.GradScaler("cpu", growth_interval=1)
     optimizer = torch.optim.AdamW(policy.parameters, lr=1e-3)
-    first, second = (sft.fitting_update(policy, optimizer, rows, config) for _ in range(2))
+    first, second = (sft.update(policy, optimizer, rows, config) for _ in range(2))
     assert second < first and policy.scaler.get_scale() == 2**18
 
 

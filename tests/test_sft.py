@@ -184,7 +184,7 @@ def test_as_much_at_once_as_fits_the_memory(policy, rows, monkeypatch):
         sizes.clear()
         monkeypatch.setattr(sft, "token_logprobs", small)
         optimizer = torch.optim.SGD(policy.parameters, lr=0.0)
-        return sft.fitting_update(policy, optimizer, rows, Config())
+        return sft.update(policy, optimizer, rows, Config())
 
     whole = updated()
     assert len(sizes) == 1
@@ -238,7 +238,7 @@ def test_whatever_ends_it_the_adapter_made_so_far_is_kept(
         return 1.0
 
     monkeypatch.setattr(sft, "load_policy", lambda *_, **__: policy)
-    monkeypatch.setattr(sft, "fitting_update", stopped)
+    monkeypatch.setattr(sft, "update", stopped)
     few = "--demonstrations 6 --demonstrations_per_step 2 --output_dir".split()
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert main(["--model_name", TINY, *few, str(tmp_path / "run")]) == code
