@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from data.files import UserError
 
@@ -180,10 +180,8 @@ def snapshot(policy, optimizer) -> Callable[[], None]:
     An update that runs out of memory may have taken some of its optimizer steps already.
     """
 
-    def kept(value):
-        return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
-
-    weights, state = tree_map(kept, (policy.parameters, optimizer.state_dict()))
+    both = policy.parameters, optimizer.state_dict()
+    weights, state = tree_map_only(torch.Tensor, lambda x: x.detach().to("cpu", copy=True), both)
     scaler = copy.deepcopy(policy.scaler)
 
     def restore() -> None:

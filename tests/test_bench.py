@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -170,13 +171,6 @@ def test_one_run_compares_with_the_plain_page(capsys, tmp_path):
     assert "one page" in capsys.readouterr().out
 
 
-def test_without_trl_the_command_says_how_to_install_it(capsys, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "trl", None)
-    assert main(["trl"]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "pip install trl" in error
-
-
 def test_trl_reads_the_same_tokens_as_we_do(policy):
     """Its prompt, and what its template puts after a call, are ours token by token."""
     tokenizer = AutoTokenizer.from_pretrained(TINY)
@@ -283,12 +277,6 @@ def test_running_out_of_memory_is_a_figure_too(monkeypatch):
     assert "does not fit into memory (CUDA out of memory)" in error
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_the_command_says_so(capsys):
-    assert main(["gpu"]) == 2
-    assert "no GPU was found" in capsys.readouterr().err
-
-
 # ---- command line -------------------------------------------------------------------------
 
 
@@ -303,9 +291,13 @@ def test_without_a_gpu_the_command_says_so(capsys):
         (["gpu", "--minutes", "-1"], "--minutes -1.0: it must be above 0"),
         (["plan", "--preset", "9gb"], "--preset 9gb: choose one of "),
         (["plan", "--repeats", "3"], "unknown: --repeats 3"),
+        (["trl"], "trl is missing; install it with: pip install trl"),
+        (["gpu"], "no GPU was found"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(capsys, args, words):
+def test_what_cannot_be_done_is_one_line_and_exit_code_2(capsys, monkeypatch, args, words):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(args) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and words in error
