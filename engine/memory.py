@@ -179,7 +179,6 @@ def snapshot(policy, optimizer) -> Callable[[], None]:
 
     An update that runs out of memory may have taken some of its optimizer steps already.
     """
-
     both = policy.parameters, optimizer.state_dict()
     weights, state = tree_map_only(torch.Tensor, lambda x: x.detach().to("cpu", copy=True), both)
     scaler = copy.deepcopy(policy.scaler)
