@@ -3,7 +3,6 @@
 Debian's package `chromium` is all it needs. Clicks and keys are input events, as from a hand.
 """
 
-import base64
 import fcntl
 import json
 import os
@@ -101,15 +100,20 @@ class Browser:
 
     def js(self, expression: str):
         """The value of an expression in the page."""
-        result = self.call(
-            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
-        )
+        how = {"returnByValue": True, "awaitPromise": True}
+        result = self.call("Runtime.evaluate", expression=expression, **how)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
     def texts(self, selector: str) -> list[str]:
         found = f"[...document.querySelectorAll({json.dumps(selector)})]"
         return self.js(f"{found}.map((e) => e.textContent)")
+
+    def count(self, selector: str) -> int:
+        return self.js(f"document.querySelectorAll({json.dumps(selector)}).length")
+
+    def seen(self, selector: str) -> bool:
+        return self.js(f"document.querySelector({json.dumps(selector)}).checkVisibility()")
 
     def mouse(self, kind: str, selector: str, across: float = 0.5) -> None:
         x, y = self.js(f"""(() => {{
@@ -137,10 +141,6 @@ class Browser:
         )
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.call("Emulation.setEmulatedMedia", media=media, features=features)
-
-    def screenshot(self, path) -> None:
-        data = self.call("Page.captureScreenshot", format="png")["data"]
-        path.write_bytes(base64.b64decode(data))
 
     def close(self) -> None:
         self.session = None
