@@ -389,7 +389,10 @@ def test_a_click_shows_a_trajectory_with_its_loss_mask_and_who_shares_a_segment(
     assert known.texts("#chosen .trained pre") == trained
     masks = [side.partition("mask ")[2][:1] for side in known.texts("#chosen .side")]
     assert masks == ["1" if by == "policy" else "0" for by in authors]
-    underlined, tokens = known.count("#chosen .trained .t"), known.count("#chosen .t")
+    style = "[...document.querySelectorAll('#chosen .t')].map((t) => getComputedStyle(t))"
+    underlined = known.js(f"{style}.filter((t) => t.borderBottomStyle === 'solid').length")
+    tokens = known.count("#chosen .t")
+    assert underlined == known.count("#chosen .trained .t")
     (text,) = known.texts("#chosen")
     assert f"the {underlined} underlined tokens of {tokens}" in text and "advantage +1.50" in text
     assert known.count(".on-path") == len(texts) + 1

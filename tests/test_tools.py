@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import tools as toolbox
-from data.files import Document, UserError
+from data.files import Document
 from tools import Search, Tool, ToolCall, ToolError, ToolResult, calculate, escape, run_calls
 
 
@@ -77,36 +77,29 @@ def test_reading_is_linear_on_hostile_text():
     assert toolbox.read_call(nested, {}).name == "a0"
     pieces = "<a> <a></a> </a> < <a </ <think> </think> </think><a></a> <a><a><a></a>".split()
     for text in [nested, *(piece * (100_000 // len(piece)) for piece in pieces)]:
-        assert seconds(toolbox.policy_stop, text) < 0.1
         assert seconds(toolbox.policy_stop, "<think>a</think> <search>" + text) < 0.1
     short = "<think>" + "some words > others " * 20 + "</think> <search>Mira Holt"
     assert seconds(lambda: [toolbox.policy_stop(short) for _ in range(1000)]) < 0.05  # 50 us each
 
 
-# --- running calls --------------------------------------------------------------------------------
-
-
-def test_calls_run_side_by_side_but_only_so_many_and_in_order(monkeypatch):
+def test_calls_run_side_by_side_but_only_so_many_in_order_and_equal_ones_once(monkeypatch):
     monkeypatch.setattr(toolbox, "MAX_THREADS", 4)
-    before, most = threading.active_count(), []
+    before, most, ran = threading.active_count(), [], []
 
     def work(text):
+        ran.append(text)
         most.append(threading.active_count() - before)
-        time.sleep(0.2 if text == "0" else 0.1)
+        time.sleep(0.1 if text == "0" else 0.05)
         return text
 
-    results = run_calls([ToolCall("t", str(i)) for i in range(11)], named(t=work), 5.0)
-    assert results == [ToolResult(str(i), True) for i in range(11)]
-    assert 2 <= max(most) <= 4
+    calls = [ToolCall("t", str(i % 9)) for i in range(11)]
+    results = run_calls([*calls, ToolCall("u", "1")], named(t=work, u=work), 5.0)
+    assert results == [ToolResult(call.argument, True) for call in [*calls, calls[1]]]
+    assert 2 <= max(most) <= 4 and sorted(ran) == sorted(["1", *"012345678"])
     assert run_calls([], {}, 5.0) == []
 
 
-def test_equal_calls_run_once():
-    ran = []
-    tools = named(a=lambda text: ran.append(text) or "A", b=lambda text: ran.append(text) or "B")
-    calls = [ToolCall("a", "1"), ToolCall("b", "1"), ToolCall("a", "1"), ToolCall("a", "2")]
-    assert [result.text for result in run_calls(calls, tools, 5.0)] == ["A", "B", "A", "A"]
-    assert sorted(ran) == ["1", "1", "2"]
+# --- running calls --------------------------------------------------------------------------------
 
 
 class Evil(str):
@@ -126,7 +119,6 @@ def failing(message, kind=Exception):  # an exception whose message is made when
 UNREADABLE = "t failed, with an error that has no readable message"
 RAISED = [
     (ValueError("bad luck"), "t failed: ValueError: bad luck"),
-    (RecursionError(), "t failed: RecursionError: "),
     (SystemExit(3), "t failed: SystemExit: 3"),
     (KeyboardInterrupt(), "t failed: KeyboardInterrupt: "),
     (ToolError("write words"), "write words"),
@@ -201,22 +193,23 @@ def test_a_tool_that_hangs_gives_an_error_result_and_is_stopped():
     assert threading.active_count() == before and not ran_on
 
 
-@pytest.mark.parametrize("hang", ["time.sleep(60)", "pass", "print(end='')"])
-def test_a_tool_that_hangs_does_not_keep_the_process_from_ending(hang):
-    code = f"""if True:
+def test_a_tool_that_hangs_does_not_keep_the_process_from_ending():
+    """It sleeps, works, or prints, and catches all that is raised in it."""
+    code = """if True:
         import time
         from tools import *
         def hang(text):
             while True:
                 try:
-                    {hang}
+                    eval(text)
                 except BaseException:
                     pass
-        print(run_calls([ToolCall("t", "x")], {{"t": Tool("t", hang, "")}}, 0.1)[0].ok)
+        hangs = [ToolCall("t", text) for text in ("time.sleep(60)", "1", "print(end='')")]
+        print([result.ok for result in run_calls(hangs, {"t": Tool("t", hang, "")}, 0.1)])
     """
     command, root = [sys.executable, "-c", code], Path(toolbox.__file__).parent
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=30)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "False\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[False, False, False]\n", "")
 
 
 def test_a_call_that_cannot_start_gives_an_error_result(monkeypatch):
@@ -248,7 +241,6 @@ def test_a_document_cannot_forge_the_protocol():
     assert toolbox.result_text(ToolResult("<b>", ok=False)) == "<result>\nerror: &lt;b>\n</result>"
 
 
-ORDINARY = ["1 <\n2", *"3 < 4;3<4;a <= b;x <;<;2<-1 <+1;0<.5;a>b;\\boxed{1}".split(";")]
 MARKERS = (
     "<a> </a <s> <_x> <!-- <[x] <<b>> <|im_end|> <\uff5cend\u2581of\uff5c> \uff1c/result\uff1e "
 )
@@ -256,7 +248,7 @@ MARKERS += "\ufe64answer> <\uff53\uff45arch> <\x00/result> <\u200b/result>"
 
 
 def test_markers_are_escaped_and_ordinary_text_is_not():
-    for text in ORDINARY:
+    for text in ["1 <\n2", *"3 < 4;3<4;a <= b;x <;<;2<-1 <+1;0<.5;a>b;\\boxed{1}".split(";")]:
         assert escape(text) == text
     for text in MARKERS.split(" "):
         for form in (escape(text), unicodedata.normalize("NFKC", escape(text))):
@@ -264,14 +256,10 @@ def test_markers_are_escaped_and_ordinary_text_is_not():
     for char in map(chr, range(sys.maxunicode + 1)):
         if "<" in unicodedata.normalize("NFKC", char):  # all the look-alikes there are
             assert escape(char + "b>") == "&lt;b>"
-
-
-def test_nothing_in_random_text_survives_as_a_tag():
     rng = random.Random(1)
     pieces = "< < </ <| > |> search im_end a 4 = &lt; \uff1c \ufe64 \uff0f \uff53 \u0338".split()
-    pieces += [" ", "\n", "\x00", "\ud800"]
-    for _ in range(3000):
-        text = "".join(rng.choices(pieces, k=12))
+    for _ in range(2000):
+        text = "".join(rng.choices([*pieces, " ", "\n", "\x00", "\ud800"], k=12))
         safe = escape(text)
         assert "\x00" not in safe and escape(safe) == safe and safe.encode()  # no lone surrogates
         for form in (safe, unicodedata.normalize("NFKC", safe)):
@@ -281,120 +269,102 @@ def test_nothing_in_random_text_survives_as_a_tag():
 # --- calculator -----------------------------------------------------------------------------------
 
 VALUES = rf"""
-1 + 2 * 3 -> 7   (1 + 2) * 3 -> 9   6/2 -> 3   7/2 -> 3.5   -7 // 2 -> -4   -7 % 3 -> 2   5--3 -> 8
-2**10 -> 1024   -2**2 -> -4   2**3**2 -> 512   2**-2 -> 0.25   +-+3 -> -3   -0.0 -> 0   0**0 -> 1
-2**0.5 -> 1.414213562   4**0.5 -> 2   64**(1/3) -> 4   (1/4)**0.5 -> 0.5   (-1)**(10**30+1) -> -1
-0.1 + 0.2 -> 0.3   0.1 + 0.2 - 0.3 -> 0   1/3*3 - 1 -> 0   1.1 * 1.1 -> 1.21   0.3 // 0.1 -> 3
-1 % 0.1 -> 0   7.5 % 2 -> 1.5   floor(4.35 * 100) -> 435   round(2.675, 2) -> 2.68   1e3 -> 1000
+-2**2 -> -4   2**3**2 -> 512   -0.0 -> 0   (-1)**(10**30+1) -> -1   1**10**30 -> 1   0**0 -> 1
+2**0.5 -> 1.414213562   4**0.5 -> 2   64**(1/3) -> 4   (1/4)**0.5 -> 0.5   floor(64**(1/3)) -> 4
+0.1 + 0.2 - 0.3 -> 0   1/3*3 - 1 -> 0   1.1 * 1.1 -> 1.21   0.3 // 0.1 -> 3   1 % 0.1 -> 0
+floor(4.35 * 100) -> 435   round(2.675, 2) -> 2.68   1e3 -> 1000   .5 -> 0.5   5. -> 5
 1/3 -> 0.3333333333   2/3 -> 0.6666666667   0.00002 * 1 -> 0.00002   1e-5/3 -> 0.000003333333333
-123456789.12 + 0.01 -> 123456789.13   12345678901.5 + 0.25 -> 12345678901.75   .5 -> 0.5   5. -> 5
-1.05**10 -> 1.628894627   1E+3 -> 1000   1e20 -> 1{"0" * 20}   1e-30 -> 1e-30   1e-9 -> 0.000000001
-10**15/7 -> 142857142857143   10**20/7 -> 1.428571429e+19   10**20 + 1 -> 1{"0" * 19}1   7 %3 -> 1
-(1 + 1/10**9)**10**9 -> 2.718281827   (1 - 1/10**9)**10**9 -> 0.367879441   1**10**30 -> 1
-1000 * (1 + 0.05/365)**(365*30) -> 4481.228689   10**400 - 10**400 + 1 -> 1   max(1, 234) -> 234
+123456789.12 + 0.01 -> 123456789.13   12345678901.5 + 0.25 -> 12345678901.75   1E+3 -> 1000
+1.05**10 -> 1.628894627   1e20 -> 1{"0" * 20}   1e-30 -> 1e-30   1e-9 -> 0.000000001   7 %3 -> 1
+10**15/7 -> 142857142857143   10**20/7 -> 1.428571429e+19   10**20 + 1 -> 1{"0" * 19}1   17%5 -> 2
+(1 + 1/10**9)**10**9 -> 2.718281827   10**400 - 10**400 + 1 -> 1   max(1, 234) -> 234
 2**4000 % 7 -> {2**4000 % 7}   2**4000 // 3**2500 -> {2**4000 // 3**2500}   max(12,34) -> 34
-sqrt(2) -> 1.414213562   sqrt(16) -> 4   sqrt(2)**2 - 2 -> 0   abs(-3.5) -> 3.5   17%5 -> 2
-min(3, 1, 2) -> 1   max(3, 1, 2.5) -> 3   max(1.5,200) -> 200   floor(64**(1/3)) -> 4
-floor(7) -> 7   round(2.567, 2) -> 2.57   round(1234, -2) -> 1200   round(2.4) -> 2
-round(2.5) -> 2   round(5.5, 10**9) -> 5.5   round(5, -10**9) -> 0   floor(-2.5) -> -3
-ceil(2.1) -> 3   gcd(12, 18) -> 6   gcd(36/2, 12) -> 6   gcd(540,270) -> 270   lcm(4, 6) -> 12
-comb(5, 2) -> 10   comb(2, 5) -> 0   comb(10**9, 2) -> 499999999500000000
-comb(10**9, 10**9 - 2) -> 499999999500000000   factorial(5) -> 120
-factorial(100) -> {math.factorial(100)}   7 % (-3) -> -2   (3+4)%5 -> 2   log(exp(2)) -> 2
-log(8, 2) -> 3   log(1000, 10) -> 3   floor(log(243, 3)) -> 5   log(1) -> 0   log2(8) -> 3
-log10(100) -> 2   log10(10**300) -> 300   ln(e) -> 1   pi -> 3.141592654   sin(0) + cos(0) -> 1
-sin(pi) -> 0   cos(pi/2) -> 0   sin(pi/6) - 0.5 -> 0   sin(30) -> -0.9880316241   tan(pi/4) -> 1
-asin(1) -> 1.570796327   acos(-1) -> 3.141592654   atan(1) -> 0.7853981634   math.sqrt(16) -> 4
+sqrt(2)**2 - 2 -> 0   round(5.5, 10**9) -> 5.5   round(5, -10**9) -> 0   round(1234, -2) -> 1200
+gcd(36/2, 12) -> 6   gcd(540,270) -> 270   lcm(4, 6) -> 12   comb(5, 2) -> 10   comb(2, 5) -> 0
+comb(10**9, 10**9 - 2) -> 499999999500000000   factorial(100) -> {math.factorial(100)}
+7 % (-3) -> -2   (3+4)%5 -> 2   log(exp(2)) -> 2   log(8, 2) -> 3   floor(log(243, 3)) -> 5
+log10(10**300) -> 300   ln(e) -> 1   sin(pi) -> 0   sin(pi/6) - 0.5 -> 0   math.sqrt(16) -> 4
 math.pi -> 3.141592654   1_000 + 1 -> 1001   3 * 4 = -> 12   3*4= -> 12   3 × 4 ÷ 2 − 1 -> 5
 {"1+" * 199 + "1"} -> 200   {"(" * 50 + "1" + ")" * 50} -> 1
 """
-VALUES = [*re.findall(r"(\S.*?) -> (\S+)", VALUES), ("  1 +\n\t2  ", "3")]
 
 
-@pytest.mark.parametrize(("expression", "value"), VALUES)
-def test_calculator(expression, value):
-    assert calculate(expression) == value
+def test_calculator():
+    for expression, value in [*re.findall(r"(\S.*?) -> (\S+)", VALUES), ("  1 +\n\t2  ", "3")]:
+        assert calculate(expression) == value, expression
 
 
 REFUSED = r"""
-write 1234, not 1,234 | 1,234 + 1   max(1,234, 5)   min(1,000, 2)   round(1,234)   gcd(1,234,5)
-write 1234, not 1,234 | max(1,10,100)   1,234,567.5   max(-1,234)   max(12,34,567, 5)   1'234
+write 1234, not 1,234 | 1,234 + 1   max(1,234, 5)   round(1,234)   gcd(1,234,5)   max(1,10,100)
+write 1234, not 1,234 | 1,234,567.5   max(-1,234)   max(12,34,567, 5)   1'234
 write 3.14, not 3,14 | 3,14 * 2   (1,5)   1,2,3   (1, 2) + 1
-write 20/100 for 20% | 20%   20 %   10% + 5   10%+5   10 % +5   7 % -3   15% (200)   15%(200)   5%*3
-write 20/100 for 20% | 200 + 10%   20% of 50   20 % of 50   20%of 50   (5%)   max(5%, 1)   7 %% 3
+write 20/100 for 20% | 20 %   10% + 5   10 % +5   15%(200)   5%*3   20%of 50   max(5%, 1)   7 %% 3
 write factorial(5), not 5! | 5!   (3 + 2)!   5! =   -5! + 1
-write ** | 2^3   2 ^ -1
-nothing is assigned | x = 3*4   3*4 = 12   = 3*4   a = 5\nb = 6\na * b   3*4 ==   1 < 2   1 != 2
-nothing is assigned | 1 >= 0   1; 2   (x := 1)   round(2.5, ndigits=1)
-without a currency | $5 + $3   5$   €5   5 €   £3   ¥100 * 2   ₹5
-no operator after 5: write * | 5 km + 3 km   5km   5 USD   5x   5 x 4   5X   5(4 + 5)   5 234   5\n6
-no operator after 5: write * | 5 pi   5 sqrt(4)   5 if 2 else 3   5or 2   5 e5   5e   5j   5 mod 3
-no operator after | (1)(2)   1.or 2   pi(2)   pi r   e 2   0x1f   1.2.3   sqrt(4)2   1 000 000
-is unknown; known: sqrt, abs | x + 1   import math\nmath.sqrt(2)   print(3*4)   eval(1)   None
-is unknown; known: sqrt, abs | True   __import__(1)   not 1   lambda x   (1).real   np.sqrt(4)   PI
-missing or too many | sqrt + 1   sqrt   sin 30   1 +   * 2   3 ** * 2   ((1)   (1))   ()   max(())
+write ** | 2^3
+nothing is assigned | x = 3*4   3*4 = 12   = 3*4   a = 5\nb = 6\na * b   3*4 ==   1 < 2   1; 2
+nothing is assigned | (x := 1)   round(2.5, ndigits=1)
+without a currency | $5 + $3   5$   €5   5 €   ₹5
+no operator after 5: write * | 5 km + 3 km   5km   5 x 4   5(4 + 5)   5 234   5\n6   5 sqrt(4)
+no operator after 5: write * | 5 if 2 else 3   5or 2   5 e5   5e   5j
+no operator after | (1)(2)   1.or 2   pi(2)   pi r   0x1f   1.2.3   sqrt(4)2   1 000 000
+is unknown; known: sqrt, abs | x + 1   import math\nmath.sqrt(2)   eval(1)   None   not 1
+is unknown; known: sqrt, abs | lambda x   (1).real   np.sqrt(4)   PI
+missing or too many | sqrt + 1   sin 30   1 +   * 2   3 ** * 2   ((1)   (1))   ()   max(())
 missing or too many | ...   .   max(*1)   max(**1)   max(,1)   1__0   1 .
 write 12, not 012 | 012   3 + 007   00.5
 division by zero | 1/0   5 % 0   5 // 0   0**-1   0**-1.5   tan(pi/2)   log(5, 1)
-root of a negative | (-8)**0.5   (-8)**(1/3)   (-1)**1.5
-is not defined for these | sqrt(-1)   log(0)   ln(-1)   log2(0)   log10(-1)   acos(2)   sqrt()
-is not defined for these | sqrt(1, 2)   max(1)   comb(-1, 1)   factorial(-1)   ln(2, 2)
+root of a negative | (-8)**0.5   (-8)**(1/3)
+is not defined for these | sqrt(-1)   log(0)   acos(2)   sqrt()   max(1)   comb(-1, 1)   ln(2, 2)
 is not a whole number | factorial(2.5)   lcm(4, 0.5)   gcd(1, sqrt(2))   comb(4.5, 2)   round(1, .5)
 need exact numbers | pi % 1   sqrt(2) // 1   5 % sqrt(2)
 too few digits are left | sqrt(10**10 + 1) - 10**5   ln(1.0000001)   sin(3.14159265)
-too few digits are left | 3.1415926 - pi
 too large or too small | exp(-1000)   2**-5000   0.5**5000   1e-400   2**0.5**9999   sin(10**7)
 too large or too small | 1e-300 * sqrt(2) * 1e-200   sqrt(2)*1e-300 / 1e300   (1/10**99)**2000.5
-is not arithmetic | [1, 2]   {1}   'a' * 3   "a"   1 # one   ~1   1 | 2   1 & 2   2 @ 3   3:4   5?
-is not arithmetic | \frac12   √16   30°   2²   ½   １ + 1   ｓｑｒｔ(4)   𝟏   ①   ٣
+is not arithmetic | [1, 2]   {1}   'a' * 3   1 # one   ~1   1 | 2   2 @ 3   3:4   5?
+is not arithmetic | \frac12   √16   30°   2²   ½   １ + 1   ｓｑｒｔ(4)   𝟏   ٣
 """  # noqa: RUF001
-LINES = [line.split(" | ", 1) for line in REFUSED.strip().splitlines()]
-PAIRS = [(one.replace(r"\n", "\n"), words) for words, some in LINES for one in some.split("   ")]
-PAIRS += [("", "missing"), ("\x00", "character"), ("1 \ud800", "character")]
 
 
-@pytest.mark.parametrize(("expression", "words"), PAIRS)
-def test_calculator_says_what_is_wrong(expression, words):
-    with warnings.catch_warnings(), pytest.raises(ToolError) as error:
-        warnings.simplefilter("error")
-        calculate(expression)
-    assert words in str(error.value)
-    assert len(str(error.value)) < 200  # it is read by a policy with a short context
-
-
-HOSTILE = """9**9**9   9**9**9**9   (9**999)**999   (-2)**99999999   2**4096   9.0**9**9   10**400/3
-10**400 + 0.5   (10**400)**-(10**400)   1e308*10   -1e308*10   1e999   1e9999999999   1e-9999999999
-exp(1000)   exp(10**400)   sqrt(10**400)   10**1000   10**200   factorial(10**9)   factorial(4096)
-factorial(1e300)   factorial(factorial(500))   sin(10**400)   comb(10**9, 5*10**8)   1.5**10**9
-comb(2**4000, 1000)   comb(2**4000, 2**3999)   comb(4096, 2048)   comb(10**999, 4000)   1 << 10**9
-round(10**1000, -5)   2**2000 * 2**2000 * 2**2000   (2**2047)**2 * 2**100   1.0000001**10**300"""
-REPEATED = "( [ ({[ - ~ not 1+ 2** 1< abs( lambda: x. 9 1_ a × 1e (1) sqrt( max(1, 1e200* 1e-200*"
-LONG = "1+ 1/7* 1/3+ .1+ 2**.5+ comb(900,400)+ gcd(2**4095-1,3**2580-1)+ factorial(450)* (1/3)**99+"
-HOSTILE = [*re.split(r" {3}|\n", HOSTILE), *(piece * 999 for piece in REPEATED.split())]
-HOSTILE += ["(" * 101 + "1" + ")" * 101, "(" * 499, "9" * 499, "1e200*" * 80 + "1"]
-HOSTILE += ["lcm(" + ", ".join(f"2**4000+{k}" for k in range(40)) + ")", " " * 10**6]
-LONG = [piece * (498 // len(piece)) + "1" for piece in [*LONG.split(), "-"]]
-
-
-@pytest.mark.parametrize("expression", HOSTILE + LONG, ids=lambda expression: expression[:30])
-def test_a_hostile_expression_is_answered_at_once(expression):
-    def answered():
-        try:
+def test_calculator_says_what_is_wrong():
+    lines = [line.split(" | ", 1) for line in REFUSED.strip().splitlines()]
+    pairs = [
+        (one.replace(r"\n", "\n"), words) for words, some in lines for one in some.split("   ")
+    ]
+    for expression, words in [*pairs, ("", "missing"), ("\x00", "character"), ("1 \ud800", "char")]:
+        with warnings.catch_warnings(), pytest.raises(ToolError) as error:
+            warnings.simplefilter("error")
             calculate(expression)
-            assert expression in LONG
-        except ToolError as error:
-            assert 0 < len(str(error)) < 200
-
-    assert seconds(answered) < 0.02  # a millisecond on an idle machine
+        assert words in str(error.value), expression
+        assert len(str(error.value)) < 200  # it is read by a policy with a short context
 
 
-def test_the_calculator_does_not_depend_on_pythons_own_digit_limit(request):
-    limit = sys.get_int_max_str_digits()
-    request.addfinalizer(lambda: sys.set_int_max_str_digits(limit))
-    sys.set_int_max_str_digits(640)
-    assert calculate("3**400") == str(3**400)
-    with pytest.raises(ToolError, match="200 digits"):
-        calculate("3**2000")
+def test_a_hostile_expression_is_answered_at_once():
+    hostile = """9**9**9**9   (9**999)**999   (-2)**99999999   9.0**9**9   10**400/3   10**400 + 0.5
+    (10**400)**-(10**400)   1e308*10   1e999   1e9999999999   1e-9999999999   exp(10**400)
+    sqrt(10**400)   10**200   factorial(10**9)   factorial(4096)   factorial(1e300)   sin(10**400)
+    factorial(factorial(500))   comb(10**9, 5*10**8)   comb(2**4000, 1000)   comb(10**999, 4000)
+    comb(2**4000, 2**3999)   comb(4096, 2048)   1.5**10**9   1 << 10**9   round(10**1000, -5)
+    2**2000 * 2**2000 * 2**2000   (2**2047)**2 * 2**100   1.0000001**10**300"""
+    repeated = (
+        "( [ ({[ - ~ not 1+ 2** 1< abs( lambda: x. 9 1_ a × 1e (1) sqrt( max(1, 1e200* 1e-200*"
+    )
+    hostile = [*re.split(r" {3,}|\n *", hostile), *(piece * 999 for piece in repeated.split())]
+    hostile += ["(" * 101 + "1" + ")" * 101, "(" * 499, "9" * 499, "1e200*" * 80 + "1"]
+    hostile += ["lcm(" + ", ".join(f"2**4000+{k}" for k in range(40)) + ")", " " * 10**6]
+    long = (
+        "1+ 1/7* .1+ 2**.5+ comb(900,400)+ gcd(2**4095-1,3**2580-1)+ factorial(450)* (1/3)**99+ -"
+    )
+    legal = [piece * (498 // len(piece)) + "1" for piece in long.split()]
+    for expression in hostile + legal:
+
+        def answered(expression=expression):
+            try:
+                calculate(expression)
+                assert expression in legal
+            except ToolError as error:
+                assert 0 < len(str(error)) < 200
+
+        assert seconds(answered) < 0.02, expression[:30]  # a millisecond on an idle machine
 
 
 EXACT = ["{} + {}", "{} - {}", "{} * {}", "{} / {}", "({}) % ({})", "{} // {}", "-{}", "+{}"]
@@ -417,7 +387,7 @@ def test_calculator_equals_python_on_random_expressions(forms):
     names = {"abs": abs, "min": min, "max": max, "F": Fraction, "ln": math.log, "floor": math.floor}
     names |= {"round": lambda value, digits=0: round(value, int(digits)), "ceil": math.ceil}
     names |= {n: getattr(math, n) for n in "sqrt sin cos tan asin acos atan log2 log10 exp".split()}
-    for _ in range(3000):
+    for _ in range(1000):
         expression = random_expression(rng, forms, rng.randint(1, 4))
         exact = re.sub(r"(?<![\w.])[\d.]+", lambda number: f"F('{number[0]}')", expression)
         try:
@@ -435,7 +405,7 @@ def test_calculator_equals_python_on_random_expressions(forms):
             error = abs(Fraction(text) - value)
             assert error == 0 or (error <= abs(value) / 10**9 and len(text) > 9), expression
             assert "e" not in text or not 1e-9 <= abs(value) < 1e15
-    assert results.count("value") > 1500 and results.count("too few") < 50
+    assert results.count("value") > 500 and results.count("too few") < 20
 
 
 # --- search ---------------------------------------------------------------------------------------
@@ -465,8 +435,10 @@ def random_documents(rng, count: int, vocabulary: int, length: int) -> list[Docu
     return [Document(f"w{i % 7}", text) for i, text in enumerate(texts)]
 
 
-@pytest.mark.parametrize("part", [1, 100, 2**18])  # the index is made in parts of so many terms
-@pytest.mark.parametrize(("k1", "b"), [(1.5, 0.75), (0.0, 0.5), (1.2, 0.0), (2.0, 1.0)])
+@pytest.mark.parametrize(
+    ("part", "k1", "b"),  # the index is made in parts of so many terms
+    [(2**18, 1.5, 0.75), (1, 0.0, 0.5), (100, 1.2, 0.0), (100, 2.0, 1.0)],
+)
 def test_search_is_bm25(monkeypatch, k1, b, part):
     monkeypatch.setattr(toolbox, "PART", part)
     rng = random.Random(5)
@@ -476,18 +448,8 @@ def test_search_is_bm25(monkeypatch, k1, b, part):
     for _ in range(20):
         query = " ".join(rng.choices([f"w{i}" for i in range(45)], k=rng.randint(1, 6)))
         scores = bm25(documents, query, k1, b)
-        found = search.rank(query)
-        best = sorted((score for score in scores if score > 0), reverse=True)[:7]
-        of_found = [scores[documents.index(document)] for _, document in found]
-        assert [score for score, _ in found] == pytest.approx(best, rel=1e-12)
-        assert of_found == pytest.approx(best, rel=1e-12)
-
-
-def test_equal_scores_come_in_document_order():
-    documents = [Document(f"number {i}", "same words here") for i in range(50)]
-    documents[30] = Document("number 30", "same same words")
-    found = [document.title for _, document in Search(documents, top_k=4).rank("same words")]
-    assert found == ["number 30", "number 0", "number 1", "number 2"]
+        best = sorted((-round(score, 9), i) for i, score in enumerate(scores) if score > 0)[:7]
+        assert search.rank(query) == [(pytest.approx(scores[i]), documents[i]) for _, i in best]
 
 
 def test_only_what_matches_is_found():
@@ -495,7 +457,7 @@ def test_only_what_matches_is_found():
     search = Search([Document(*item) for item in texts.items()])
     assert [d.title for _, d in search.rank("the WEAVER's mira?!")] == ["Mira"]
     assert [d.title for _, d in search.rank("42")] == ["Z"]
-    assert len(search.rank("a")) == 3
+    assert [d.title for _, d in search.rank("a")] == [*texts]  # equal scores: as in the file
     assert search.rank("nowhere") == search.rank("") == search.rank("?!") == []
     assert search("nowhere  at all") == "nothing found for: nowhere  at all"
     assert Search([Document("", "?!"), Document("", "")]).rank("a") == []
@@ -512,12 +474,13 @@ iPhoneを iphone   ΟΔΟΣ οδος   Привет ПРИВЕТ   日本 「日
 İstanbul istanbul   दिल्ली दिल्ली"""  # noqa: RUF001
 
 
-@pytest.mark.parametrize("pair", re.split(r" {3}|\n", FOUND))
-@pytest.mark.parametrize("forms", [("NFC", "NFC"), ("NFC", "NFD"), ("NFD", "NFC")])
-def test_words_are_found_in_every_script(pair, forms):
-    text, query = map(unicodedata.normalize, forms, pair.split(" "))
-    documents = [Document("", "other words"), Document("", text)]
-    assert [document for _, document in Search(documents).rank(query)] == documents[1:]
+def test_words_are_found_in_every_script():
+    for pair in re.split(r" {3}|\n", FOUND):
+        for forms in (("NFC", "NFC"), ("NFC", "NFD"), ("NFD", "NFC")):
+            text, query = map(unicodedata.normalize, forms, pair.split(" "))
+            documents = [Document("", "other words"), Document("", text)]
+            found = [document for _, document in Search(documents).rank(query)]
+            assert found == documents[1:], pair
     documents = [Document("", "京东"), Document("", "东京"), Document("", "东 京")]
     assert [document for _, document in Search(documents).rank("东京")] == documents[1:2]  # pairs
 
@@ -526,12 +489,8 @@ def test_result_lines():
     documents = [Document("Mira", "Mira is a weaver\nin  Brenholt."), Document("", "A weaver.")]
     query, mira = "weaver mira", "Mira is a weaver in Brenholt."
     assert Search(documents)(query) == f"1. {mira}\n2. A weaver."
-    for chars, line in (
-        (30, mira),
-        (29, mira),
-        (20, "Mira is a weaver ..."),
-        (19, "Mira is a ..."),
-    ):
+    cut = {30: mira, 29: mira, 20: "Mira is a weaver ...", 19: "Mira is a ..."}
+    for chars, line in cut.items():
         assert Search(documents, top_k=1, max_chars=chars)(query) == line
     search = Search([Document("北京", "首都" * 50)], top_k=1, max_chars=60)
     assert search("首都") == "北京: " + "首都" * 26 + " ..."  # not cut at the only space
@@ -557,35 +516,22 @@ def test_a_query_is_fast_and_bounded():
 
 def test_the_tools_of_a_file(tmp_path):
     path = tmp_path / "documents.jsonl"
-    path.write_text(
-        '{"title": "Mira", "text": "weaver"}\n{"title": "Brenholt", "text": "a town"}\n'
-    )
-    tools = toolbox.default_tools(path, 1, 12)
+    path.write_text('{"title": "Mira", "text": "weaver"}\n{"title": "B", "text": "a big town"}\n')
+    tools = toolbox.default_tools(path, 1, 10)
     assert [tool.name for tool in tools.values()] == list(tools) == ["search", "calculator"]
-    assert tools["search"].run("town") == "Brenholt ..."
+    assert tools["search"].run("town") == "B: a ..."
     assert tools["calculator"].run("6 * 7") == "42"
     two = toolbox.default_tools(path, 2, 100)["search"].run("town mira")
-    assert two == "1. Mira: weaver\n2. Brenholt: a town"
-    path.write_text("junk")
-    with pytest.raises(UserError):
-        toolbox.default_tools(path, 1, 12)
+    assert two == "1. Mira: weaver\n2. B: a big town"
 
 
-@pytest.mark.parametrize("setting", "k1=-1 b=2 b=-0.1 top_k=0 max_chars=3 documents=0".split())
-def test_an_impossible_setting_is_an_error_that_names_it(setting):
-    name, value = setting.split("=")
-    value = [] if name == "documents" else float(value)
-    arguments = {"documents": [Document("a", "b")], name: value}
-    with pytest.raises(ValueError, match=f"({setting}|^.* 0 documents).*legal"):
-        Search(**arguments)
-
-
-def test_many_documents_show_a_progress_bar(capsys):
-    documents = [Document("a", "b")] * 20_000
-    Search(documents[1:])
-    assert capsys.readouterr().err == ""
-    Search(documents)
-    assert "indexing: 100%" in capsys.readouterr().err
+def test_an_impossible_setting_is_an_error_that_names_it():
+    for setting in "k1=-1 b=2 b=-0.1 top_k=0 max_chars=3 documents=0".split():
+        name, value = setting.split("=")
+        value = [] if name == "documents" else float(value)
+        arguments = {"documents": [Document("a", "b")], name: value}
+        with pytest.raises(ValueError, match=f"({setting}|^.* 0 documents).*legal"):
+            Search(**arguments)
 
 
 @pytest.mark.slow
