@@ -1,6 +1,5 @@
 """Credit: the tree, the reward of a leaf, the advantage of a segment, the objective of a token."""
 
-import itertools
 import time
 
 import pytest
@@ -8,23 +7,14 @@ import torch
 from conftest import random_trees
 from hypothesis import given, settings
 
-from advantage import (
-    Segment,
-    boxed,
-    clipped_objective,
-    group_advantages,
-    reward,
-    segment_advantages,
-    shared_by,
-)
+from advantage import Segment, boxed, clipped_objective, reward, segment_advantages, shared_by
 from engine.official import official_reward
 
 
 def test_a_path_runs_from_the_root_to_the_leaf():
     root = Segment("prompt", [1, 2])
     call = Segment("policy", [3], root, stop="tool")
-    result = Segment("tool", [4, 5], call)
-    leaf = Segment("policy", [6], result, stop="answer")
+    leaf = Segment("policy", [6], result := Segment("tool", [4, 5], call), stop="answer")
     assert leaf.path() == [root, call, result, leaf] and root.path() == [root]
     assert leaf.path_tokens() == [1, 2, 3, 4, 5, 6] and (leaf.depth(), root.depth()) == (6, 2)
     assert Segment("policy", [1]) != Segment("policy", [1])  # compared by identity
@@ -87,13 +77,10 @@ BADLY_FORMED = {
 }
 
 
-@pytest.mark.parametrize("texts", BADLY_FORMED.values(), ids=BADLY_FORMED)
-def test_badly_formed_is_minus_1(texts):
-    assert score(*texts, tools_used=2) == (-1.0, 0.0, False)
-
-
-def test_turns_that_do_not_alternate_are_a_programmers_mistake():
-    for authors in (["policy", "policy"], ["prompt", "policy"], ["tool"]):
+def test_badly_formed_is_minus_1():
+    for case, texts in BADLY_FORMED.items():
+        assert score(*texts, tools_used=2) == (-1.0, 0.0, False), case
+    for authors in (["policy", "policy"], ["prompt", "policy"], ["tool"]):  # a programmer's mistake
         with pytest.raises(ValueError, match=f"got {', '.join(authors)}"):
             reward([(author, ANSWER) for author in authors], [], judge=None, tools_used=0)
 
@@ -102,15 +89,15 @@ PIECES = "<answer> </answer> <think> </think> <think></think> <think>a</think><x
 PIECES += " <answer>\\boxed{ <search> </searc <result> <x></x> </think><answer> \\frac{1 </"
 
 
-@pytest.mark.parametrize("piece", [*PIECES.split(), " ", "a "])
-def test_a_degenerate_policy_is_judged_quickly(piece):
-    long = piece * (300_000 // len(piece))
-    whole = f"<think>x</think><answer>\\boxed{{{long}}}</answer>"
-    for body in (long, whole, f"<think>{long}</think><answer>\\boxed{{1}}</answer>"):
-        start = time.thread_time()
-        assert score(body)[0] in (-1, 0) and score(body, ..., ANSWER)[0] in (-1, 1)
-        official_reward(body[:30_000], ["1"], eos="<|im_end|>")
-        assert time.thread_time() - start < 3  # quadratic time would take minutes
+def test_a_degenerate_policy_is_judged_quickly():
+    for piece in [*PIECES.split(), " ", "a "]:
+        long = piece * (100_000 // len(piece))
+        whole = f"<think>x</think><answer>\\boxed{{{long}}}</answer>"
+        for body in (long, whole, f"<think>{long}</think><answer>\\boxed{{1}}</answer>"):
+            start = time.thread_time()
+            assert score(body)[0] in (-1, 0) and score(body, ..., ANSWER)[0] in (-1, 1)
+            official_reward(body[:30_000], ["1"], eos="<|im_end|>")
+            assert time.thread_time() - start < 2, piece  # quadratic time would take many seconds
 
 
 def test_the_last_box_up_to_the_brace_that_closes_it():
@@ -118,24 +105,17 @@ def test_the_last_box_up_to_the_brace_that_closes_it():
     assert [boxed(text) for text in texts] == ["a{b}c", "2", "", None, None]
 
 
-def test_equal_rewards_are_exactly_0():
-    """The released code gives +-0.056 here: float32 noise divided by 1e-6."""
-    for M, value in itertools.product((1, 2, 7, 16), (-1.0, 0.1, 2 / 3, 1.1)):
-        assert group_advantages([value] * M).tolist() == [0.0] * M
-
-
 @settings(max_examples=20)
 @given(leaves=random_trees())
 def test_soft_is_grpo_and_hard_is_the_mean(leaves):
     A = torch.randn(len(leaves), generator=torch.Generator().manual_seed(0))
-    soft, hard, mix = (segment_advantages(leaves, A, weight) for weight in (0, 1, 0.3))
     below = {s: indices for s, indices in shared_by(leaves).items() if s.author == "policy"}
-    assert list(soft) == list(hard) == list(mix) == list(below)
-    for segment, indices in below.items():
-        own = A[indices]
-        assert torch.equal(soft[segment], own)
-        torch.testing.assert_close(hard[segment], own.mean().expand(len(indices)))
-        torch.testing.assert_close(mix[segment], 0.7 * own + 0.3 * own.mean())
+    for weight in (0, 1, 0.3):
+        found = segment_advantages(leaves, A, weight)
+        assert list(found) == list(below)
+        for segment, indices in below.items():
+            own = A[indices]
+            torch.testing.assert_close(found[segment], (1 - weight) * own + weight * own.mean())
 
 
 @pytest.mark.parametrize("log_ratio, acts", [(0.5, True), (-0.5, True), (0.1, False)])

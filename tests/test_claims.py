@@ -76,23 +76,10 @@ def test_the_documents_name_what_there_is():
     modules = set(re.findall(r"python -m ((?:lab|course|data)[\w.]*)", text))
     assert modules and all(importlib.util.find_spec(name) for name in modules)
     ours = {flag.lstrip("-") for _, own in cli.COMMANDS.values() for flag in own}
-    classes = (
-        Config,
-        sft.Settings,
-        coldstart.Flags,
-        compare.Flags,
-        forking.Flags,
-        corpus.Flags,
-        *(f for _, f in bench.COMMANDS.values()),
-    )
-    ours |= {item.name for each in classes for item in dataclasses.fields(each)} | {
-        "preset",
-        "help",
-    }
-    lines = [
-        x
-        for x in text.splitlines()
-        if not re.search(r"chromium|\$shot|pngquant|pip |launch |torchrun ", x)
-    ]
+    classes = [Config, sft.Settings, *(f for _, f in bench.COMMANDS.values())]
+    classes += [module.Flags for module in (coldstart, compare, forking, corpus)]
+    ours |= {item.name for each in classes for item in dataclasses.fields(each)}
+    foreign = r"chromium|\$shot|pngquant|pip |launch |torchrun "
+    lines = [line for line in text.splitlines() if not re.search(foreign, line)]
     flags = set(re.findall(r"(?<!\w)--(\w+)", "\n".join(lines)))
-    assert flags and flags <= ours, flags - ours
+    assert flags and flags <= ours | {"preset", "help"}, flags - ours

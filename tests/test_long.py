@@ -5,7 +5,7 @@ import logging
 import time
 
 import pytest
-from conftest import roll_out
+from conftest import ECHO, TINY, TINY_QUESTIONS, roll_out
 
 from advantage import shared_by
 from app import cli
@@ -21,50 +21,9 @@ from tools import Tool, ToolResult, result_text
 # ---- the limits ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("limit", ["max_total_tokens", "the model's context"])
-def test_a_path_that_reaches_its_limit_ends_as_length(
-    limit, policy, config, tools, questions, monkeypatch
+def test_a_question_that_leaves_no_room_is_named_before_the_work(
+    tmp_path, capsys, caplog, policy, config
 ):
-    """No path is longer; those that reach it say so, and have a reward."""
-    some = questions[2:4]
-    most = max(len(policy.prompt(q.text)) for q in some) + 40
-    if limit == "max_total_tokens":
-        config = dataclasses.replace(config, max_total_tokens=most)
-    else:
-        monkeypatch.setattr(policy, "context", most)
-    depths = []
-    for question, leaves in zip(some, roll_out(policy, config, tools, some), strict=True):
-        assert len(set(leaves)) == config.group_size
-        for leaf in leaves:
-            assert leaf.author == "policy" and leaf.depth() <= most
-            total = judge(policy, leaf, question, config).total
-            assert total == -1 if leaf.stop == "length" else -1 <= total <= 1.1
-            depths += [leaf.depth()] if leaf.stop == "length" else []
-    assert depths  # in the middle of what it writes, or because the next result would not fit
-
-
-def test_a_result_that_leaves_no_room_is_not_read(policy, config, questions):
-    """Its call is the end of the path: nothing is trained or scored on what nobody could answer."""
-    tools = {name: Tool(name, lambda text: "long " * 400, "") for name in ("search", "calculator")}
-    most = max(len(policy.prompt(q.text)) for q in questions[:2]) + 100
-    config = dataclasses.replace(config, max_total_tokens=most, max_result_tokens=200)
-    leaves = [leaf for group in roll_out(policy, config, tools, questions[:2]) for leaf in group]
-    read = [policy.decode(s.token_ids) for s in shared_by(leaves) if s.author == "tool"]
-    assert not any("long" in text for text in read)  # an error is short enough
-    assert any(leaf.stop == "length" and leaf.depth() < most for leaf in leaves)
-
-
-def test_more_tokens_than_the_model_knows_are_said_in_one_line(config, caplog):
-    for most, said in ((1025, 1), (1024, 0)):
-        caplog.clear()
-        with caplog.at_level(logging.WARNING, "arpo_mini"):
-            load_policy(dataclasses.replace(config, max_total_tokens=most), {}, trainable=False)
-        lines = [record.getMessage() for record in caplog.records]
-        assert len(lines) == said
-        assert all("--max_total_tokens 1025" in x and "1024 tokens" in x for x in lines)
-
-
-def test_a_question_that_leaves_no_room_is_named_before_the_work(tmp_path, capsys, policy, config):
     path, folder = tmp_path / "questions.jsonl", tmp_path / "run"
     path.write_text(
         '{"question": "What is 2 plus 2?", "answer": 4}\n'
@@ -81,6 +40,27 @@ def test_a_question_that_leaves_no_room_is_named_before_the_work(tmp_path, capsy
     refuse_long(policy, [question], "x", dataclasses.replace(config, max_total_tokens=n + 1))
     with pytest.raises(UserError, match=f"x, question 1: a prompt of {n} tokens"):
         refuse_long(policy, [question], "x", dataclasses.replace(config, max_total_tokens=n))
+    for most, said in ((1025, 1), (1024, 0)):  # more tokens than the model knows
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "arpo_mini"):
+            load_policy(dataclasses.replace(config, max_total_tokens=most), {}, trainable=False)
+        lines = [record.getMessage() for record in caplog.records]
+        assert len(lines) == said
+        assert all("--max_total_tokens 1025" in x and "1024 tokens" in x for x in lines)
+
+
+def test_a_path_that_reaches_the_context_of_the_model_ends_as_length(tiny, monkeypatch):
+    """No path is longer; those that reach it say so, and have a reward. As --max_total_tokens."""
+    monkeypatch.setattr(tiny, "context", 16)
+    groups = roll_out(tiny, TINY, ECHO, TINY_QUESTIONS, seed=16)
+    leaves = [leaf for leaves in groups for leaf in leaves]
+    assert max(leaf.depth() for leaf in leaves) == 16 < TINY.max_total_tokens
+    cut = [leaf for leaf in leaves if leaf.stop == "length"]
+    assert {judge(tiny, leaf, TINY_QUESTIONS[0], TINY).total for leaf in cut} == {-1.0}
+    # in the middle of what it writes, or because the next result would not fit: nothing is
+    # trained or scored on what nobody could answer
+    assert {leaf.depth() < 16 for leaf in cut} == {True, False}
+    assert all(leaf.author == "policy" for leaf in leaves)
 
 
 # ---- results ------------------------------------------------------------------------------
@@ -89,17 +69,18 @@ def test_a_question_that_leaves_no_room_is_named_before_the_work(tmp_path, capsy
 def test_a_long_result_is_cut_and_the_conversation_goes_on(policy, config, questions):
     text = "Na\u00efve caf\u00e9 \u6771\u4eac \U0001f600 " * 40  # a character may be four tokens
     tools = {name: Tool(name, lambda argument: text, "") for name in ("search", "calculator")}
-    for most in (33, 60):
-        config = dataclasses.replace(config, max_result_tokens=most, group_size=2)
-        (leaves,) = roll_out(policy, config, tools, questions[2:3])
-        results = [s for s in shared_by(leaves) if s.author == "tool"]
-        assert results
-        for segment in results:
-            read = policy.decode(segment.token_ids)
-            kept = read.removeprefix("<result>\n").removesuffix(" [cut]\n</result>")
-            assert most - 5 < len(segment.token_ids) <= most  # not less than there is room for
-            assert kept and len(kept) < len(read) and text.startswith(kept)
-        assert all(leaf.author == "policy" for leaf in leaves)  # it was answered
+    config = dataclasses.replace(config, max_result_tokens=33, group_size=2)
+    (leaves,) = roll_out(policy, config, tools, questions[2:3])
+    assert all(leaf.author == "policy" for leaf in leaves)  # it was answered
+    results = [s.token_ids for s in shared_by(leaves) if s.author == "tool"]
+    for most, token_ids in (
+        (33, results[0]),
+        (60, policy.encode_result(ToolResult(text, True), 60)),
+    ):
+        read = policy.decode(token_ids)
+        kept = read.removeprefix("<result>\n").removesuffix(" [cut]\n</result>")
+        assert most - 5 < len(token_ids) <= most  # not less than there is room for
+        assert kept and len(kept) < len(read) and text.startswith(kept)
     result = ToolResult("Mira Holt is a weaver. " * 8, True)
     n = len(policy.encode(result_text(result)))
     assert policy.decode(policy.encode_result(result, n)) == result_text(result)

@@ -28,8 +28,9 @@ def step(policy, lr=1e-3):
     return safe_step(Agent(policy, ECHO, config), optimizer, TINY_QUESTIONS, config, 7)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("words", ["a logit is", "a log-prob is nan"])
+@pytest.mark.parametrize(
+    "value, words", [(math.nan, "a logit is"), (math.inf, "a log-prob is nan")]
+)
 def test_the_question_is_named_in_whose_rows_it_happened(restored, writing, value, words):
     """While it is rolled out, and while it is trained; the other question is all right."""
     start = restored.prompt("abc")
@@ -75,7 +76,7 @@ def unescaped(text):
     return re.sub("&lt;|[\uff1c\ufe64]", "<", text).replace(" ", "")
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(text=texts, times=st.sampled_from([1, 1, 40]), most=st.sampled_from([32, 40, 256]))
 def test_text_from_outside_forges_nothing_and_is_read_as_it_was_written(policy, text, times, most):
     """A result is one pair of tags, up to a visible cut; a question holds no marker of the chat."""

@@ -56,13 +56,13 @@ def test_line_ends_change_nothing_and_a_drive_letter_is_no_data_set(tmp_path):
         assert path in str(error.value)
 
 
-NO_NF4 = [
-    ImportError("Using `bitsandbytes` 4-bit quantization requires bitsandbytes: `pip install`")
-]
-NO_NF4 += [NotImplementedError("Could not run 'bitsandbytes::gemv_4bit' with arguments from 'CPU'")]
-
-
-@pytest.mark.parametrize("error", NO_NF4)
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("Using `bitsandbytes` 4-bit quantization requires bitsandbytes: `pip install`"),
+        NotImplementedError("Could not run 'bitsandbytes::gemv_4bit' with arguments from 'CPU'"),
+    ],
+)
 def test_where_nf4_does_not_run_one_line_says_what_does(error, monkeypatch):
     def load_model(config):
         raise error
@@ -70,6 +70,5 @@ def test_where_nf4_does_not_run_one_line_says_what_does(error, monkeypatch):
     monkeypatch.setattr(model, "load_model", load_model)
     with pytest.raises(UserError, match=r"; --load_in_4bit false does without it$"):
         model.load_policy(Config(), {}, trainable=True)
-    with pytest.raises(UserError) as plain:
+    with pytest.raises(UserError, match=r"^((?!false does).)*$"):
         model.load_policy(Config(load_in_4bit=False), {}, trainable=True)
-    assert "false does" not in str(plain.value)

@@ -67,7 +67,7 @@ def assert_true_to_the_model(policy, groups, config, tolerance=1e-4, at_least=40
     checked, temperature = 0, config.temperature or 1.0
     for leaves in groups:
         counted = {s: dict.fromkeys(leaves, 1.0) for s in policy_segments([leaves])}
-        batch = make_batch([make_row(leaves, counted)], policy.pad_id, "cpu")
+        batch = make_batch([make_row(leaves, counted)], policy.pad_id, policy.device)
         drift = token_logprobs(policy, batch, temperature) - batch.sampled_logp
         drift = drift[~batch.sampled_logp.isnan()]
         assert len(drift) == sum(len(segment.token_ids) for segment in counted)
@@ -84,10 +84,10 @@ def assert_true_to_the_model(policy, groups, config, tolerance=1e-4, at_least=40
 
 # rollout_rows, temperature, N, Z; M = 8
 WAYS = [(1, 0.7, 5, 2), (3, 1.0, 1, 7), (8, 1.3, 2, 1), (16, 1.0, 8, 4), (128, 1.0, 3, 0)]
+WAYS = [(rule, *WAYS[(i + j) % 5]) for i, rule in enumerate(RULES) for j in (0, 2)]
 
 
-@pytest.mark.parametrize("rows, temperature, N, Z", WAYS)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule, rows, temperature, N, Z", WAYS)
 def test_what_is_sampled_is_what_is_trained(tiny, rule, rows, temperature, N, Z):
     """As many leaves as asked for; over turns, forks, dropped rows, padding, groups in turn."""
     config = replace(TINY, branch_rule=rule, rollout_rows=rows, temperature=temperature, **EAGER)
@@ -135,8 +135,9 @@ STEP = replace(TINY, branch_rule="step", group_size=4, initial_rollouts=1, max_l
 ABOVE = [[-1.0] * 50] * 2  # scores of two steps, after which every result is above the threshold
 
 
-@pytest.mark.parametrize("scores, at_once", [((), False), (ABOVE, True)])
-@pytest.mark.parametrize("score", ["entropy", "gain", "random"])
+@pytest.mark.parametrize(
+    "score, scores, at_once", [("entropy", (), 0), ("gain", ABOVE, 2), ("random", (), 0)]
+)
 def test_a_step_has_one_budget(tiny, score, scores, at_once):
     """It goes to the questions whose results have the highest scores, and all of it is spent."""
     questions, config = TINY_QUESTIONS * 3, replace(STEP, branch_score=score, max_branches=2)
@@ -145,8 +146,7 @@ def test_a_step_has_one_budget(tiny, score, scores, at_once):
     assert sum(sizes) == 4 * len(questions) and min(sizes) < 4 < max(sizes) <= 6
     assert_true_to_the_model(tiny, groups, config)
     decided = [s.decision for s in every_segment(groups) if s.decision]
-    assert {d.forks for d in decided} == {2 if at_once else 0}
-    assert max(d.granted for d in decided) == 2
+    assert {d.forks for d in decided} == {at_once} and max(d.granted for d in decided) == 2
     for d in decided:
         assert score == "random" or d.score == (d.H if score == "entropy" else d.gain)
 
@@ -196,13 +196,7 @@ def test_a_decision_compares_the_right_entropies(tiny, rule, monkeypatch):
     assert (len(read) > 10 and rule == "paper") or max(map(len, top.values())) > 20
 
 
-def test_same_seed_same_tree_other_seed_other_tree(tiny):
-    found = [trees(roll_out(tiny, TINY, ECHO, TINY_QUESTIONS, seed)) for seed in (3, 3, 4)]
-    assert found[0] == found[1] != found[2]
-
-
-@pytest.mark.parametrize("changes", [{"temperature": 0.6}, {"temperature": 0.6, "top_p": 0.8}])
-def test_what_is_recorded_is_what_was_drawn_from(tiny, changes, monkeypatch):
+def test_what_is_recorded_is_what_was_drawn_from(tiny, monkeypatch):
     drawn, multinomial = [], torch.multinomial
 
     def keep(probs, num_samples):
@@ -212,12 +206,17 @@ def test_what_is_recorded_is_what_was_drawn_from(tiny, changes, monkeypatch):
         return tokens
 
     monkeypatch.setattr(torch, "multinomial", keep)
-    config = replace(TINY, group_size=1, branch_rule="none", rollout_rows=1, **changes)
-    written = policy_segments(roll_out(tiny, config, ECHO, TINY_QUESTIONS))
-    recorded = [zip(s.token_ids, s.logp, s.token_entropy, strict=True) for s in written]
-    for found, expected in zip(itertools.chain(*recorded), drawn, strict=True):
-        assert found == pytest.approx(tuple(expected[:3]), abs=1e-5)
-    assert (max(kept for *_, kept in drawn) < tiny.vocab_size) == ("top_p" in changes)
+    some = {"group_size": 1, "branch_rule": "none", "rollout_rows": 1}
+    config, found = replace(TINY, temperature=0.6, top_p=0.8, **some), []
+    for seed in (3, 3, 4):
+        drawn.clear()
+        written = policy_segments(roll_out(tiny, config, ECHO, TINY_QUESTIONS, seed))
+        recorded = [zip(s.token_ids, s.logp, s.token_entropy, strict=True) for s in written]
+        for recalled, expected in zip(itertools.chain(*recorded), drawn, strict=True):
+            assert recalled == pytest.approx(tuple(expected[:3]), abs=1e-5)
+        assert max(kept for *_, kept in drawn) < tiny.vocab_size
+        found.append([segment.token_ids for segment in written])
+    assert found[0] == found[1] != found[2]  # the same seed, and another one
     greedy, _ = replace(TINY, temperature=0), drawn.clear()  # then it is the model's own
     assert_true_to_the_model(tiny, roll_out(tiny, greedy, ECHO, TINY_QUESTIONS), greedy)
     assert not drawn
@@ -247,7 +246,7 @@ def watch(tiny, writing):
         yield computed, widths, wasted
 
 
-@pytest.mark.parametrize("rule", ["paper", "random", "step", "none"])
+@pytest.mark.parametrize("rule", ["paper", "step"])
 def test_every_prompt_and_result_is_read_once(tiny, watch, rule):
     """But for the last token of a node: every path that starts there needs its logits."""
     computed, widths, wasted = watch
@@ -276,8 +275,7 @@ def test_what_was_forgotten_is_read_again_and_counted(tiny, watch):
     assert sum(len(kv[0]) for kv in writer.kv.values()) <= 3 * 40
 
 
-@pytest.mark.parametrize("rule", ["random", "step"])
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("rows, rule", [(1, "random"), (5, "step")])
 def test_forgetting_changes_nothing_that_is_written(tiny, rows, rule, monkeypatch):
     """Greedy, so that there is nothing to draw: with room for all, and with room for little."""
     config = replace(TINY, temperature=0, branch_rule=rule, group_size=4, rollout_rows=rows)
@@ -286,8 +284,7 @@ def test_forgetting_changes_nothing_that_is_written(tiny, rows, rule, monkeypatc
     assert trees(roll_out(tiny, config, ECHO, TINY_QUESTIONS)) == trees(whole)
 
 
-@pytest.mark.parametrize("N", [1, 8])
-def test_a_level_takes_as_many_passes_as_its_longest_segment(tiny, monkeypatch, N):
+def test_a_level_takes_as_many_passes_as_its_longest_segment(tiny, monkeypatch):
     """The first k tokens, those of the forks, and what is then left of the longest one."""
     begin, finish, begun, levels = Writer.begin, Writer.finish, [], []
 
@@ -309,9 +306,9 @@ def test_a_level_takes_as_many_passes_as_its_longest_segment(tiny, monkeypatch, 
     monkeypatch.setattr(Writer, "begin", counted_begin)
     monkeypatch.setattr(Writer, "finish", counted_finish)
     monkeypatch.setattr(engine.writer, "STEPS", 4)
-    config = replace(TINY, initial_rollouts=N, max_segment_tokens=40)
-    roll_out(tiny, config, ECHO, TINY_QUESTIONS * 2, seed=1)
-    assert max(levels) > 5 and (sum(begun[1::2]) > 0) == (N == 1)
+    config = replace(TINY, initial_rollouts=2, max_segment_tokens=30)
+    roll_out(tiny, config, ECHO, TINY_QUESTIONS, seed=1)
+    assert max(levels) > 5 and sum(begun[1::2]) > 0
 
 
 def test_no_more_scores_are_held_than_allowed(tiny, monkeypatch):
@@ -332,8 +329,7 @@ def test_no_more_scores_are_held_than_allowed(tiny, monkeypatch):
     assert seen[-1][0] == 4 * seen[-1][1] * tiny.vocab_size
 
 
-@pytest.mark.parametrize("calls, rule", [(3, "paper"), (1, "none")])
-def test_only_paths_that_go_on_are_kept(tiny, monkeypatch, calls, rule):
+def test_only_paths_that_go_on_are_kept(tiny, monkeypatch):
     """What others may start from, and what is open: not the paths that ended, however they did."""
     finish, each, taken = Writer.finish, cache_bytes(tiny.lm.config, 4), []
 
@@ -346,8 +342,7 @@ def test_only_paths_that_go_on_are_kept(tiny, monkeypatch, calls, rule):
         taken.append(sum(alive.values()) / each / max(1, sum(s.depth() for s in self.kv)))
 
     monkeypatch.setattr(Writer, "finish", watched)
-    config = replace(TINY, max_tool_calls=calls, branch_rule=rule, max_segment_tokens=30)
-    roll_out(tiny, config, ECHO, TINY_QUESTIONS)
+    roll_out(tiny, replace(TINY, max_segment_tokens=30), ECHO, TINY_QUESTIONS)
     assert len(taken) > 1 and max(taken) < 1.5
 
 
@@ -391,12 +386,12 @@ def test_how_much_is_computed_at_once_decides_nothing(tiny, scripted, rule):
     if rule == "threshold":
         config = replace(config, entropy_threshold=0.0, max_branches=9)
     config, found = replace(config, max_tool_calls=6), []
-    for rows in (128, 3, 1):
+    for rows in (128, 3):
         few = replace(config, rollout_rows=rows)
-        groups = [roll_out(tiny, few, ECHO, TINY_QUESTIONS * 2, seed) for seed in range(4)]
+        groups = [roll_out(tiny, few, ECHO, TINY_QUESTIONS * 2, seed) for seed in range(2)]
         found.append([sorted(map(str, trees(some))) for some in groups])
         assert (granted(groups[0]) > 1) == (rule != "none")
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1]
     assert rule not in ("official", "random") or found[0][0] != found[0][1]  # but a draw does
 
 
@@ -441,7 +436,7 @@ def test_limits_of_calls_segments_and_trajectories_end_a_path(tiny):
         assert any(leaf.stop == "tool" for leaf in leaves)
         lengths = [len(segment.token_ids) for segment in policy_segments(groups)]
         assert max(lengths) == TINY.max_segment_tokens
-    for most in range(14, 18):  # a result that leaves no room to answer is dropped
+    for most in (14, 16):  # a result that leaves no room to answer is dropped
         groups = roll_out(tiny, replace(TINY, max_total_tokens=most), ECHO, TINY_QUESTIONS, most)
         leaves = [leaf for leaves in groups for leaf in leaves]
         assert all(leaf.author == "policy" and leaf.depth() <= most for leaf in leaves)
