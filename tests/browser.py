@@ -16,9 +16,7 @@ FLAGS = (
     "--no-first-run --disable-extensions --disable-background-networking --disable-dev-shm-usage "
     "--remote-debugging-pipe"
 ).split()
-KEYS = {"Enter": 13, "Escape": 27, " ": 32, "End": 35, "Home": 36, "Tab": 9} | {
-    f"Arrow{way}": 37 + i for i, way in enumerate(("Left", "Up", "Right", "Down"))
-}
+KEYS = {"Enter": 13, "Escape": 27, "Home": 36, "ArrowLeft": 37, "ArrowRight": 39, "ArrowDown": 40}
 
 
 class Browser:
@@ -31,9 +29,8 @@ class Browser:
         # Chromium reads commands from descriptor 3 and writes answers to 4, each ended by a NUL.
         # Copies above 9 cannot collide with those two.
         ends = [*os.pipe(), *os.pipe()]
-        read_end, self.commands, self.answers, write_end = (
-            fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in ends
-        )
+        copies = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in ends]
+        read_end, self.commands, self.answers, write_end = copies
         self.process = subprocess.Popen(
             [program, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
             pass_fds=(3, 4),
@@ -135,10 +132,8 @@ class Browser:
 
     def look(self, width: int, height: int, scheme: str = "light", media: str = "") -> None:
         """Size of the window in CSS pixels, light or dark, and the medium ("print")."""
-        self.call(
-            "Emulation.setDeviceMetricsOverride",
-            **{"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False},
-        )
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.call("Emulation.setDeviceMetricsOverride", **size)
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.call("Emulation.setEmulatedMedia", media=media, features=features)
 

@@ -2,20 +2,16 @@
 
 import dataclasses
 import random
+from unittest import mock
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PretrainedConfig
 
 import app.cli
+import arpo_mini
 from advantage import Reward, Segment
-from app.config import Config, check_training
-from app.evaluation import evaluate_midway, first_per_domain
-from app.health import remarks
-from app.records import questions_of_step, record_trees, short_answers, step_metrics
-from app.run_folder import RunFolder
-from app.screen import comparison, print_log_head, print_log_line, print_table, progress_bar, say
-from data.formats import load_questions
+from app.records import short_answers, step_metrics
 from entropy import Decision
 
 # ---- an agent -----------------------------------------------------------------------------
@@ -55,10 +51,10 @@ def small_tree(question="2 + 2?", leaves=2, answer="4", result="<result>\n4\n</r
 class Agent:
     """Answers right or wrong by chance, the same for the same seed."""
 
-    policy, prefill_tokens = LETTERS, 1234
+    prefill_tokens = 1234
 
-    def __init__(self, config=None):
-        self.asked = []
+    def __init__(self, config=None, tools=None, trainable=False):
+        self.asked, self.policy = [], Learner(config) if trainable else LETTERS
 
     def roll_out(self, questions, config, seed):
         self.asked.append((len(questions), config.group_size, config.temperature, seed))
@@ -74,6 +70,23 @@ class Agent:
 
     def refuse_long(self, questions, path):
         pass
+
+
+class Learner(Letters):
+    """It has a matrix to train."""
+
+    def __init__(self, config):
+        torch.manual_seed(config.seed)
+        if config.adapter:
+            self.model = PeftModel.from_pretrained(Net(), config.adapter, is_trainable=True)
+        else:
+            self.model = get_peft_model(Net(), LoraConfig(r=2, target_modules=["linear"]))
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=3)
+        self.limits = Limits()
+
+    def prompt(self, question):
+        return [1, 2, 3]
 
 
 # ---- a training ---------------------------------------------------------------------------
@@ -98,67 +111,31 @@ class Limits:
     rollout_rows: float = float("inf")
 
 
-def load_net(config, adapter):
-    if adapter:
-        return PeftModel.from_pretrained(Net(), adapter, is_trainable=True)
-    torch.manual_seed(config.seed)
-    return get_peft_model(Net(), LoraConfig(r=2, target_modules=["linear"]))
-
-
-def step_of_net(model, optimizer, scaler, limits, config, step):
+def step_of_net(agent, optimizer, questions, config, step, scores):
     """It depends on the seed, the step, and what was computed before."""
+    policy, (groups, rewards) = agent.policy, agent.roll_out(questions, config, step)
     torch.manual_seed(1000 * config.seed + step)
     if step == 1:
-        limits.rollout_rows = 64
+        policy.limits.rollout_rows = 64
     for _ in range(config.updates_per_rollout):
-        loss = model(torch.randn(8, 4)).square().mean() * limits.rollout_rows
+        loss = policy.model(torch.randn(8, 4)).square().mean() * policy.limits.rollout_rows
         optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-    return {"loss": loss.item(), "clip_fraction": 0.0, "drift_mean": None, "drift_max": None}
+        policy.scaler.scale(loss).backward()
+        policy.scaler.step(optimizer)
+        policy.scaler.update()
+    figures = {"loss": loss.item(), "clip_fraction": 0.0, "drift_mean": None, "drift_max": None}
+    figures |= {"short_answers": short_answers(policy, groups), "train_tokens": 10}
+    figures |= {"prefill_tokens": 10, "seconds_rollout": 0.0, "seconds_update": 0.0}
+    return step_metrics(groups, rewards) | figures, groups, rewards
 
 
 def train(config, resume=None):
-    """As `train` of arpo_mini.py, with a matrix for a policy."""
-    check_training(config)
-    questions, test = load_questions(config.dataset_path), load_questions(config.eval_path)
-    with RunFolder(config, resume) as run:
-        agent, limits, model = Agent(), Limits(), load_net(config, run.adapter)
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate)
-        scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=3)
-        run.start(model, optimizer, scaler, limits, [1, 2, 3])
-        with progress_bar() as bar:
-            before = evaluate_midway(run, agent, test, bar, 0)
-            print_log_head()
-            for step in range(run.step + 1, config.steps + 1):
-                if step > 1 and config.eval_every and (step - 1) % config.eval_every == 0:
-                    some = first_per_domain(test, config.eval_part)
-                    evaluate_midway(run, agent, some, bar, step - 1)
-                asked = questions_of_step(questions, step, config)
-                groups, rewards = agent.roll_out(asked, config, step)
-                metrics = step_of_net(model, optimizer, scaler, limits, config, step)
-                metrics |= step_metrics(groups, rewards)
-                metrics |= {"short_answers": short_answers(agent.policy, groups)}
-                metrics |= {"train_tokens": 10, "prefill_tokens": 10}
-                run.log({"step": step, **metrics, "seconds_rollout": 0.0, "seconds_update": 0.0})
-                print_log_line(step, run.metrics[-1], remarks(run.metrics))
-                record_trees(run, agent.policy, step, asked, groups, rewards)
-                run.complete(step)
-            after = evaluate_midway(run, agent, test, bar, config.steps)
-        if after:
-            print_table(comparison(before, after))
-        say(run.in_words())
+    """`train` of arpo_mini.py, with a matrix for a policy."""
+    own = {"load_agent": Agent, "safe_step": step_of_net}
+    with mock.patch.multiple(arpo_mini, **own):
+        arpo_mini.train(config, resume=resume)
 
 
 def main(*args):
     """The command line with this agent and this training."""
-    return app.cli.main([str(arg) for arg in args], train, lambda config: Agent(config))
-
-
-def adapter_of(folder):
-    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
-
-
-__all__ = ["LETTERS", "Agent", "Config", "adapter_of", "main", "small_tree", "train"]
+    return app.cli.main([str(arg) for arg in args], train, Agent)

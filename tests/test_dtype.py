@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 import shutil
 from pathlib import Path
@@ -13,8 +12,6 @@ from conftest import kept, lines_of, load, roll_out
 from safetensors.torch import load_file, save_file
 from test_update import flat_gradient, packed_rows
 
-import app.cli
-import arpo_mini
 from app.config import DATA, PRESETS, Config
 from app.health import notes
 from arpo_mini import Agent, safe_step, update
@@ -207,28 +204,3 @@ def test_the_plan_knows_the_dtype():
     whole = [plan.planned(shape, counts, Config(load_in_4bit=False, dtype=d)) for d in BOUNDS]
     assert whole[0]["weights GiB"] == pytest.approx(2 * whole[1]["weights GiB"])
     assert whole[0]["rollout GiB"] > 1.3 * whole[1]["rollout GiB"]
-
-
-SHORT = "--questions_per_step 1 --group_size 3 --eval_part 0 --max_segment_tokens 40 --steps"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_a_run_that_goes_on_is_the_whole_one(dtype, tmp_path, monkeypatch):
-    """Bit for bit, with the scale of the loss, which grows after every step here."""
-    grows = functools.partialmethod(torch.amp.GradScaler.__init__, growth_interval=1)
-    monkeypatch.setattr(torch.amp.GradScaler, "__init__", grows)
-
-    def train(*args):
-        args = ["train", *map(str, args)]
-        assert app.cli.main(args, arpo_mini.train, arpo_mini.load_agent) == 0
-
-    for name, steps in (("whole", 4), ("run", 2)):
-        flags = ["--kl_coefficient", 0.1, "--output_dir", tmp_path / name, *SHORT.split(), steps]
-        train("--dtype", dtype, *flags)
-    train("--resume", tmp_path / "run", "--steps", 4)
-    last, other = (tmp_path / name / "checkpoints/step-000004" for name in ("whole", "run"))
-    for name in ("adapter/adapter_model.safetensors", "optimizer.safetensors"):
-        assert (last / name).read_bytes() == (other / name).read_bytes()
-    one, two = (json.loads((x / "state.json").read_text())["scaler"] for x in (last, other))
-    assert one == two == ({} if dtype == "bfloat16" else {**one, "scale": 2.0**20})

@@ -23,13 +23,8 @@ from data.formats import Question, load_demonstrations, load_questions
 ROOT = Path(__file__).parent.parent
 
 
-def main(args):
-    return cli.main(args, arpo_mini.train, arpo_mini.load_agent)
-
-
 FIXTURES = ROOT / "tests" / "fixtures"
 OFFICIAL = json.loads((FIXTURES / "forms_official.json").read_text("utf-8"))
-REINFORCEMENT = [Question(*each) for each in OFFICIAL["reinforcement"]]
 
 
 def rows(name):
@@ -72,17 +67,13 @@ LOADERS = {
     "documents": (load_documents, "title text contents content"),
     "demonstrations": (load_demonstrations, "conversations messages instruction"),
 }
-CASES = {
-    f"{kind}-{number}": (kind, case)
-    for kind in LOADERS
-    for number, case in enumerate(rows(f"forms_{kind}.jsonl"), start=1)
-}
+CASES = [(kind, case) for kind in LOADERS for case in rows(f"forms_{kind}.jsonl")]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_row_is_read_or_named_with_the_legal_forms(name, tmp_path):
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_a_row_is_read_or_named_with_the_legal_forms(number, tmp_path):
     """Rows as published files have them: the same from JSON lines and from parquet."""
-    kind, case = CASES[name][0], dict(CASES[name][1])
+    kind, case = CASES[number][0], dict(CASES[number][1])
     load, forms = LOADERS[kind]
     path, row = tmp_path / "x.jsonl", case.pop("row")
     if "refused" in case:
@@ -92,15 +83,11 @@ def test_a_row_is_read_or_named_with_the_legal_forms(name, tmp_path):
         return
     (found,) = load(write(path, [row]))
     assert {key: json.loads(json.dumps(getattr(found, key))) for key in case} == case
+    if case.get("turns", [("", "")])[-1][1]:  # what is mapped is well-formed
+        judged = reward(case["turns"], ["4"], judge=lambda prediction, answers: 0.0, tools_used=1)
+        assert "<result>" in case["turns"][0][1] or judged.well_formed
     with contextlib.suppress(pyarrow.ArrowException, OverflowError):  # what a table cannot hold
         assert load(write(tmp_path / "x.parquet", [row])) == [found]
-
-
-def test_what_is_mapped_is_well_formed():
-    mapped = [case for kind, case in CASES.values() if kind == "demonstrations" and "turns" in case]
-    for turns in (case["turns"] for case in mapped if case["turns"][-1][1]):
-        judged = reward(turns, ["4"], judge=lambda prediction, answers: 0.0, tools_used=1)
-        assert "<result>" in turns[0][1] or judged.well_formed
 
 
 def test_demonstrations_that_cannot_be_mapped_are_left_out_by_name(tmp_path, caplog):
@@ -123,11 +110,11 @@ ARRAY = json.dumps([ROW, ROW], indent=1).encode()
     [TWO, b"\xef\xbb\xbf" + TWO, TWO.replace(b"\n", b"\r\n\r\n"), ARRAY, b"\xef\xbb\xbf\n" + ARRAY,
      gzip.compress(TWO, mtime=0), gzip.compress(ARRAY, mtime=0)],
 )  # fmt: skip
-@pytest.mark.parametrize("name", ["x.jsonl", "x.json.gz"])
-def test_lines_arrays_and_gz_are_told_by_their_bytes(name, content, tmp_path):
-    path = write(tmp_path / name, content)
-    assert load_questions(path) == [Question("q", ["4"])] * 2
-    assert load_documents(path) == [Document("t", "x")] * 2
+def test_lines_arrays_and_gz_are_told_by_their_bytes(content, tmp_path):
+    for name in ("x.jsonl", "x.json.gz"):
+        path = write(tmp_path / name, content)
+        assert load_questions(path) == [Question("q", ["4"])] * 2
+        assert load_documents(path) == [Document("t", "x")] * 2
 
 
 BROKEN = {
@@ -148,28 +135,54 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("load", [load_questions, load_documents, load_demonstrations])
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_file_is_one_line(kind, load, tmp_path):
+def test_a_broken_file_is_one_line(kind, tmp_path):
     content, words = BROKEN[kind]
-    assert words in refused(load, write(tmp_path / "x.jsonl", content))
+    for load, _ in LOADERS.values():
+        assert words in refused(load, write(tmp_path / "x.jsonl", content))
 
 
-def test_folders_and_rows_of_parquet_are_one_line(tmp_path):
+def test_folders_and_rows_of_parquet_are_one_line(tmp_path, monkeypatch):
     assert "Is a directory" in refused(load_questions, tmp_path)
     for content in (b"", b"PAR1 and nothing else", b'{"question": "a"}'):
         assert "cannot read" in refused(load_questions, write(tmp_path / "x.parquet", content))
     odd = write(tmp_path / "odd.parquet", [{"text": "a"}])
     assert "row 1: 'question' is missing" in refused(load_questions, odd)
-
-
-def test_without_pyarrow_a_parquet_file_says_what_to_do(tmp_path, monkeypatch, capsys):
-    path = write(tmp_path / "x.parquet", rows("reinforcement.jsonl"))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert main(["eval", "--dataset_path", path]) == 2
-    error = capsys.readouterr().err
-    assert path in error and "pip install pyarrow" in error and len(error.splitlines()) == 1
+    assert "pip install pyarrow" in refused(load_questions, odd)
     assert load_questions(str(FIXTURES / "plain.jsonl"))  # JSONL needs no pyarrow
+
+
+@pytest.mark.slow
+def test_eval_writes_every_measure_also_as_the_released_evaluation_scores(tmp_path):
+    figures = tmp_path / "figures.json"
+
+    def evaluated(name, *flags):
+        path = str(FIXTURES / name)
+        args = ["eval", "--dataset_path", path, "--json", str(figures), *flags]
+        assert cli.main(args, arpo_mini.train, arpo_mini.load_agent) == 0
+        return path, json.loads(figures.read_text())
+
+    short = "--max_total_tokens 256 --max_segment_tokens 24".split()
+    sampling = "--temperature 0.6 --top_p 0.95 --samples 5".split()  # of the paper
+    path, values = evaluated("plain.jsonl", *short, *sampling)
+    assert values["config"]["top_p"] == 0.95
+    sampled = values["sampled"]
+    measures = {"pass@1", "pass@5", "em", "f1", "math_equal", "tool_calls", "tool_productivity"}
+    for some in (sampled, *sampled["domains"].values()):
+        assert measures | {"official_productivity", "well_formed", "interval"} <= set(some)
+    assert set(sampled["domains"]) == {"all", "knowledge", "math"}
+    for record, question in zip(sampled["records"], load_questions(path), strict=True):
+        assert record["question"] == question.text and record["domain"] == question.domain
+        for name in ("prediction", "accuracy", "em", "f1", "math_equal", "well_formed"):
+            assert len(record[name]) == 5
+    # a badly formed transcript has an answer there: whatever was said last
+    for official, said in (("true", "<think>"), ("false", None)):
+        flags = ["--official_rewards", official, "--max_segment_tokens", "2"]
+        (record,) = evaluated("aime25.jsonl", *flags)[1]["greedy"]["records"]
+        (prediction,) = record["prediction"]
+        assert (said in prediction and "acc" in record) if said else prediction is None
+        assert record["well_formed"] == [False]
 
 
 # ---- data sets of the hub -----------------------------------------------------------------
@@ -240,47 +253,6 @@ def test_the_environment_names_the_cache_and_a_local_file_wins(hub, tmp_path):
 
 
 # ---- eval and train read them; show has two examples ready ---------------------------------
-
-FEW = "--max_total_tokens 256 --max_segment_tokens 24".split()
-
-
-@pytest.mark.slow
-def test_eval_at_the_settings_of_the_paper_writes_every_measure(tmp_path, capsys):
-    figures = tmp_path / "figures.json"
-    sampling = "--temperature 0.6 --top_p 0.95 --samples 5".split()
-    path = str(FIXTURES / "plain.jsonl")
-    args = ["eval", "--dataset_path", path, "--json", str(figures), *sampling, *FEW]
-    assert main(args) == 0
-    out = capsys.readouterr().out
-    for words in ("pass@5", "EM", "F1", "math", "calls a question", "right a call", "knowledge"):
-        assert words in out
-    values = json.loads(figures.read_text())
-    assert values["config"]["top_p"] == 0.95
-    sampled = values["sampled"]
-    measures = {"pass@1", "pass@5", "em", "f1", "math_equal", "tool_calls", "tool_productivity"}
-    for some in (sampled, *sampled["domains"].values()):
-        assert measures | {"official_productivity", "well_formed", "interval"} <= set(some)
-    assert set(sampled["domains"]) == {"all", "knowledge", "math"}
-    for record, question in zip(sampled["records"], load_questions(path), strict=True):
-        assert record["question"] == question.text and record["domain"] == question.domain
-        for name in ("prediction", "accuracy", "em", "f1", "math_equal", "well_formed"):
-            assert len(record[name]) == 5
-    assert all(len(record["prediction"]) == 1 for record in values["greedy"]["records"])
-
-
-@pytest.mark.slow
-def test_official_mode_scores_as_the_released_evaluation(tmp_path, capsys):
-    """A badly formed transcript has an answer there: whatever was said last."""
-    figures = tmp_path / "figures.json"
-    args = ["eval", "--dataset_path", str(FIXTURES / "aime25.jsonl"), "--json", str(figures)]
-    assert main([*args, "--official_rewards", "true", "--max_segment_tokens", "2"]) == 0
-    (record,) = json.loads(figures.read_text())["greedy"]["records"]
-    assert record["well_formed"] == [False] and "acc" in record
-    assert "<think>" in record["prediction"][0]
-    assert main([*args, "--max_segment_tokens", "2"]) == 0
-    (record,) = json.loads(figures.read_text())["greedy"]["records"]
-    assert record["prediction"] == [None]
-    capsys.readouterr()
 
 
 def test_the_examples_are_right():

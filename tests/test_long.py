@@ -5,7 +5,7 @@ import logging
 import time
 
 import pytest
-from conftest import ECHO, TINY, TINY_QUESTIONS, roll_out
+from conftest import roll_out
 
 from advantage import shared_by
 from app import cli
@@ -47,20 +47,6 @@ def test_a_question_that_leaves_no_room_is_named_before_the_work(
         lines = [record.getMessage() for record in caplog.records]
         assert len(lines) == said
         assert all("--max_total_tokens 1025" in x and "1024 tokens" in x for x in lines)
-
-
-def test_a_path_that_reaches_the_context_of_the_model_ends_as_length(tiny, monkeypatch):
-    """No path is longer; those that reach it say so, and have a reward. As --max_total_tokens."""
-    monkeypatch.setattr(tiny, "context", 16)
-    groups = roll_out(tiny, TINY, ECHO, TINY_QUESTIONS, seed=16)
-    leaves = [leaf for leaves in groups for leaf in leaves]
-    assert max(leaf.depth() for leaf in leaves) == 16 < TINY.max_total_tokens
-    cut = [leaf for leaf in leaves if leaf.stop == "length"]
-    assert {judge(tiny, leaf, TINY_QUESTIONS[0], TINY).total for leaf in cut} == {-1.0}
-    # in the middle of what it writes, or because the next result would not fit: nothing is
-    # trained or scored on what nobody could answer
-    assert {leaf.depth() < 16 for leaf in cut} == {True, False}
-    assert all(leaf.author == "policy" for leaf in leaves)
 
 
 # ---- results ------------------------------------------------------------------------------

@@ -5,10 +5,13 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import conftest
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_rollout import assert_true_to_the_model, granted
+from test_update import assert_close, gradient, packed_rows, plain_rows
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.normalizers import NFKC, NFKD, Lowercase, Replace, Sequence, StripAccents
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -16,7 +19,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from advantage import Segment, reward
 from app.config import DATA, Config
+from arpo_mini import judge
 from data.files import UserError
+from data.formats import Question
 from engine import checks, model
 from tools import TAG, Tool, ToolResult, read_call
 
@@ -86,20 +91,18 @@ OFF, SMALL = "log-probs of a forked row", "too small for --max_total_tokens 512"
 MODELS = [
     ("mistral", {"sliding_window": 1024}, None), ("phi3", {"sliding_window": None}, None),
     ("gemma3_text", HEAD | {"sliding_window": 1024}, None), ("qwen2", W8, None),  # not in use
-    ("qwen3", HEAD, None), ("gemma", HEAD, None), ("starcoder2", {"sliding_window": None}, None),
-    ("olmo2", {}, None), ("gpt_neox", {}, None), ("gpt2", GPT, None), ("granite", {}, None),
-    ("falcon", {"alibi": False}, None), ("smollm3", {"no_rope_layer_interval": 2}, None),
-    ("cohere", {"logit_scale": 1.0}, None), ("qwen3_moe", QWEN_MOE, None), ("phi3", W8, SMALL),
-    ("mixtral", EXPERTS | {"router_jitter_noise": 0.5}, None), ("mistral", W8, SMALL),
-    ("starcoder2", W8, SMALL), ("olmo3", W8, SMALL), ("mixtral", EXPERTS | W8, SMALL),
-    ("gemma3_text", HEAD | W8, SMALL), ("cohere2", W8 | {"logit_scale": 1.0}, SMALL),
+    ("qwen3", HEAD, None), ("gemma", HEAD, None), ("olmo2", {}, None), ("gpt_neox", {}, None),
+    ("gpt2", GPT, None), ("granite", {}, None), ("falcon", {"alibi": False}, None),
+    ("cohere", {"logit_scale": 1.0}, None), ("qwen3_moe", QWEN_MOE, None), ("mistral", W8, SMALL),
+    ("smollm3", {"no_rope_layer_interval": 2}, None), ("gemma3_text", HEAD | W8, SMALL),
+    ("mixtral", EXPERTS | {"router_jitter_noise": 0.5}, None), ("falcon_h1", MAMBA, "has hybrid"),
     ("qwen2", W8 | {"use_sliding_window": True, "max_window_layers": 0}, SMALL),
-    ("mistral", {"sliding_window": 1023}, SMALL), ("falcon_h1", MAMBA, "has hybrid"),
+    ("mistral", {"sliding_window": 1023}, SMALL), ("cohere2", W8 | {"logit_scale": 1.0}, SMALL),
     ("llama4_text", HEAD | {"attention_chunk_size": 8}, SMALL), ("nanochat", {}, OFF),  # a cap
     ("lfm2", {"layer_types": ["conv", "full_attention"]}, "has conv"),
     ("granite", {"logits_scaling": 8.0}, OFF), ("cohere", {"logit_scale": 0.0625}, OFF),
     ("falcon", {"hidden_dropout": 0.5}, OFF), ("falcon", {"alibi": True}, "compute trees"),
-    ("gemma2", HEAD, "not support"), ("bloom", GPT, "not support"), ("mamba", {}, "not support"),
+    ("gemma2", HEAD, "not support"),
 ]  # fmt: skip
 
 
@@ -211,12 +214,77 @@ def test_the_policy_hears_of_its_tools(tmp_path, caplog, template, folded):
     assert "hold the question" in refusal(tmp_path)
 
 
-def test_a_tokenizer_made_for_the_tools_is_not_told_of_them(tmp_path):
+def test_a_tokenizer_made_for_the_tools_is_not_told_of_them_and_a_file_replaces_that(tmp_path):
     tools, path = dict.fromkeys(("search", "calculator"), ADDER["adder"]), tmp_path / "mine.txt"
-    path.write_text("Be brief.")
+    path.write_text("Be brief. {tools}\nEnd with \\boxed{x}.\n")
     assert load(tools=tools).frame[0] == "<|im_start|>user\n"
     assert "two numbers" in load(tools=ADDER).frame[0]
-    assert "Be brief.\n\n" in load(tools=tools, system_prompt=str(path)).frame[0]
+    assert (
+        "Be brief. <adder>two numbers</adder>\nEnd with \\boxed{x}.\n\n"
+        in load(system_prompt=str(path)).frame[0]
+    )
+    with pytest.raises(UserError, match=r"^--system_prompt no/such\.txt: No such file"):
+        load(system_prompt="no/such.txt")
+
+
+MAY_SKIP = (
+    TEMPLATE + "{% if enable_thinking is false %}<think>\n\n</think>{% endif %}"
+)  # as Qwen3's
+OPENS = TEMPLATE + "{% if add_generation_prompt %}<think>\n{% endif %}"  # as Qwen3-*-Thinking's
+SCRIPT = [
+    "<think>\n\n</think>\n<adder>2 2</adder>",  # an empty thought counts too
+    "<result>\n4\n</result>",
+    "<think>four</think> <answer>it is \\boxed{4}</answer>",
+]
+
+
+def recite(policy, token_ids):
+    """From now on the model says token_ids[p + 1] at position p; `remove()` ends that."""
+    script = torch.tensor([*token_ids, policy.eos_ids[0]])
+
+    def say(module, args, kwargs, out):
+        places = (kwargs["position_ids"] + 1).clamp(max=len(script) - 1)
+        said = script[places][:, -out.logits.shape[1] :]
+        out.logits = out.logits + 1e4 * torch.nn.functional.one_hot(said, out.logits.shape[-1])
+
+    return policy.lm.register_forward_hook(say, with_kwargs=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "pad", "template", "thinking", "end"),
+    [
+        ("qwen3", "<|user|>", MAY_SKIP, True, ""),
+        ("llama", "<|stop|>", MAY_SKIP, False, "<think>\n\n</think>"),
+        ("llama", None, OPENS, True, ""),
+    ],
+)
+def test_a_transcript_comes_back_as_recited(tmp_path, kind, pad, template, thinking, end):
+    """Then, without the script, what is sampled is what is trained, packed and plain."""
+    names = {"template": template} | ({"pad_token": pad} if pad else {})
+    shape = {"head_dim": 8, "initializer_range": 0.1, "vocab_size": 264}  # all the tokens
+    save_model(tmp_path, kind, names, **shape)
+    lengths = {"max_segment_tokens": 200, "max_total_tokens": 2000, "entropy_tokens": 7}
+    forks = {"branch_rule": "random", "branch_probability": 1.0, "max_branches": 3, "group_size": 4}
+    loaded = {"model_name": str(tmp_path), "load_in_4bit": False, "thinking": thinking}
+    config = Config(**loaded, **lengths, **forks)
+    policy, question = conftest.load(config, ADDER), Question("two and two?", ["4"])
+    prompt, parts = policy.prompt(question.text), [policy.encode(text) for text in SCRIPT]
+    assert policy.decode(prompt).endswith("two and two?<|end|>\n<|assistant|>" + end)
+    script = recite(policy, prompt + [token for part in parts for token in part])
+    (leaves,) = conftest.roll_out(policy, config, ADDER, [question])
+    script.remove()
+    assert len(leaves) == 4 and granted([leaves]) == 3
+    for leaf in leaves:
+        assert [s.token_ids for s in leaf.path()] == [prompt, *parts]
+        assert [s.stop for s in leaf.path()] == [None, "tool", None, "answer"]
+        assert judge(policy, leaf, question, config).total == 1.0
+    fits = max(leaf.depth() for leaf in leaves)
+    small = replace(config, max_segment_tokens=12, micro_batch_tokens=fits)
+    groups = [*conftest.roll_out(policy, small, ADDER, [question]), leaves]
+    assert_true_to_the_model(policy, groups[:1], small)
+    packed, plain = (rows(groups, small) for rows in (packed_rows, plain_rows))
+    assert 2 < len(packed) < len(plain) == 8  # some trees are cut, and some are not
+    assert_close(gradient(policy, packed, small), gradient(policy, plain, small))
 
 
 ODD = Replace(Regex("[\u200b\u00ad\x1c]"), "")

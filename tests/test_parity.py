@@ -82,7 +82,7 @@ def test_group_advantages(case):
         scores, expected = zip(*members, strict=True)
         A, close = group_advantages(scores).tolist(), 0.2 if "pair_close" in case["tags"] else 1e-4
         if len(set(scores)) == 1:
-            assert A == [0.0] * len(A)
+            assert [0.0] * len(A) == A
         else:
             for found, value in zip(A, expected, strict=True):
                 assert value is None or found == pytest.approx(value, abs=close)  # None: empty mask

@@ -1,12 +1,13 @@
 """A run that was stopped or damaged goes on as if it had not been, and nothing good is lost.
 
-A matrix learns instead of a policy (scripted.py); test_resume.py does some of it with a real one.
+A matrix learns instead of a policy (scripted.py); test_train.py does some of it with a real one.
 """
 
 import builtins
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -180,6 +181,31 @@ def test_a_second_signal_does_not_wait(whole, few, tmp_path, monkeypatch, capsys
     assert state_of(folder) == state_of(whole) and checkpoints(folder) == checkpoints(whole)
 
 
+@pytest.mark.parametrize(
+    ("owner", "name", "done", "call"),
+    [
+        *((run_folder, "write", 0, n) for n in (1, 3)),  # in the first checkpoint
+        *((run_folder, "write", 4, n) for n in (1, 4, 6, 7)),
+        *((run_folder, "put", 4, n) for n in (1, 2)),
+        (run_folder.RunFolder, "append", 3, 2),
+        (scripted.Agent, "roll_out", 3, 1),
+    ],
+)
+def test_killed_with_9_it_ends_like_the_uninterrupted_run(
+    owner, name, done, call, whole, few, tmp_path, monkeypatch, capsys
+):
+    folder, child = tmp_path / "run", os.fork()
+    if not child:
+        signal.alarm(60)
+        spoil(monkeypatch, owner, name, lambda: os.kill(os.getpid(), signal.SIGKILL), done, call)
+        os._exit(train(folder, few))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert resume(folder) == 0
+    assert state_of(folder) == state_of(whole) and checkpoints(folder) == checkpoints(whole)
+    (before,) = re.findall(r"going on after step (\d)", capsys.readouterr().out)
+    assert int(before) >= done - 2  # as often as a checkpoint is made
+
+
 def test_a_finished_run_can_be_extended_and_looked_at_again(whole, few, tmp_path, capsys):
     files = {path.suffix for path in whole.glob("checkpoints/**/*") if path.is_file()}
     assert files == {".json", ".safetensors"}  # nothing is pickled
@@ -205,11 +231,6 @@ def test_no_run_overwrites_another_and_the_newest_is_resumed(few, tmp_path, caps
     capsys.readouterr()
     assert main("train", "--output_dir", tmp_path / "x", "--resume", "--steps", "2") == 0
     assert f"going on after step 1 in {tmp_path / 'x-3'}" in capsys.readouterr().out
-
-
-def edited(name, change):
-    """Damage: a file of the folder, whose bytes are changed."""
-    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
 
 
 # ---- damaged ------------------------------------------------------------------------------
@@ -248,6 +269,11 @@ def test_a_lost_line_of_metrics_is_a_gap(copy, capsys):
         out = capsys.readouterr().out
         assert "line 2: groups, equal_groups, " in out and "no line of 1 steps, the first" in out
         assert [row["step"] for row in lines_of(copy, "metrics.jsonl")] == [1, 3, 4, 5, 6, 7]
+
+
+def edited(name, change):
+    """Damage: a file of the folder, whose bytes are changed."""
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
 
 
 def cut(name, lines, characters=0):
@@ -345,15 +371,6 @@ def test_it_goes_on_without_what_is_lost(words, copy, whole, capsys):
         assert min(known)[0] == 6 and " -  " in out
     else:
         assert (0, "sampled") in known
-
-
-def test_killed_while_the_first_checkpoint_was_written(copy, whole, capsys):
-    without(*LOGS, "checkpoints")(copy)
-    (begun := copy / "checkpoints" / "step-000000" / "adapter").mkdir(parents=True)
-    (begun.parent / "checkpoint.json.tmp").write_text("{")
-    assert resume(copy) == 0
-    assert "going on after step 0" in capsys.readouterr().out
-    assert state_of(copy) == state_of(whole) and checkpoints(copy) == checkpoints(whole)
 
 
 REFUSED = {

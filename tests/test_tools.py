@@ -102,16 +102,6 @@ def test_calls_run_side_by_side_but_only_so_many_in_order_and_equal_ones_once(mo
 # --- running calls --------------------------------------------------------------------------------
 
 
-class Evil(str):
-    """Text whose own methods raise."""
-
-    def __str__(self, *args):
-        raise RuntimeError("evil")
-
-    __len__ = __getitem__ = __format__ = __eq__ = __contains__ = replace = __str__
-    __hash__ = str.__hash__
-
-
 def failing(message, kind=Exception):  # an exception whose message is made when it is asked for
     return type("Odd", (kind,), {"__str__": lambda self: message()})()
 
@@ -124,9 +114,6 @@ RAISED = [
     (ToolError("write words"), "write words"),
     (failing(lambda: 1 / 0), UNREADABLE),
     (failing(sys.exit, ToolError), UNREADABLE),
-    (failing(lambda: 5), UNREADABLE),
-    (failing(lambda: Evil("words")), "t failed: Odd: words"),
-    (failing(lambda: Evil("words"), ToolError), "words"),
     (ToolError("word " * 10_000), "word " * 59 + "..."),
     (KeyError("word " * 10_000), "t failed: KeyError: '" + "word " * 55 + "..."),
 ]
@@ -140,14 +127,23 @@ def test_a_tool_that_raises_anything_gives_an_error_result(error, text):
     calls = [ToolCall("t", "1"), ToolCall("good", "2")]
     bad, good = run_calls(calls, named(t=raising, good=str), 5.0)
     assert (bad, good) == (ToolResult(text, False), ToolResult("2", True))
-    assert type(bad.text) is str
 
 
-def test_a_tool_returns_text_or_gives_an_error_result():
-    result = run(Evil)
-    assert type(result.text) is str and result == ToolResult("1", True)
+def test_other_calls_that_give_an_error_result(monkeypatch):
+    calls = [ToolCall("python", "print(1)"), ToolCall("search", "")]
+    unknown, empty = run_calls(calls, named(search=str, calculator=str), 5.0)
+    words = "there is no tool named python; the tools are search, calculator"
+    assert unknown == ToolResult(words, False)
+    words = "the call of search is empty; the tools are search, calculator"
+    assert empty == ToolResult(words, False)
     assert run(len) == ToolResult("t failed: TypeError: it returned int, not text", False)
-    assert not run(type("Liar", (), {"__init__": lambda *_: None, "__class__": str})).ok
+    assert run(str, time_limit=1e30).ok
+
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert run(str) == ToolResult("t did not start: can't start new thread", False)
 
 
 def test_a_tool_can_print_but_not_close_the_screen(monkeypatch):
@@ -164,14 +160,6 @@ def test_a_tool_can_print_but_not_close_the_screen(monkeypatch):
     assert (sys.stdout, sys.stderr) == (out, error)
     print("goodbye")
     assert (out.getvalue(), error.getvalue()) == ("hello\ngoodbye\n", "problem\n")
-
-
-def test_an_unknown_or_empty_call_gets_told_the_tools():
-    calls = [ToolCall("python", "print(1)"), ToolCall("search", "")]
-    unknown, empty = run_calls(calls, named(search=str, calculator=str), 5.0)
-    assert unknown.text == "there is no tool named python; the tools are search, calculator"
-    assert empty.text == "the call of search is empty; the tools are search, calculator"
-    assert not unknown.ok and not empty.ok
 
 
 def test_a_tool_that_hangs_gives_an_error_result_and_is_stopped():
@@ -212,19 +200,10 @@ def test_a_tool_that_hangs_does_not_keep_the_process_from_ending():
     assert (done.returncode, done.stdout, done.stderr) == (0, "[False, False, False]\n", "")
 
 
-def test_a_call_that_cannot_start_gives_an_error_result(monkeypatch):
-    def start(thread):
-        raise RuntimeError("can't start new thread")
-
-    assert run(str, time_limit=1e30).ok
-    monkeypatch.setattr(threading.Thread, "start", start)
-    assert run(str) == ToolResult("t did not start: can't start new thread", False)
-
-
-@pytest.mark.parametrize("name", ["think", "answer", "result", "", "a b", "1a", "a>", "\u00e9"])
-def test_a_tool_cannot_have_a_name_that_is_not_a_tag(name):
-    with pytest.raises(ValueError, match="name"):
-        Tool(name, str, "")
+def test_a_tool_cannot_have_a_name_that_is_not_a_tag():
+    for name in ("think", "answer", "result", "", "a b", "1a", "a>", "\u00e9"):
+        with pytest.raises(ValueError, match="name"):
+            Tool(name, str, "")
 
 
 # --- results cannot forge -------------------------------------------------------------------------
@@ -514,6 +493,20 @@ def test_a_query_is_fast_and_bounded():
     assert seconds(lambda: [search(f"w{i} w{2 * i} w0 w1") for i in range(50)]) < 0.05  # 1 ms each
 
 
+@pytest.mark.slow
+def test_time_and_memory_of_100_000_documents():
+    documents = random_documents(random.Random(9), 100_000, 30_000, 60)
+    start = time.process_time()
+    search = Search(documents)
+    assert time.process_time() - start < 6
+    assert seconds(search, " ".join(f"w{i}" for i in range(100))) < 0.05  # the most common terms
+    tracemalloc.start()
+    Search(documents)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 24 * len(search.ids)  # bytes a posting
+
+
 def test_the_tools_of_a_file(tmp_path):
     path = tmp_path / "documents.jsonl"
     path.write_text('{"title": "Mira", "text": "weaver"}\n{"title": "B", "text": "a big town"}\n')
@@ -532,18 +525,3 @@ def test_an_impossible_setting_is_an_error_that_names_it():
         arguments = {"documents": [Document("a", "b")], name: value}
         with pytest.raises(ValueError, match=f"({setting}|^.* 0 documents).*legal"):
             Search(**arguments)
-
-
-@pytest.mark.slow
-def test_time_and_memory_of_100_000_documents():
-    documents = random_documents(random.Random(9), 100_000, 30_000, 60)
-    start = time.process_time()
-    search = Search(documents)
-    assert time.process_time() - start < 6
-    assert seconds(search, "w17 w230 w4000") < 0.05
-    assert seconds(search, " ".join(f"w{i}" for i in range(100))) < 0.05  # the most common terms
-    tracemalloc.start()
-    Search(documents)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 24 * len(search.ids)  # bytes a posting

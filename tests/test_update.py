@@ -93,22 +93,6 @@ def test_packed_and_cut_anywhere_is_one_row_a_trajectory(tiny, groups, limit, bu
     assert_close(gradient(tiny, packed, config, budget), expected)
 
 
-def test_a_trajectory_beside_a_tree(tiny):
-    """A row without a fork in a batch with one that has a fork, either first."""
-    root = Segment("prompt", [1, 2])
-    a, b = (Segment("policy", ids, root) for ids in ([3, 4, 0], [5, 0]))
-    ones = {s: dict.fromkeys((a, b), 1.0) for s in (a, b)}
-
-    def logp(*trees):
-        batch = make_batch([make_row(tree, ones) for tree in trees], tiny.pad_id, tiny.device)
-        return token_logprobs(tiny, batch, 1.0)
-
-    expected = torch.cat([logp([a])[0], logp([b])[0, 2:]])
-    for batch, tree in ((logp([a], [a, b]), 1), (logp([a, b], [a]), 0)):
-        torch.testing.assert_close(batch[tree], expected)
-        torch.testing.assert_close(batch[1 - tree, :5], expected[:5])
-
-
 def test_a_cut_keeps_siblings_together():
     """question - a - (b, c) and question - d: what shares more stays in one row."""
     root = Segment("prompt", [0] * 10)
