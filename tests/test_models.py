@@ -1,8 +1,10 @@
-"""What would train silently wrong is refused; what makes a chat. Models are tiny and random."""
+"""What would train silently wrong is refused; what makes a chat; what is too long for it."""
 
 import json
+import logging
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import conftest
@@ -17,13 +19,14 @@ from tokenizers.normalizers import NFKC, NFKD, Lowercase, Replace, Sequence, Str
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from advantage import Segment, reward
+from advantage import Segment, reward, shared_by
+from app import cli
 from app.config import DATA, Config
-from arpo_mini import judge
+from arpo_mini import judge, load_agent, train
 from data.files import UserError
 from data.formats import Question
 from engine import checks, model
-from tools import TAG, Tool, ToolResult, read_call
+from tools import TAG, Tool, ToolResult, read_call, result_text
 
 ADDER = {"adder": Tool("adder", lambda text: "4", "two numbers")}
 TEMPLATE = (
@@ -342,3 +345,62 @@ def test_importing_the_engine_silences_a_logger_first():
     code = "import engine, logging, sys; assert 'peft' not in sys.modules; "
     code += "assert logging.getLogger('bitsandbytes.x').getEffectiveLevel() == logging.ERROR"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- long questions and results -------------------------------------------------------------
+
+
+def test_a_question_that_leaves_no_room_is_named_before_the_work(
+    tmp_path, capsys, caplog, policy, config
+):
+    path, folder = tmp_path / "questions.jsonl", tmp_path / "run"
+    path.write_text(
+        '{"question": "What is 2 plus 2?", "answer": 4}\n'
+        f'{{"question": "{"why? " * 300}", "answer": 5}}\n'
+    )
+    for flag in ("--dataset_path", "--eval_path"):
+        args = ["train", flag, str(path), "--output_dir", str(folder)]
+        assert cli.main(args, train, load_agent) == 2
+        error = capsys.readouterr().err
+        assert f"{path}, question 2" in error and "(512)" in error and error.count("\n") == 1
+    assert not folder.exists()
+    question = Question("What is 2 plus 2?", ["4"])
+    n = len(policy.prompt(question.text))
+    checks.refuse_long(policy, [question], "x", replace(config, max_total_tokens=n + 1))
+    with pytest.raises(UserError, match=f"x, question 1: a prompt of {n} tokens"):
+        checks.refuse_long(policy, [question], "x", replace(config, max_total_tokens=n))
+    for most, said in ((1025, 1), (1024, 0)):  # more tokens than the model knows
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "arpo_mini"):
+            model.load_policy(replace(config, max_total_tokens=most), {}, trainable=False)
+        lines = [record.getMessage() for record in caplog.records]
+        assert len(lines) == said
+        assert all("--max_total_tokens 1025" in x and "1024 tokens" in x for x in lines)
+
+
+def test_a_long_result_is_cut_and_the_conversation_goes_on(policy, config, questions):
+    text = "Na\u00efve caf\u00e9 \u6771\u4eac \U0001f600 " * 40  # a character may be four tokens
+    tools = {name: Tool(name, lambda argument: text, "") for name in ("search", "calculator")}
+    config = replace(config, max_result_tokens=33, group_size=2)
+    (leaves,) = conftest.roll_out(policy, config, tools, questions[2:3])
+    assert all(leaf.author == "policy" for leaf in leaves)  # it was answered
+    results = [s.token_ids for s in shared_by(leaves) if s.author == "tool"]
+    for most, token_ids in (
+        (33, results[0]),
+        (60, policy.encode_result(ToolResult(text, True), 60)),
+    ):
+        read = policy.decode(token_ids)
+        kept = read.removeprefix("<result>\n").removesuffix(" [cut]\n</result>")
+        assert most - 5 < len(token_ids) <= most  # not less than there is room for
+        assert kept and len(kept) < len(read) and text.startswith(kept)
+    result = ToolResult("Mira Holt is a weaver. " * 8, True)
+    n = len(policy.encode(result_text(result)))
+    assert policy.decode(policy.encode_result(result, n)) == result_text(result)
+    assert "[cut]" in policy.decode(policy.encode_result(result, n - 1))
+
+
+def test_a_result_of_ten_megabytes_costs_no_more_than_what_is_read_of_it(policy):
+    for text in ("x" * 10**7, "a b " * 2_500_000, "\u6771" * 10**7, " " * 10**7, "<a>" * 3_000_000):
+        began = time.thread_time()
+        assert len(policy.encode_result(ToolResult(text, True), 256)) <= 256
+        assert time.thread_time() - began < 0.5

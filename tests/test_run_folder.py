@@ -97,6 +97,8 @@ def spoil(patch, owner, name, stop, done, call=1, after=False):
     def spoiled(*args, **kwargs):
         calls.append(1) if done in steps else None
         now = len(calls) == call
+        if now and stop is killed and name == "write":  # in the middle of it
+            real(args[0], args[1][: len(args[1]) // 2], *args[2:])
         stop() if now and not after else None
         result = real(*args, **kwargs)
         stop() if now and after else None
@@ -124,6 +126,10 @@ def ctrl_c():
 
 def sigterm():
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def number_is_nan():
@@ -181,23 +187,19 @@ def test_a_second_signal_does_not_wait(whole, few, tmp_path, monkeypatch, capsys
     assert state_of(folder) == state_of(whole) and checkpoints(folder) == checkpoints(whole)
 
 
-@pytest.mark.parametrize(
-    ("owner", "name", "done", "call"),
-    [
-        *((run_folder, "write", 0, n) for n in (1, 3)),  # in the first checkpoint
-        *((run_folder, "write", 4, n) for n in (1, 4, 6, 7)),
-        *((run_folder, "put", 4, n) for n in (1, 2)),
-        (run_folder.RunFolder, "append", 3, 2),
-        (scripted.Agent, "roll_out", 3, 1),
-    ],
-)
+KILLED = [(run_folder, "write", 0, n) for n in (1, 3)]  # in the first checkpoint
+KILLED += [(run_folder, "write", 4, n) for n in (3, 4, 7, 8, 9)]  # logs, checkpoint, adapter
+KILLED += [(run_folder, "write", 3, 2), (scripted.Agent, "roll_out", 3, 1)]
+
+
+@pytest.mark.parametrize(("owner", "name", "done", "call"), KILLED)
 def test_killed_with_9_it_ends_like_the_uninterrupted_run(
     owner, name, done, call, whole, few, tmp_path, monkeypatch, capsys
 ):
     folder, child = tmp_path / "run", os.fork()
     if not child:
         signal.alarm(60)
-        spoil(monkeypatch, owner, name, lambda: os.kill(os.getpid(), signal.SIGKILL), done, call)
+        spoil(monkeypatch, owner, name, killed, done, call)
         os._exit(train(folder, few))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert resume(folder) == 0
