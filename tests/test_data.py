@@ -7,6 +7,7 @@ from random import Random
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from app.cli import EXAMPLES
 from app.config import Config
 from arpo_mini import make_tools
 from data import decisive_world, make_world
@@ -58,6 +59,14 @@ def test_every_problem_is_solved_by_its_steps_with_the_real_tools(made, tools):
     assert {n for d, n in calls if d == "knowledge"} == {1}
     for entity in world.values():  # a document states several facts
         assert len(entity.facts) >= 3 and all(fact in entity.text for fact in entity.facts.values())
+
+
+def test_the_examples_of_show_are_right(made):
+    n = next(n for n in range(1, 100) if (2**n + 3**n) % 7 == 0)
+    assert EXAMPLES["divisible"].answers == [str(n)]
+    (problem,) = [p for p in made[DATA][2] if p.text == EXAMPLES["deep_search"].text]
+    assert [problem.answer] == EXAMPLES["deep_search"].answers
+    assert [step.tool for step in problem.steps].count("search") == 4
 
 
 # ---- the second world ---------------------------------------------------------------------

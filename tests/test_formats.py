@@ -16,7 +16,6 @@ import pytest
 import arpo_mini
 from advantage import reward
 from app import cli
-from data import make_world
 from data.files import Document, UserError, load_documents
 from data.formats import Question, load_demonstrations, load_questions
 
@@ -153,38 +152,6 @@ def test_folders_and_rows_of_parquet_are_one_line(tmp_path, monkeypatch):
     assert load_questions(str(FIXTURES / "plain.jsonl"))  # JSONL needs no pyarrow
 
 
-@pytest.mark.slow
-def test_eval_writes_every_measure_also_as_the_released_evaluation_scores(tmp_path):
-    figures = tmp_path / "figures.json"
-
-    def evaluated(name, *flags):
-        path = str(FIXTURES / name)
-        args = ["eval", "--dataset_path", path, "--json", str(figures), *flags]
-        assert cli.main(args, arpo_mini.train, arpo_mini.load_agent) == 0
-        return path, json.loads(figures.read_text())
-
-    short = "--max_total_tokens 256 --max_segment_tokens 24".split()
-    sampling = "--temperature 0.6 --top_p 0.95 --samples 5".split()  # of the paper
-    path, values = evaluated("plain.jsonl", *short, *sampling)
-    assert values["config"]["top_p"] == 0.95
-    sampled = values["sampled"]
-    measures = {"pass@1", "pass@5", "em", "f1", "math_equal", "tool_calls", "tool_productivity"}
-    for some in (sampled, *sampled["domains"].values()):
-        assert measures | {"official_productivity", "well_formed", "interval"} <= set(some)
-    assert set(sampled["domains"]) == {"all", "knowledge", "math"}
-    for record, question in zip(sampled["records"], load_questions(path), strict=True):
-        assert record["question"] == question.text and record["domain"] == question.domain
-        for name in ("prediction", "accuracy", "em", "f1", "math_equal", "well_formed"):
-            assert len(record[name]) == 5
-    # a badly formed transcript has an answer there: whatever was said last
-    for official, said in (("true", "<think>"), ("false", None)):
-        flags = ["--official_rewards", official, "--max_segment_tokens", "2"]
-        (record,) = evaluated("aime25.jsonl", *flags)[1]["greedy"]["records"]
-        (prediction,) = record["prediction"]
-        assert (said in prediction and "acc" in record) if said else prediction is None
-        assert record["well_formed"] == [False]
-
-
 # ---- data sets of the hub -----------------------------------------------------------------
 
 CACHED = """
@@ -252,13 +219,36 @@ def test_the_environment_names_the_cache_and_a_local_file_wins(hub, tmp_path):
     assert load_questions("openai/gsm8k")[0].answers == ["4"]
 
 
-# ---- eval and train read them; show has two examples ready ---------------------------------
+# ---- eval reads them ------------------------------------------------------------------------
 
 
-def test_the_examples_are_right():
-    n = next(n for n in range(1, 100) if (2**n + 3**n) % 7 == 0)
-    assert cli.EXAMPLES["divisible"].answers == [str(n)]
-    _, _, test = make_world.make()
-    (problem,) = [p for p in test if p.text == cli.EXAMPLES["deep_search"].text]
-    assert [problem.answer] == cli.EXAMPLES["deep_search"].answers
-    assert [step.tool for step in problem.steps].count("search") == 4
+@pytest.mark.slow
+def test_eval_writes_every_measure_also_as_the_released_evaluation_scores(tmp_path):
+    figures = tmp_path / "figures.json"
+
+    def evaluated(name, *flags):
+        path = str(FIXTURES / name)
+        args = ["eval", "--dataset_path", path, "--json", str(figures), *flags]
+        assert cli.main(args, arpo_mini.train, arpo_mini.load_agent) == 0
+        return path, json.loads(figures.read_text())
+
+    short = "--max_total_tokens 256 --max_segment_tokens 24".split()
+    sampling = "--temperature 0.6 --top_p 0.95 --samples 5".split()  # of the paper
+    path, values = evaluated("plain.jsonl", *short, *sampling)
+    assert values["config"]["top_p"] == 0.95
+    sampled = values["sampled"]
+    measures = {"pass@1", "pass@5", "em", "f1", "math_equal", "tool_calls", "tool_productivity"}
+    for some in (sampled, *sampled["domains"].values()):
+        assert measures | {"official_productivity", "well_formed", "interval"} <= set(some)
+    assert set(sampled["domains"]) == {"all", "knowledge", "math"}
+    for record, question in zip(sampled["records"], load_questions(path), strict=True):
+        assert record["question"] == question.text and record["domain"] == question.domain
+        for name in ("prediction", "accuracy", "em", "f1", "math_equal", "well_formed"):
+            assert len(record[name]) == 5
+    # a badly formed transcript has an answer there: whatever was said last
+    for official, said in (("true", "<think>"), ("false", None)):
+        flags = ["--official_rewards", official, "--max_segment_tokens", "2"]
+        (record,) = evaluated("aime25.jsonl", *flags)[1]["greedy"]["records"]
+        (prediction,) = record["prediction"]
+        assert (said in prediction and "acc" in record) if said else prediction is None
+        assert record["well_formed"] == [False]
