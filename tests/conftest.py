@@ -112,6 +112,10 @@ def lines_of(folder, name):
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
+def change_json(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
 # ---- a tiny model without text ------------------------------------------------------------
 # Its tokens are the grammar: 0 is eos, some complete a call and some an answer. So a random model
 # calls, answers and stops, and a rollout takes a tenth of a second.

@@ -1,6 +1,5 @@
 """What would train silently wrong is refused; what makes a chat; what is too long for it."""
 
-import json
 import logging
 import subprocess
 import sys
@@ -80,10 +79,6 @@ def refusal(*args, **settings):
         load(*args, **settings)
     assert "--model_name" in str(error.value) and len(str(error.value).splitlines()) == 1
     return str(error.value)
-
-
-def change(path, **values):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 HEAD, W8, GPT = {"head_dim": 8}, {"sliding_window": 8}, {"n_embd": 32, "n_layer": 2, "n_head": 4}
@@ -175,7 +170,7 @@ def test_any_other_adapter_is_refused_by_name(tmp_path, wrong):
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     weights, words = load_file(path), f"foreign ones: ['{wrong}']"
     if isinstance(wrong, dict):
-        change(path.with_name("adapter_config.json"), **wrong)
+        conftest.change_json(path.with_name("adapter_config.json"), **wrong)
         named = f"not a plain LoRA but has {next(iter(wrong))}"
         words = "its lora_alpha must be above 0" if wrong in NOTHING else named
     else:
@@ -193,7 +188,7 @@ ENDS += [(bad, "", None) for bad in ([0, "x"], [0, True], 10**9, -1, [[0]], 1.0)
 @pytest.mark.parametrize(("named", "written", "ends"), ENDS)
 def test_a_turn_ends_with_what_the_chat_template_writes(tmp_path, named, written, ends):
     save_model(tmp_path, tokenizer={"template": TEMPLATE.replace("<|end|>\n", written)})
-    change(tmp_path / "generation_config.json", eos_token_id=named)
+    conftest.change_json(tmp_path / "generation_config.json", eos_token_id=named)
     if ends:
         policy = load(tmp_path)
         assert (policy.turn_end, policy.eos_ids) == (ends[0], ends)

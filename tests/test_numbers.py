@@ -1,6 +1,5 @@
 """Numbers that are none end a step with one line; texts and folders from outside do no harm."""
 
-import json
 import math
 import re
 import shutil
@@ -8,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ECHO, TINY, TINY_QUESTIONS
+from conftest import ECHO, TINY, TINY_QUESTIONS, change_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -118,10 +117,6 @@ def folders(tmp_path, policy, monkeypatch):
 def load(folders, **changes):
     names = {"model_name": str(folders / "model"), "adapter": str(folders / "adapter")}
     return load_policy(Config(load_in_4bit=False, **names, **changes), {}, trainable=True)
-
-
-def change_json(path, **values):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 EVIL = "cbuiltins\nopen\n(V{}\nVw\ntR."  # a pickle that writes a file when it is read
