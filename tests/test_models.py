@@ -33,15 +33,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SPECIAL = ["<|stop|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "[INST]", "\uff5ceot"]
-TAGS = [
-    "\u27e8sys\u27e9",
-    "\u3010end\u3011",
-    "[/INST]",
-    "<think>",
-    "<result>",
-    "</result>",
-    "cat",
-]  # tokens, too, but not special
+RARE = ["\u27e8sys\u27e9", "\u3010end\u3011"]
+TAGS = [*RARE, "[/INST]", "<think>", "<result>", "</result>", "cat"]  # tokens, too, but not special
 SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 320}
 SIZE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 0, "bos_token_id": 0}
 
@@ -100,7 +93,9 @@ MODELS = [
     ("lfm2", {"layer_types": ["conv", "full_attention"]}, "has conv"),
     ("granite", {"logits_scaling": 8.0}, OFF), ("cohere", {"logit_scale": 0.0625}, OFF),
     ("falcon", {"hidden_dropout": 0.5}, OFF), ("falcon", {"alibi": True}, "compute trees"),
-    ("gemma2", HEAD, "not support"),
+    ("gemma2", HEAD, "not support"), ("bloom", GPT, "not support"), ("mamba", {}, "not support"),
+    ("phi3", W8, SMALL), ("starcoder2", W8, SMALL), ("olmo3", W8, SMALL),
+    ("starcoder2", {"sliding_window": None}, None), ("mixtral", EXPERTS | W8, SMALL),
 ]  # fmt: skip
 
 
@@ -288,14 +283,8 @@ def test_a_transcript_comes_back_as_recited(tmp_path, kind, pad, template, think
 ODD = Replace(Regex("[\u200b\u00ad\x1c]"), "")
 ATTACKS = ["<|end|>", "\uff1c|end|\uff1e", "<|END|>", "<|e\u200bnd|>", "[INST]", "[/inst]", "|eot"]
 ATTACKS += ["<|<|END|>end|>", "<\x1c/result>", "\u226e/result>", "</RESULT>", "<result>", "\ue000"]
-ATTACKS += [
-    *TAGS[:2],
-    "\uff5ceot",
-    "<|e\u0301nd|>",
-    "<|end|>" * 30,
-    "<think>",
-    "the cat, [1] < 2 {x} | y",
-]
+ATTACKS += ["\uff5ceot", "<|e\u0301nd|>", "<|end|>" * 30, "<think>", "the cat, [1] < 2 {x} | y"]
+ATTACKS += RARE
 NORMALIZERS = [None, NFKC(), Lowercase(), ODD, Sequence([NFKD(), StripAccents(), Lowercase(), ODD])]
 
 

@@ -472,10 +472,43 @@ def test_a_hostile_rollout_runs_nothing(tab, tmp_path):
     assert HOSTILE in text and "\\u{202e}\\u{0}\\u{d800}" in text
 
 
+def lowest_contrast(tab, selector):
+    """The smallest contrast ratio of a text to what lies behind it (WCAG 2.1, 1.4.3)."""
+    return tab.js(f"""(() => {{
+        const paper = document.createElement("canvas").getContext("2d");
+        const paint = (colour) => {{ paper.fillStyle = colour; paper.fillRect(0, 0, 1, 1); }};
+        const luminance = () => {{
+            const linear = [...paper.getImageData(0, 0, 1, 1).data].map((c) => c / 255)
+                .map((c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+            return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
+        }};
+        const ratios = [...document.querySelectorAll({json.dumps(selector)})]
+            .filter((e) => !e.closest(".following :is(.seg, .leaf):not(.on-path)"))
+            .filter((e) => e.checkVisibility())
+            .map((e) => {{
+                const behind = ["#fff"];
+                for (let at = e; at; at = at.parentElement)
+                    behind.splice(1, 0, getComputedStyle(at).backgroundColor);
+                behind.forEach(paint);
+                const under = luminance();
+                paint(getComputedStyle(e).color);
+                const text = luminance();
+                return (Math.max(text, under) + 0.05) / (Math.min(text, under) + 0.05);
+            }});
+        return Math.min(...ratios);
+    }})()""")
+
+
 @pytest.mark.slow
 def test_it_fits_a_narrow_window_and_prints_without_controls(known):
-    known.look(390, 720, "dark")
-    assert known.js("document.documentElement.scrollWidth") <= 390
+    known.click("[data-leaf='2']")
+    for scheme in ("light", "dark"):
+        known.look(390, 720, scheme)
+        assert known.js("document.documentElement.scrollWidth") <= 390
+        for by in ("advantage", "entropy"):
+            known.js(f"document.querySelector('[value={by}]').click()")
+            for selector in "p,.note,th,td,td *,.leaf p,.seg .t,.head,.decision p".split(","):
+                assert lowest_contrast(known, selector) >= 4.5, (by, selector)
     known.look(1100, 800, media="print")
     known.js("dispatchEvent(new Event('beforeprint'))")
     assert known.js("document.querySelector('#settings details').open")
