@@ -251,6 +251,7 @@ def test_a_sweep_ends_in_time_and_keeps_what_it_has(monkeypatch, tmp_path, capsy
     assert "the time is over before qwen3-4b 4-bit, 8 paths" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_whole_command_is_rehearsed_on_a_cpu(monkeypatch, tmp_path, capsys):
     """With a tiny model, and with other commands for the tests and the default run."""
     small, path = {"group_size": 3, "max_total_tokens": 320}, tmp_path / "gpu.json"

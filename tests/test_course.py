@@ -136,6 +136,7 @@ def test_a_file_that_cannot_be_read_has_no_points(tmp_path):
     assert missing == {f"there is no ex3_group_advantages.py in {tmp_path}"}
 
 
+@pytest.mark.slow
 def test_one_endless_function_does_not_cost_the_points_of_another(tmp_path, monkeypatch):
     for check in checks("1").values():
         monkeypatch.setattr(check, "seconds", 0.3)

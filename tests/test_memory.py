@@ -97,7 +97,7 @@ def test_less_memory_is_less_at_once_and_none_is_no_limit(policy, config):
         return fit(replace(config, memory_gb=gb), policy.lm)
 
     assert limits(None) == Limits() and limits(None).fitted(config) == config
-    large, small, least = limits(1.0), limits(0.35), limits(1e-6)
+    large, small, least = limits(1.0), limits(0.35), limits(0.01)
     assert large.rollout_rows > 4 * small.rollout_rows > 40
     assert large.micro_batch_tokens > 1.5 * small.micro_batch_tokens > 200
     assert (least.rollout_rows, least.micro_batch_tokens) == (1, 1)
