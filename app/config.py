@@ -75,7 +75,7 @@ class Config:
     questions_per_step: int = option(8, "questions of a training step", 1, 100_000)
     updates_per_rollout: int = option(1, "optimizer steps on a rollout; >1: off-policy", 1, 1000)
     # 5e-4 and 2e-3 end 2 to 3 points lower
-    learning_rate: float = option(1e-3, "of AdamW, constant", above=0, high=1)
+    learning_rate: float = option(1e-3, "of AdamW; in train constant", above=0, high=1)
     # with one update a rollout it changes nothing; with four updates all values end 1 to 5 points
     # lower than with one
     shared_weight: float = option(0.0, "credit of shared tokens: 0 soft, 1 hard", 0, 1)

@@ -413,6 +413,11 @@ class RunFolder:
             vars(limits).update(others["limits"])
             self.scores = others["scores"]
             scaler.load_state_dict(others["scaler"])
+        if self.processes.count > 1:  # and none writes before all have read
+            said = self.processes.exchange((done, self.made_by))
+            alike = {json.dumps(each, default=str) for each in said}
+            if len(alike) > 1:
+                raise UserError("the processes of this run differ in settings, versions or data")
         if not self.writes:
             logged = [line.row for line in self.logs[LOGS[1]] if line.row]
             self.evaluations, self.done = [x for x in logged if x["step"] <= done], (done, {})
@@ -442,7 +447,10 @@ class RunFolder:
         """The rows up to step `done`, which stay. What cannot be read goes, and is said."""
         lines, path = self.logs[name], self.folder / name
         kept = [line for line in lines if line.row and line.row["step"] <= done]
-        kept.sort(key=lambda line: line.row["step"])
+        in_order = sorted(kept, key=lambda line: line.row["step"])
+        if in_order != kept:
+            logger.info(f"the lines of {name} were not in the order of their steps; now they are")
+            kept = in_order
         # A last line cut short is what a killed process leaves; a later step is made again.
         damaged = [x for x in lines if not x.row and (x.cut_short is None or x.cut_short <= done)]
         if damaged:

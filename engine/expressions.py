@@ -36,8 +36,8 @@ NO_EXPRESSION = re.compile(
     r"|(?<![\\A-Za-z])[A-Za-z]\d|\A\d+(?:\s*[-:/.]\s*\d+)+\Z"  # U2; a score, a time, a date
     r"|\^\{?(?:\d{5}|\d+\}?\^)|\d{4}!|!!|(?:[({]\s*){3}"  # would only take time
 )
-RAY = r"([a-z]) *(<|>|\\le|\\ge) *([^<>=,]+?)"
-RAYS = re.compile(rf"{RAY} *(?:\bor|\\cup) +{RAY}")
+RAY = r"([a-z]) *(<|>|\\[lg]e) *([^<>=,]+?)"
+RAYS = re.compile(rf"{RAY} *(?:\bor|\\cup) +{RAY}")  # x <= 3 or x >= 5
 
 
 def same_expression(prediction: str, answer: str) -> bool:
@@ -51,7 +51,11 @@ def same_expression(prediction: str, answer: str) -> bool:
     if texts[0] == texts[1]:
         return True
     brackets = {re.match(r"\(|\\\{|", text)[0] for text in texts}
-    return brackets != {"(", r"\{"} and ask_worker(texts)  # a set is no pair
+    if brackets == {"(", r"\{"}:  # a set is no pair
+        return False
+    # math-verify compares two unions of rays, but not one with intervals.
+    other = tuple(map(as_intervals, texts))
+    return ask_worker(texts) or (sum(map(str.__ne__, texts, other)) == 1 and ask_worker(other))
 
 
 def as_latex(text: str) -> str:
@@ -61,6 +65,10 @@ def as_latex(text: str) -> str:
         power, whole, digits = found.groups()
         fraction = rf"\frac{{{int(whole + digits)}}}{{{10 ** len(digits)}}}"
         return f"^{{{fraction}}}" if power else fraction
+
+    def relation(found: re.Match) -> str:  # \leq and \leqslant are \le, \lt is <
+        letter, rest = found.groups()
+        return {"l": "<", "g": ">"}[letter] if rest == "t" else rf"\{letter}e "
 
     def repeating(found: re.Match) -> str:  # 0.1\overline{6} = (16 - 1) / 90
         whole, fixed, again = found.groups()
@@ -77,10 +85,16 @@ def as_latex(text: str) -> str:
     text = re.sub(r"(?:√|\\?\bsqrt) ?\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"(?:√|(?<!\\)\bsqrt) ?(\d+|[a-z](?![a-z]))", r"\\sqrt{\1}", text)
     text = re.sub(rf"(?<![\\A-Za-z])({FUNCTIONS})(?![A-Za-z])", r"\\\1 ", text)
-    text = re.sub(r"(\^)?(\d*)\.(\d+)", exact, text.replace("varnothing", "emptyset"))
-    if (rays := RAYS.fullmatch(text)) and rays[1] == rays[4]:  # "x <= 3 or x >= 5"
-        text = r"\cup ".join(interval(*rays.groups()[i : i + 2]) for i in (1, 4))
-    return text
+    text = re.sub(r"\\([lg])(eq?|eqslant|t)(?![a-z])", relation, text)
+    return re.sub(r"(\^)?(\d*)\.(\d+)", exact, text.replace("varnothing", "emptyset"))
+
+
+def as_intervals(text: str) -> str:
+    """A union of two rays of one letter as intervals; any other text as it is."""
+    rays = RAYS.fullmatch(text)
+    if not rays or rays[1] != rays[4]:
+        return text
+    return r"\cup ".join(interval(*rays.groups()[i : i + 2]) for i in (1, 4))
 
 
 def interval(relation: str, end: str) -> str:

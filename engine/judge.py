@@ -132,7 +132,8 @@ SILENT = re.compile(r"\\(?:left|right|[Bb]igg?[lr]?|f?boxed|displaystyle)(?![a-z
 WRAPPED = re.compile(r"\A(?:\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}|\*\*(.*)\*\*)\Z", re.DOTALL)
 EDGES = " \t\r\n`\"'“”\u2018\u2019«»「」『』《》"
 NAME = re.compile(r"\A\\?[A-Za-z][\w\\{} ]*(?:\([^()=]*\))?=\s*(?=[^=]+\Z)")
-DIGIT = re.compile(r"\d|\\[a-z]")  # a number may have a value without one: "\cos \pi"
+# What has a value: digits, and "\cos \pi", "ln e"
+DIGIT = re.compile(rf"\d|\\[a-z]|π|(?<![A-Za-z])(?:{FUNCTIONS})(?![A-Za-z])")
 CHOICE = re.compile(r"\(?\s*([A-Za-z])\s*[).:]?")
 
 
@@ -211,11 +212,12 @@ NO_UNIT = set(  # words that change the number before them
     "and or to not nor minus plus over out of by than half halves third quarter fourth fifth sixth "
     "seventh eighth ninth tenth eleventh twelfth hundredth thousandth millionth squared cubed "
     "factorial divided times modulo pi tau infinity mil mille millone milliard тысяча тысячи тысяч "
-    "миллион миллиона миллионов alpha beta theta "
-    # and those that take it back
+    "миллион миллиона миллионов alpha beta theta".split()
+).union(FUNCTIONS.split("|")) - {"sec"}
+TAKEN_BACK = set(  # words after a number that say that it may be another one
     "maybe perhaps possibly probably likely unlikely approximately approx roughly nearly almost "
     "unknown unsure uncertain wrong incorrect false impossible guess".split()
-).union(FUNCTIONS.split("|")) - {"sec"}
+)
 
 
 def as_number(text: str) -> Fraction | None:
@@ -253,6 +255,8 @@ def unit_of(text: str, unit: str) -> str | None:
     text = re.sub(r"\s*(?:°|\b(?:degree|deg)s?\b) ?", " °", text)
     text = re.sub(r"\b(?:square|sq\.?) (\w+)", r"\1^2", re.sub(r"\bcubic (\w+)", r"\1^3", text))
     beside = text[:1].isspace()
+    if not TAKEN_BACK.isdisjoint(text.split()[-1:]):  # but "3 wrong answers" are 3
+        return None
     for token in re.sub(r"\s*(?:/|\bper\b)\s*", " /", text).split():
         found = UNIT.fullmatch(token)
         if not found or {found[2], found[2].rstrip("s")} & NO_UNIT:
@@ -321,7 +325,7 @@ def words(text: str) -> list[str]:
     def keep(found: re.Match) -> str:
         sign = found[0]
         kept = sign not in "^`~|" and unicodedata.category(sign)[0] in "MS"  # accents, symbols
-        return sign if found[1] or kept or sign == "#" else "" if sign in ".'\u2019&" else " "
+        return sign if found[1] or kept or sign == "#" else "" if sign in ".'&" else " "
 
     text = unicodedata.normalize("NFKC", clean(text).casefold())
     text = re.sub(r"(?<=\d)\s*-\s*(?=\d)", "-", text)

@@ -251,9 +251,10 @@ def add_adapter(lm, config, trainable: bool) -> peft.PeftModel:
 
 
 def is_tag(text: str) -> bool:
-    """A bracket of any script, a bar or a sign, and a word after it: <eot>, [INST], |x|."""
-    kinds = ("Ps", "Pi", "So")
-    opens = [i for i, x in enumerate(text) if x in "<|\uff5c" or unicodedata.category(x) in kinds]
+    """A bracket of any script, but no plain one, or a bar, and a word after it: [INST], |x|."""
+    signs, kinds = "<|\uff5c\u25c1", ("Ps", "Pi")
+    known = [x in signs or (x != "(" and unicodedata.category(x) in kinds) for x in text]
+    opens = [i for i, opened in enumerate(known) if opened]
     return bool(opens) and re.search(r"\w", text[opens[0] :]) is not None
 
 

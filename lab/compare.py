@@ -56,7 +56,7 @@ SETTINGS: dict[str, dict] = {  # what the comments of app/config.py compare
     "arpo-paper": PAPER,
     "arpo-official": {**PAPER, "branch_rule": "official", "entropy_tokens": 20},
     "arpo-adaptive": {**PAPER, "branch_rule": "adaptive"},
-    # about as often as the paper's rule wants to fork
+    # about as often as the paper's rule wants to fork: 93 % of the results (lab/results/compare)
     "arpo-random": {**PAPER, "branch_rule": "random", "branch_probability": 0.9},
     "arpo-4-of-8": {**PAPER, "initial_rollouts": 4},
     "arpo-k5": {**PAPER, "entropy_tokens": 5},
@@ -399,6 +399,8 @@ def compare(args: list[str]) -> int:
     flags = TRAIN - OF_THE_RUNS
     own, values = parse("lab.compare", __doc__, args, Flags, flags, **DEFAULTS)
     methods, folder = choose(own.methods), Path(own.output_dir).resolve()
+    if values["eval_part"] == 0:
+        raise UserError("--eval_part 0: a comparison is made of evaluations; legal: at least 1")
     jobs = own.jobs or (1 if torch.cuda.is_available() else min(8, CORES))
     settings = shared_settings(values, own.final_samples)
     seeds = range(own.first_seed, own.first_seed + own.seeds)

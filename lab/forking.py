@@ -5,8 +5,8 @@
 
 A trajectory for every question, and K more from each of its tool results. The spread of a result is
 the variance of their rewards: what a group of forks there would be compared on, and 0 where it
-teaches nothing. Do H or the gain (H - H_initial), as the branch rule reads them off the first
-trajectory alone, predict the spread? (Bootstrap over questions.)
+teaches nothing. Do H or the gain (H - H_initial), as the branch rule reads them off that
+trajectory, predict the spread? (Bootstrap over questions.)
 
 With --forced, for a policy that does not know the format yet, the call is not its own: a row of
 FILE has a question and, if you like, a call and a result; else the question's own text is searched.

@@ -1,11 +1,11 @@
-"""Cold start of any model: a LoRA adapter, fine-tuned on demonstrations.
+"""Cold start of any model: a LoRA adapter, fine-tuned on demonstrations. The learning rate falls
+to 0 in a line; demonstrations of more than --max_total_tokens tokens are left out.
 
     python -m lab.coldstart --model_name M [--data sharegpt.jsonl]      (--help lists the settings)
 
 The loss is next-token prediction on what the policy writes; prompts and tool results are only
 read. Without --data the demonstrations are the mini-world's, always right. The adapter is a
-starting point: `arpo_mini.py train --adapter DIR/adapter`. The learning rate falls to 0 in a line;
-demonstrations of more than --max_total_tokens are left out.
+starting point: `arpo_mini.py train --adapter DIR/adapter`.
 
 A demonstration is spelled as a rollout would spell it: the prompt that train and eval use (the
 file's own system prompt is left out, its tools are others), and results between <result> tags. The

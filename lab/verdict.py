@@ -59,8 +59,9 @@ def last(runs: dict[str, dict], name: str) -> dict[str, float]:
 
 
 def accuracy(runs: dict[str, dict], count: int = 1) -> dict[str, float]:
-    """In %, by seed: the mean of the last evaluations, but without that before training."""
-    return {s: 100 * fmean(column(run, "sampled")[1:][-count:]) for s, run in runs.items()}
+    """In %, by seed: the mean of so many last evaluations; no seed that has fewer in training."""
+    found = {s: column(run, "sampled")[1:] for s, run in runs.items()}
+    return {s: 100 * fmean(each[-count:]) for s, each in found.items() if len(each) >= count}
 
 
 def difference(results: dict, ours: str, theirs: str, count: int = 1) -> Estimate | None:
@@ -84,7 +85,8 @@ def row(results: dict, method: str) -> dict[str, str]:
     runs, base = runs_of(results, method), runs_of(results, BASELINE)
     cells = {"seeds": str(len(runs))}
     for count, words in ((1, "accuracy, %"), (LAST, f"of the last {LAST} evaluations, %")):
-        cells[words] = interval(t_interval([*accuracy(runs, count).values()]), ".1f")
+        found = [*accuracy(runs, count).values()]
+        cells[words] = interval(t_interval(found) if found else None, ".1f")
     beside = None if method == BASELINE else difference(results, method, BASELINE)
     cells["minus GRPO"] = interval(beside, "+.1f")
     for name, words in (("tool_calls", "calls"), ("tokens", "tokens")):

@@ -129,10 +129,11 @@ def test_the_tiny_qwen3_and_its_tokenizer(tokenizer):
     assert text == "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_a_short_cold_start(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("world", [pytest.param("country", marks=pytest.mark.slow), "decisive"])
+def test_a_short_cold_start(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(coldstart, "BATCH", 2)
     monkeypatch.setattr(coldstart, "POOL", 1)
-    flags = ["--world", "decisive", "--steps", "1", "--output_dir", str(tmp_path)]
+    flags = ["--world", world, "--steps", "1", "--output_dir", str(tmp_path)]
     assert coldstart.main(flags) == 0
     there, shipped = (AutoTokenizer.from_pretrained(f) for f in (tmp_path, DATA / "tiny-qwen3"))
     assert there.get_vocab() == shipped.get_vocab()

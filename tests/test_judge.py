@@ -45,7 +45,8 @@ x=63 for 63; \text{63} for 63; 63^\circ for 63; 90^\circ for 90; 90° for 90; 1e
 3 apple for 3 apples; 18 years old for 18 years; 25 \text{ cm}^2 for 25 square centimeters;
 5m² for 5 m^2; 60 km/h for 60 kilometers per hour; 25℃ for 25 degrees Celsius; 90˚ for 90;
 5人 for 5; 1984年 for 1984; 18 лет for 18; 3만 for 30000; 3百万 for 3000000; 5 sec for 5 s;
-​63 for 63; 2 lakh for 200000; 1'000 for 1000; 1’234’567 for 1234567
+​63 for 63; 2 lakh for 200000; 1'000 for 1000; 1’234’567 for 1234567;
+3 incorrect answers for 3; 10 likely voters for 10; 2 false alarms for 2
 """
 OTHER_NUMBER = r"""
 -5. for 5; (5) for -5; 34. for 3/4; (1.5) for 15; 1,5 for 15; 1,5 for 1.5; 1,23 for 123;
@@ -85,13 +86,14 @@ EQUAL = r"""
 sqrt(12) for 2*sqrt(3); 2π for 2\pi; 2 pi for 2\pi; x²-1 for (x-1)(x+1); x**2 for x^2;
 0.5x for \frac{x}{2}; 1.1^2 for 1.21; 3<x for x>3; x>=3 for [3,\infty); x \in (1,2) for 1<x<2;
 x=1 \text{ or } x=2 for 2, 1; y=2x+1 for 2x+1; \sin(x) for sin x; \varnothing for ∅;
-A and C for C, A; \cos \pi for -1; \ln e for 1;
+A and C for C, A; \cos \pi for -1; \ln e for 1; cos π for -1;
 \begin{pmatrix}1&2\\3&4\end{pmatrix} for \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix};
 10^{-3} for 1e-3; \log_2 8 for 3; 6÷3 for 2; 2x+y-4=0 for y=4-2x; x_1=2 for 2;
 10\pi \text{ cm}^2 for 10\pi; 12\sqrt3 inches for 12\sqrt{3} in; 2^{2024}-1 for 2^{2024} - 1;
 16_{8} for 16_8; (B) for B; c) for C; \textbf{(C)} for C;
 0.\overline{3} for 1/3; 0.1\overline{6} for \frac{1}{6}; \sin 30^\circ for 1/2; cos(60°) for 0.5;
-x > 3/2 or x < -0.5 for (-\infty,-\frac12)\cup(\frac32,\infty);
+x > 3/2 or x < -0.5 for (-\infty,-\frac12)\cup(\frac32,\infty); x<1 or 3<x for x<1 or x>3;
+x \leq 3 \text{ or } x \geqslant 5 for (-\infty,3]\cup[5,\infty); x \geq 3 for x >= 3;
 x <= 3 or x >= 5 for x \ge 5 \text{ or } x \le 3; x ≤ 3 or x ≥ 5 for (-\infty,3]\cup[5,\infty);
 (-inf, 3] U [5, inf) for (-\infty,3]\cup[5,\infty); [5,∞) ∪ (-∞,3] for (-\infty,3]\cup[5,\infty)
 """
@@ -103,6 +105,7 @@ x^2-1 for x^2+1; x-1 for x 1; -x for x; a/b for ab; y=63 for x=63; (2,1) for (1,
 [1,2] for (1,2); \{1,2\} for (1,2); 1,2,3 for 1,2; x=1 for x=1 \text{ or } x=2; 3+2i for 3-2i;
 0.\overline{3} for 0.3; \sin 30 for 1/2; (-\infty,3) for (-\infty,3];
 x < 3 or x >= 5 for (-\infty,3]\cup[5,\infty); x < 3 or y > 5 for x < 3 or x > 5;
+y < 3 or y > 5 for x < 3 or x > 5;
 5! for 5; U2 for 2U; C++ for C; B for A; A B for B; A, B for B; B. Paris for B; \frac{1}{2 for 0.5;
 1/0 for \infty; \begin{pmatrix}1&2\\3&4\end{pmatrix} for \begin{pmatrix}1&2\\3&5\end{pmatrix}
 """

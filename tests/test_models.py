@@ -33,7 +33,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SPECIAL = ["<|stop|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "[INST]", "\uff5ceot"]
-RARE = ["\u27e8sys\u27e9", "\u3010end\u3011"]
+RARE = ["\u27e8sys\u27e9", "\u3010end\u3011", "\u25c1think\u25b7"]
 TAGS = [*RARE, "[/INST]", "<think>", "<result>", "</result>", "cat"]  # tokens, too, but not special
 SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 320}
 SIZE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 0, "bos_token_id": 0}

@@ -149,7 +149,7 @@ def test_one_process_meets_nobody_and_a_gpu_is_not_shared(monkeypatch):
         processes.Processes()
 
 
-def test_out_of_memory_is_repeated_alone_until_it_has_met_the_others():
+def test_out_of_memory_is_repeated_alone_until_it_has_met_the_others(monkeypatch):
     some = processes.Processes()
     some.count = 2
 
@@ -161,6 +161,10 @@ def test_out_of_memory_is_repeated_alone_until_it_has_met_the_others():
         some.shared(work, [7, 8], 0)
     with pytest.raises(UserError, match=r"^no memory; it takes a smaller --micro_batch_tokens$"):
         some.shared(work, [5, 8], 0)
+    monkeypatch.setattr(some, "exchange", lambda mine: [mine, (3, mine[1])])
+    policy = small_policy(TinyPolicy)
+    with pytest.raises(UserError, match=r"^the processes of this run differ in settings, versions"):
+        RunFolder(Config(), processes=some).start(policy.model, None, policy.scaler, None, [1])
     with pytest.raises(UserError, match=r"^--questions_per_step 1: each of 2 processes needs a"):
         RunFolder(Config(questions_per_step=1), processes=some)
 

@@ -162,14 +162,17 @@ def test_axes_enclose_the_values_and_thinning_keeps_the_peaks():
 # ---- runs that are not whole ---------------------------------------------------------------
 
 
-def test_a_line_that_is_still_being_written_is_left_out_and_said(run_folder):
+def test_a_line_that_is_not_whole_or_there_twice_is_left_out_and_said(run_folder):
     for name in LOGS:
         whole = (run_folder / name).read_text()
-        (run_folder / name).write_text(whole[: len(whole) - 40])
+        again = whole.splitlines(keepends=True)[0]
+        (run_folder / name).write_text(again + whole[: len(whole) - 40])
+    (run_folder / "rollouts.jsonl").write_text(whole[: len(whole) - 40])
     text, data = report(run_folder)
     assert data["curves"]["steps"] == [1, 2] and len(data["runs"][0]["trees"]) == 2
     for name in LOGS:
         assert f"The last line of {name} is not complete" in text
+        assert (f"Line 2 of {name} is there twice" in text) == (name != "rollouts.jsonl")
 
 
 def test_a_run_that_goes_on_still(run_folder):

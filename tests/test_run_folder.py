@@ -190,6 +190,7 @@ def test_a_second_signal_does_not_wait(whole, few, tmp_path, monkeypatch, capsys
 KILLED = [(run_folder, "write", 0, n) for n in (1, 3)]  # in the first checkpoint
 KILLED += [(run_folder, "write", 4, n) for n in (3, 4, 7, 8, 9)]  # logs, checkpoint, adapter
 KILLED += [(run_folder, "write", 3, 2), (scripted.Agent, "roll_out", 3, 1)]
+KILLED += [(torch.optim.AdamW, "step", 3, 1)]
 
 
 @pytest.mark.parametrize(("owner", "name", "done", "call"), KILLED)
@@ -247,7 +248,8 @@ JUNK = ["", "junk", "[1]", "null", '{"step": null}', '{"step": true}', '{"step":
 def test_a_line_that_cannot_be_read_is_left_out_and_the_others_stay(name, copy, capsys):
     """Whatever it is: the file as it was stays beside, and what was left out is said."""
     good, junk = (copy / name).read_bytes().splitlines(keepends=True), [x for x in JUNK if x]
-    junk.append(good[0].decode().strip())  # a line that is there twice
+    if name != "rollouts.jsonl":  # in which two trees of a step may be equal
+        junk.append(good[0].decode().strip())
     for some, aside in ((junk[:1], f"{name}.damaged"), (junk, f"{name}.damaged2")):
         damaged = b"".join([good[0], *(line.encode() + b"\n" for line in some), *good[1:]])
         (copy / name).write_bytes(damaged)

@@ -29,8 +29,9 @@ SUMMED = (
     ("questions", "accuracy", "well_formed", "tool_calls"),
     (),
 )
-# What a line of each says once; () stands for all of it.
+# What only one line of each may say. Trees of a step may be equal.
 ONCE = (("step",), ("step", "decoding", "questions"), ())
+TWICE = "it is there twice"
 
 # ---- a log --------------------------------------------------------------------------------
 
@@ -82,10 +83,10 @@ def without_repeats(lines: list[Line], keys: tuple[str, ...]) -> list[Line]:
     found: list[Line] = []
     seen = set()
     for line in lines:
-        said = line.row and (json.dumps([line.row.get(k) for k in keys]) if keys else line.text)
-        again = said is not None and said in seen
-        seen.add(said)
-        found.append(line._replace(row=None, wrong="it is there twice") if again else line)
+        said = json.dumps([line.row.get(key) for key in keys]) if line.row and keys else None
+        again = said in seen
+        seen |= {said} - {None}
+        found.append(line._replace(row=None, wrong=TWICE) if again else line)
     return found
 
 
@@ -153,15 +154,17 @@ def read_config(path: Path) -> dict:
 
 
 def read_rows(path: Path, notes: list[str]) -> list[dict]:
-    """The rows of a log; a last line that is still being written is left out."""
+    """The rows of a log; what is there twice or still being written is left out."""
     lines = read_log(path, lacks_parts)
     if lines and lines[-1].cut_short is not None:
         notes.append(f"The last line of {path.name} is not complete; it was left out.")
         lines.pop()
     for line in lines:
-        if line.wrong:
+        if line.wrong == TWICE:
+            notes.append(f"Line {line.number} of {path.name} is there twice; it was left out.")
+        elif line.wrong:
             raise UserError(f"{path}, line {line.number}: {line.wrong}")
-    return [line.row for line in lines]
+    return [line.row for line in lines if line.row]
 
 
 def names_of(folders: list[Path]) -> list[str]:
