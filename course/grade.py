@@ -82,7 +82,11 @@ def load(path: Path, steps: int) -> types.ModuleType:
         raise Wrong(f"there is no {path.name} in {path.parent}")
     module = types.ModuleType("answer")
     sys.modules["answer"] = module  # dataclasses look up the module that they stand in
-    exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
+    try:
+        code = compile(path.read_bytes(), str(path), "exec")
+    except ValueError as error:  # Python 3.10 says so of a null byte
+        raise SyntaxError(str(error)) from None
+    exec(code, vars(module))
     module.STEPS = steps
 
     def missing(name: str):

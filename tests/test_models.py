@@ -93,7 +93,7 @@ MODELS = [
     ("lfm2", {"layer_types": ["conv", "full_attention"]}, "has conv"),
     ("granite", {"logits_scaling": 8.0}, OFF), ("cohere", {"logit_scale": 0.0625}, OFF),
     ("falcon", {"hidden_dropout": 0.5}, OFF), ("falcon", {"alibi": True}, "compute trees"),
-    ("gemma2", HEAD, "not support"), ("bloom", GPT, "not support"), ("mamba", {}, "not support"),
+    ("gemma2", HEAD, "cannot "), ("bloom", GPT, "not support"), ("mamba", {}, "not support"),
     ("phi3", W8, SMALL), ("starcoder2", W8, SMALL), ("olmo3", W8, SMALL),
     ("starcoder2", {"sliding_window": None}, None), ("mixtral", EXPERTS | W8, SMALL),
 ]  # fmt: skip
