@@ -47,13 +47,14 @@ def test_predicted_weights_are_those_of_the_loaded_model(policy, policy_4bit, co
 
 def test_the_peak_is_the_sum_of_what_is_held_together():
     shape, config = plan.model_config("qwen3-1.7b"), Config(max_total_tokens=1024)
-    counts = plan.count(shape)
-    some = plan.predict(shape, counts, config, rows=8, tokens=4096, recompute=True)
+    ways = [(8, True), (64, True), (8, False)]  # rows, recompute
+    some, many, kept = (
+        plan.predict(shape, plan.count(shape), config, rows, tokens=4096, recompute=twice)
+        for rows, twice in ways
+    )
     fixed = some["weights GiB"] + some["adapter GiB"]
     assert some["peak GiB"] == fixed + max(some["rollout GiB"], some["update GiB"])
-    many = plan.predict(shape, counts, config, rows=64, tokens=4096, recompute=True)
     assert many["rollout GiB"] > 7 * some["rollout GiB"] and many["peak GiB"] > some["peak GiB"]
-    kept = plan.predict(shape, counts, config, rows=8, tokens=4096, recompute=False)
     assert kept["update GiB"] > 5 * some["update GiB"]
 
 
@@ -67,7 +68,6 @@ def test_plan_needs_no_weights_and_says_what_fits(capsys, tmp_path):
     assert plans["12gb"]["adapter GiB"] == plans["8gb"]["adapter GiB"] < 0.5  # half of rank 16
     assert [plans[card]["fits"] for card in plan.CARDS] == [False, False, True, True]
     assert plans["8gb"]["recomputed"] and plans["8gb"]["paths"] == 1
-    assert all(p["peak GiB"] <= p["limit GiB"] for p in plans.values() if p["fits"])
     assert re.search(r"24gb .* yes", shown) and re.search(r"8gb .* no", shown)
 
 
@@ -133,11 +133,11 @@ def test_a_model_of_a_shape_is_built_like_a_loaded_one(four, policy, policy_4bit
     with job.any_weights(shape):
         made = model.load_policy(dataclasses.replace(config, load_in_4bit=four), {}, True).lm
     loaded = (policy_4bit if four else policy).lm
-
-    def description(lm):
-        return {n: (type(p), p.shape, p.dtype, p.requires_grad) for n, p in lm.named_parameters()}
-
-    assert description(made) == description(loaded)
+    described = [
+        {n: (type(p), p.shape, p.dtype, p.requires_grad) for n, p in lm.named_parameters()}
+        for lm in (made, loaded)
+    ]
+    assert described[0] == described[1]
     assert memory.weight_bytes(made) == memory.weight_bytes(loaded)
     frequencies = [lm.model.rotary_emb.inv_freq for lm in (made, loaded)]
     assert torch.equal(*frequencies)  # buffers are computed, not loaded
@@ -146,9 +146,7 @@ def test_a_model_of_a_shape_is_built_like_a_loaded_one(four, policy, policy_4bit
 def test_peak_memory_counts_what_is_held_at_one_time():
     def work():
         for _ in range(3):
-            a = torch.zeros(1_000_000)  # 4 MB
-            b = a + 1
-            del a, b
+            torch.zeros(1_000_000) + 1  # two times 4 MB
 
     assert 8e6 <= job.peak_bytes(work) < 9e6
 
@@ -197,43 +195,35 @@ def test_trl_finds_the_call_of_this_turn_and_no_earlier_one():
     asked = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
     turn = "<think>first</think><search>Hallin</search>"
     later = asked + turn + "<result>\nx\n</result>"
+    (call,) = tokenizer.parse_response(turn, prefix=asked)["tool_calls"]
+    assert call["function"] == {"name": "search", "arguments": {"text": "Hallin"}}
     second = "<think>then</think><calculator>1 + 1</calculator>"
-    expected = ("search", "Hallin"), ("calculator", "1 + 1")
-    for prefix, text, (name, argument) in zip(
-        (asked, later), (turn, second), expected, strict=True
-    ):
-        (call,) = tokenizer.parse_response(text, prefix=prefix)["tool_calls"]
-        assert call["function"] == {"name": name, "arguments": {"text": argument}}
+    (call,) = tokenizer.parse_response(second, prefix=later)["tool_calls"]
+    assert call["function"] == {"name": "calculator", "arguments": {"text": "1 + 1"}}
     answer = tokenizer.parse_response("<think>so</think><answer>2</answer>", prefix=later)
     assert not answer.get("tool_calls")
 
 
 def test_trl_pays_what_we_pay(policy):
-    text = "<think>a</think><search>b</search><result>\nc\n</result><answer>\\boxed{4}</answer>"
+    text = "<think>a</think><search>b</search><result>\nc\n</result><think>d</think>"
     right = against.reward_function(policy.tokenizer, {"search", "calculator"})
-    text = text.replace("<answer>", "<think>d</think><answer>")
-    ids = [policy.tokenizer.encode(text)] * 2
-    assert right(ids, [["4"], ["5"]]) == [1.0, 0.0]
-    assert right([ids[0][: ids[0].index(policy.encode("<think>")[0], 1)]], [["4"]]) == [-1.0]
+    cut, whole = map(policy.tokenizer.encode, (text, text + "<answer>\\boxed{4}</answer>"))
+    assert right([whole, whole, cut], [["4"], ["5"], ["4"]]) == [1.0, 0.0, -1.0]
 
 
 # ---- GPU ----------------------------------------------------------------------------------
 
 
 def test_every_goal_and_preset_is_measured_the_most_important_first():
-    (first, case), *cases = gpu.cases().items()
-    assert (first, case) == ("qwen3-1.7b, --preset 8gb", ("qwen3-1.7b", PRESETS["8gb"]))
-    found = [(shape, *settings.values()) for _, (shape, settings) in cases]
-    goals, presets, dtypes = found[:3], found[3:-8], found[-8:]
-    assert goals == [(*goal, True) for goal in gpu.GOALS]
+    first, *others = gpu.cases().values()
+    assert first == ("qwen3-1.7b", PRESETS["8gb"])
+    found = [(shape, *settings.values()) for shape, settings in others]
     sizes = ("group_size", "max_total_tokens", "memory_gb")
-    cards = [
-        (tuple(PRESETS[card][k] for k in sizes), shape)
-        for card in plan.CARDS
-        for shape in gpu.SHAPES
-    ]
-    assert presets == [(shape, *size, True) for size, shape in cards]
-    assert [four for *_, four in dtypes] == [True, False] * len(gpu.SHAPES)
+    presets = [[PRESETS[card][name] for name in sizes] for card in plan.CARDS]
+    expected = [(*goal, True) for goal in gpu.GOALS]
+    expected += [(shape, *preset, True) for preset in presets for shape in gpu.SHAPES]
+    assert found[:-8] == expected
+    assert [four for *_, four in found[-8:]] == [True, False] * len(gpu.SHAPES)
 
 
 def test_a_sweep_ends_in_time_and_keeps_what_it_has(monkeypatch, tmp_path, capsys):
@@ -271,11 +261,12 @@ def test_running_out_of_memory_is_a_figure_too(monkeypatch):
     """Also while a model is loaded: what was measured before, and what comes after it, is kept."""
 
     def fails(config):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\n more words")
 
     monkeypatch.setattr(model, "load_model", fails)
     error = gpu.measured(TINY, {"group_size": 4}, Config())["error"]
-    assert "does not fit into memory (CUDA out of memory)" in error
+    words = "memory. Tried to allocate 2 GiB); --load_in_4bit true or a smaller model takes less"
+    assert "does not fit into memory (CUDA" in error and error.endswith(words)
 
 
 # ---- command line -------------------------------------------------------------------------
@@ -286,7 +277,6 @@ def test_running_out_of_memory_is_a_figure_too(monkeypatch):
     [
         (["trian"], "unknown command trian; the commands are plan, plain, trl, gpu"),
         (["plan", "--model_name", "Qwen/Qwen9"], f"Qwen/Qwen9: choose one of {plan.NAMES[0]}, "),
-        (["plan", "--group_size", "0"], "--group_size 0"),
         (["plan", "--json", "no/such/folder/x"], "no/such/folder/x"),
         (["plain", "--repeats", "0"], "--repeats 0: it must be at least 1"),
         (["gpu", "--minutes", "-1"], "--minutes -1.0: it must be above 0"),

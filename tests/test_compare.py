@@ -4,13 +4,12 @@ import dataclasses
 import itertools
 import json
 import math
-import os
-import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -33,13 +32,10 @@ ROOT = Path(__file__).parent.parent
 def test_the_quantiles_of_student_cut_off_five_percent():
     """The density of t, integrated with u = atan(x / sqrt(df)): cos(u) ** (df - 1) / constant."""
     for df, quantile in enumerate(T_975, start=1):
-
-        def area(up_to, df=df):
-            u = np.linspace(0, up_to, 20_001)
-            return np.trapezoid(np.cos(u) ** (df - 1), u)
-
-        inside = area(math.atan(quantile / math.sqrt(df))) / area(math.pi / 2)
-        assert inside == pytest.approx(0.95, abs=5e-5), df  # three decimals
+        ends = math.atan(quantile / math.sqrt(df)), math.pi / 2
+        angles = [np.linspace(0, end, 20_001) for end in ends]
+        inside, whole = (np.trapezoid(np.cos(u) ** (df - 1), u) for u in angles)
+        assert inside / whole == pytest.approx(0.95, abs=5e-5), df  # three decimals
     assert len(T_975) == 30
 
 
@@ -55,7 +51,6 @@ def test_intervals_by_hand():
 
 
 def test_rank_correlation_by_hand():
-    assert spearman([1, 2, 3, 4], [1, 8, 27, 64]) == pytest.approx(1)
     assert spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
     # ranks 1, 2.5, 2.5, 4 and 1, 2, 3, 4: 4.5 / sqrt(4.5 * 5)
     assert spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
@@ -95,12 +90,10 @@ def results():
 
 
 def test_what_it_takes_by_hand(results, tmp_path):
-    (grpo, other), (ours, second) = (verdict.runs_of(results, m).values() for m in ("grpo", "step"))
-    assert [verdict.until(run, "tokens", 0.9) for run in (grpo, other)] == [200, None]
-    assert [verdict.until(run, "tool_calls", 0.9) for run in (ours, second)] == [0, 50]
-    assert verdict.until(a_run([0.9, 0.8, 0.9], [0, 1, 2]), "step", 0.85) is None  # one above alone
-    assert verdict.accuracy(verdict.runs_of(results, "grpo"), 2) == {"0": 92.5, "1": 87.5}
-    assert verdict.difference(results, "step", "grpo")[0] == pytest.approx(2.5)  # 0 and 5 points
+    ours = a_run([0.9, 0.8, 0.9], [0, 1, 2])
+    assert verdict.until(ours, "step", 0.85) is None  # one above alone
+    grpo = verdict.runs_of(results, "grpo")  # two evaluations after the one before training
+    assert verdict.accuracy(grpo, 2) == {"0": 92.5, "1": 87.5} and verdict.accuracy(grpo, 3) == {}
     found = verdict.summary(results)
     assert found["seeds"] == [0, 1] and found["final"] == pytest.approx(94.5)
     assert found["h_minus_grpo"]["high"] == pytest.approx(2.5 + 12.706 * 2.5)
@@ -114,8 +107,7 @@ def test_what_it_takes_by_hand(results, tmp_path):
 
 def test_a_row_of_the_table(results, tmp_path, capsys):
     verdict.show(results, ["grpo", "step"], tmp_path / "table.md")
-    head, _, grpo, step, _, _, _, line = (tmp_path / "table.md").read_text("utf-8").splitlines()
-    assert head.startswith("| method | seeds | accuracy, % | of the last 5 evaluations, % | minus")
+    _, _, grpo, step, _, _, _, line = (tmp_path / "table.md").read_text("utf-8").splitlines()
     cells = "- | 200 | 100 | 100 (1 of 2) | 400 | 200 | 200 (1 of 2) | 1.5 | 15.0 | 10 | 50% |"
     assert grpo == f"| grpo | 2 | 92.0 ±38.1 | - | {cells}"
     cells = "+2.5 ±31.8 | 100 (50%) | 25 | 25 | 240 (60%) | 60 | 60 | 1.5 | 30.0 | 10 | 50% |"
@@ -192,18 +184,12 @@ def test_a_finished_run_is_not_repeated(fake):
     assert fake(*methods, "2") == 0
     assert fake.trained() == []
     before = fake.results()
-    assert before["methods"]["grpo"]["runs"]["1"] == {
-        "wish_rate": 0.2833,
-        "points": {
-            "step": [0, 2, 4],
-            "sampled": [0.4, 0.42, 0.901],  # the last one of more samples
-            "tool_calls": [0, 20, 40],
-            "generated_tokens": [0, 600, 1200],
-            "prefill_tokens": [0, 400, 800],
-            "seconds": [0, 4.0, 8.0],
-            "live_groups": [0, 6, 12],
-        },
-    }
+    run = before["methods"]["grpo"]["runs"]["1"]
+    step, sampled, *spent = run["points"].values()
+    assert (step, sampled) == ([0, 2, 4], [0.4, 0.42, 0.901])  # the last one of more samples
+    calls, *_, live = spent
+    assert calls == [0, 20, 40] and live == [0, 6, 12] and run["wish_rate"] == 0.2833
+    assert [column[-1] for column in spent[1:-1]] == [1200, 800, 8.0]  # tokens, seconds
     (fake.folder / "results.json").unlink()
     torn = fake.folder / "runs" / "grpo" / "1" / "final.json"  # killed while it was written
     torn.write_text(torn.read_text()[:-10])
@@ -225,50 +211,44 @@ def test_a_run_that_dies_is_reported_and_stops_no_other(fake, capsys):
 
 
 def test_other_settings_do_not_mix(fake, capsys, monkeypatch):
-    assert fake("--methods", "grpo", "--seeds", "1") == 0
-    fake.trained()
+    one = ("--methods", "grpo", "--seeds", "1")
+    assert fake(*one) == 0 and fake.trained()
     path = fake.folder / "results.json"
     before = path.read_text()
 
-    def refused(*args, words):
-        assert fake("--methods", "grpo", "--seeds", "1", *args) == 2
+    def refused(*words, flags=()):
+        assert fake(*one, *flags) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and all(word in error for word in (*words, "--output_dir"))
 
-    refused("--learning_rate", "0.5", words=["learning_rate 0.001, now 0.5"])
-    monkeypatch.setitem(compare.METHODS, "grpo", {**compare.GRPO, "temperature": 0.9})
-    refused(words=["temperature None, now 0.9"])
-    monkeypatch.setitem(compare.METHODS, "grpo", compare.GRPO)
+    refused("learning_rate 0.001, now 0.5", flags=("--learning_rate", "0.5"))
+    with monkeypatch.context() as patch:
+        patch.setitem(compare.METHODS, "grpo", {**compare.GRPO, "temperature": 0.9})
+        refused("temperature None, now 0.9")
     monkeypatch.setattr(compare, "fingerprints", lambda settings: {"model_name": "another"})
-    refused(words=["files", "now {'model_name': 'another'}"])
+    refused("files", "now {'model_name': 'another'}")
     path.rename(fake.folder / "kept.json")
-    refused(words=[str(Path("runs", "grpo", "0")), "now {'model_name': 'another'}"])
+    refused(str(Path("runs", "grpo", "0")), "now {'model_name': 'another'}")
     path.write_text("[]")
-    refused(words=["cannot use", "results.json"])
+    refused("cannot use", "results.json")
     assert fake.trained() == [] and (fake.folder / "kept.json").read_text() == before
 
 
-def test_a_remade_cold_start_stops_the_comparison(fake, tmp_path):
-    inputs = {"model_name", "dataset_path", "eval_path", "documents_path"}
-    assert set(compare.fingerprints(dataclasses.asdict(Config()))) == inputs
-    (tmp_path / "model.safetensors").write_bytes(b"one")
-    settings = {"steps": 4, "seed": 0} | dict.fromkeys(compare.PATHS, "")
-    settings["model_name"] = str(tmp_path)
+def test_a_run_goes_on_unless_its_settings_or_files_changed(fake, tmp_path):
+    model, slot = tmp_path / "model.safetensors", tmp_path / "grpo" / "0"
+    model.write_bytes(b"one")
+    settings = {"steps": 4} | dict.fromkeys(compare.PATHS, "") | {"model_name": str(tmp_path)}
     settings["files"] = compare.fingerprints(settings)
-    compare.start(settings, tmp_path / "grpo" / "0", threads=1)
-    (tmp_path / "model.safetensors").write_bytes(b"two")
-    with pytest.raises(UserError, match=r"comparison began: model_name$"):
-        compare.start(settings, tmp_path / "grpo" / "0", threads=1)
-
-
-def test_an_unfinished_run_goes_on_unless_its_settings_changed(fake, tmp_path):
-    settings = {"steps": 4, "seed": 0, "files": {}} | dict.fromkeys(compare.PATHS, "")
-    slot = tmp_path / "grpo" / "0"
-    for change, goes_on in (({}, False), ({}, True), ({"seed": 1}, False), ({"seed": 1}, True)):
-        compare.start({**settings, **change}, slot, threads=1)
+    for seed, goes_on in ((0, False), (0, True), (1, False), (1, True)):
+        compare.start({**settings, "seed": seed}, slot, threads=1)
         marker = slot / "run" / "checkpoints" / "of an earlier process"
         assert marker.exists() == goes_on
         marker.touch()
+    model.write_bytes(b"a cold start made again")
+    with pytest.raises(UserError, match=r"comparison began: model_name$"):
+        compare.start(settings, slot, threads=1)
+    inputs = {"model_name", "dataset_path", "eval_path", "documents_path"}
+    assert set(compare.fingerprints(dataclasses.asdict(Config()))) == inputs
 
 
 def test_one_process_at_a_time(fake, capsys):
@@ -289,15 +269,10 @@ def test_what_a_process_does(tmp_path, monkeypatch, capsys):
     settings = comparison.settings_of(compare.Run("arpo-mixed-x4", 7))
     assert not any(str(ROOT) in str(value) for value in settings.values())  # can be published
     (tmp_path / "settings.json").write_text(json.dumps(settings))
-    commands, codes = [], [0, 0, 130]
-
-    def main(args, train, load_agent):
-        commands.append(args)
-        return codes[len(commands) - 1]
-
-    monkeypatch.setattr(cli, "main", main)
+    played = mock.Mock(side_effect=[0, 0, 130])
+    monkeypatch.setattr(cli, "main", played)
     assert compare.play(tmp_path) == 0
-    (train, *flags), (evaluate, *others) = commands
+    (train, *flags), (evaluate, *others) = (call.args[0] for call in played.mock_calls)
     parser = cli.Parser(prog="train")
     for item in dataclasses.fields(Config):
         parser.add_field(item)
@@ -306,13 +281,13 @@ def test_what_a_process_does(tmp_path, monkeypatch, capsys):
     own = {"version": compare.VERSION, "final_samples": 5, "files": settings["files"]}
     assert settings.items() <= (config | own).items() and config["shared_weight"] == 0.3
     assert config["seed"] == 7 and config.keys() - settings.keys() <= compare.OF_THE_RUNS
-    at = {word: others[i + 1] for i, word in enumerate(others) if word.startswith("--")}
-    assert evaluate == "eval" and "--dataset_path" not in at and at["--samples"] == "5"
-    assert at["--adapter"] == str(tmp_path / "run" / "adapter")
-    assert at["--json"] == str(tmp_path / "final.json")
+    typed = dict(zip(others[::2], others[1::2], strict=True))
+    assert evaluate == "eval" and "--dataset_path" not in typed
+    end = {"--adapter": str(tmp_path / "run" / "adapter"), "--samples": "5"}
+    assert (end | {"--json": str(tmp_path / "final.json")}).items() <= typed.items()
     (tmp_path / "run").mkdir()  # it was begun before, and is stopped now: no evaluation
     assert compare.play(tmp_path) == 130
-    assert commands[2:] == [["train", "--resume", str(tmp_path / "run")]]
+    assert played.mock_calls[-1].args[0] == ["train", "--resume", str(tmp_path / "run")]
 
 
 @pytest.mark.parametrize(
@@ -428,25 +403,24 @@ def test_a_continuation_goes_on_where_the_trajectory_stood(policy, config, tools
 def test_entropies_at_given_calls_are_those_of_the_model(policy, config, tools):
     """With k = 1 H is the entropy of one distribution: after the prompt, and after the result;
     a high temperature makes it large."""
-    rows = [{"question": "Who is the mayor of Tarnholm?"}, {"problem": "Why?", "result": "So."}]
-    rows[1]["call"] = "<think>a</think><calculator>1+1</calculator>"
+    call = "<think>a</think><calculator>1+1</calculator>"
+    rows = [{"question": "Who is the mayor of Tarnholm?"}]
+    rows += [{"problem": "Why?", "result": "So.", "call": call}]
+    spelled = ["<search>Who is the mayor of Tarnholm?</search>", call]
     one = dataclasses.replace(config, entropy_tokens=1, temperature=8.0)
     agent = arpo_mini.Agent(policy, tools, one)
     asked = [forking.read_forced(row) for row in rows]
     found = forking.measure_forced(agent, asked, 2, one)
-    texts = ["<search>Who is the mayor of Tarnholm?</search>", rows[1]["call"]]
-    for i, (row, text) in enumerate(zip(found, texts, strict=True)):
-        root, result = forking.given_nodes(agent, asked[i], one)
-        read = policy.decode(result.path_tokens())
-        assert text in read and read.endswith("\n</result>")
-        assert ("mayor is" if i == 0 else "\nSo.\n") in read
-        for H, node in zip(row[1:], (root, result), strict=True):
+    for i, answer in enumerate(("mayor is", "\nSo.\n")):
+        nodes = forking.given_nodes(agent, asked[i], one)
+        read = policy.decode(nodes[1].path_tokens())
+        assert spelled[i] in read and answer in read and read.endswith("\n</result>")
+        for H, node in zip(found[i][1:], nodes, strict=True):
             with torch.inference_mode():
                 logits = policy.lm(torch.tensor([node.path_tokens()])).logits[0, -1]
             expected = torch.distributions.Categorical(logits=logits / 8).entropy()
-            assert (
-                pytest.approx(expected.item() / math.log(policy.vocab_size), rel=1e-4) == H > 0.01
-            )
+            assert H * math.log(policy.vocab_size) == pytest.approx(expected.item(), rel=1e-4)
+            assert H > 0.01
     start, after, gain, share = forking.forced_answers([[0, 0.1, 0.4], [1, 0.2, 0.1]]).values()
     assert (start[0], after[0]) == pytest.approx((0.15, 0.25)) and share[0] == 0.5
     assert gain == pytest.approx(t_interval([0.3, -0.1]))
@@ -513,9 +487,8 @@ def test_two_methods_two_seeds_two_steps(tmp_path):
         for run in method["runs"].values():
             assert run["points"]["step"] == [0, 1, 2] and run["points"]["tool_calls"][-1] > 0
             assert (run["wish_rate"] == 0) == (method["overrides"] == compare.GRPO)
-    assert re.search(r"arpo-paper \| 2 \| \d", (tmp_path / "out" / "table.md").read_text())
-    assert (tmp_path / "out" / "accuracy-chosen.png").stat().st_size > 10_000
-    assert not os.path.exists(tmp_path / "out" / "results.tmp")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"table.md", "accuracy-chosen.png"} <= names and "results.tmp" not in names
 
 
 @pytest.mark.slow

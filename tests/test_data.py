@@ -7,7 +7,6 @@ from random import Random
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from app.cli import EXAMPLES
 from app.config import Config
 from arpo_mini import make_tools
 from data import decisive_world, make_world
@@ -61,14 +60,6 @@ def test_every_problem_is_solved_by_its_steps_with_the_real_tools(made, tools):
         assert len(entity.facts) >= 3 and all(fact in entity.text for fact in entity.facts.values())
 
 
-def test_the_examples_of_show_are_right(made):
-    n = next(n for n in range(1, 100) if (2**n + 3**n) % 7 == 0)
-    assert EXAMPLES["divisible"].answers == [str(n)]
-    (problem,) = [p for p in made[DATA][2] if p.text == EXAMPLES["deep_search"].text]
-    assert [problem.answer] == EXAMPLES["deep_search"].answers
-    assert [step.tool for step in problem.steps].count("search") == 4
-
-
 # ---- the second world ---------------------------------------------------------------------
 
 
@@ -110,23 +101,20 @@ def test_its_demonstrator_hesitates_at_the_decisive_results_only(made, second_to
     assert min(ends[True, True], ends[True, False], ends[False, False]) > 20
 
 
+# ---- the tiny Qwen3 -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(DATA / "tiny-qwen3")
+
+
 def test_the_tiny_qwen3_and_its_tokenizer(tokenizer):
-    model = AutoModelForCausalLM.from_pretrained(DATA / "tiny-qwen3")
-    assert type(model).__name__ == "Qwen3ForCausalLM" and model.num_parameters() <= 1_500_000
     files = list((DATA / "tiny-qwen3").iterdir())
     assert sum(file.stat().st_size for file in files) <= 4_000_000
     assert {file.suffix for file in files} <= {".json", ".safetensors", ".jinja"}
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    for tag in ("think", "search", "calculator", "result", "answer"):
-        for text in (f"<{tag}>", f"</{tag}>"):
-            assert len(tokenizer.encode(text, add_special_tokens=False)) == 1
     assert len(tokenizer.encode("20419", add_special_tokens=False)) == 5
-    for text in ("Naïve café, 東京 — 100 %\n\tend", "</result><|im_end|>", "a  b"):
-        ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-        assert tokenizer.decode(ids) == text
-    chat = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
-    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    assert text == "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize("world", [pytest.param("country", marks=pytest.mark.slow), "decisive"])
@@ -140,14 +128,6 @@ def test_a_short_cold_start(world, tmp_path, monkeypatch, capsys):
     assert AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters() == 950_400
     assert coldstart.main([*flags, "--world", "third"]) == 2
     assert "--world third: choose one of country, decisive" in capsys.readouterr().err
-
-
-# ---- the tiny Qwen3 -----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(DATA / "tiny-qwen3")
 
 
 def test_the_cold_start_learns_chances_not_draws(made, tools, tokenizer):
@@ -164,9 +144,8 @@ def test_the_cold_start_learns_chances_not_draws(made, tools, tokenizer):
     for _ in range(100):
         turns = demonstrator.solve(problem, UNSURE)
         ids, expected = encode(tokenizer, problem.text, turns)
-        assert len(ids) == len(expected)
-        assert all(token in here for token, here in zip(ids, expected, strict=True) if here)
-        assert all(abs(sum(here.values()) - 1) < 1e-9 for here in expected if here)
+        for token, here in zip(ids, expected, strict=True):
+            assert not here or (token in here and sum(here.values()) == pytest.approx(1))
         (first, *_) = (here for here in expected if len(here) > 1)
         assert first[found] == pytest.approx(1 - UNSURE.again)
         seen.add("".join(turn.text for turn in turns if turn.author == "policy").count("guess"))

@@ -1,5 +1,6 @@
 """float16 and bfloat16: the same training within a bound, and what does not fit is said."""
 
+import copy
 import dataclasses
 import functools
 import math
@@ -12,7 +13,7 @@ from conftest import kept, lines_of, load, roll_out
 from safetensors.torch import load_file, save_file
 from test_update import flat_gradient, packed_rows
 
-from app.config import DATA, PRESETS, Config
+from app.config import DATA, Config
 from app.health import notes
 from arpo_mini import Agent, safe_step, update
 from data.files import UserError
@@ -42,9 +43,10 @@ def half(config, tools):
 def restored_half(half):
     """The policy in float16, whose adapter and scale a test may change; and an optimizer."""
     policy, config = half
-    policy.scaler, policy.limits = torch.amp.GradScaler("cpu"), Limits()
+    scaler, policy.limits = copy.deepcopy(policy.scaler), Limits()
     with kept(policy.parameters):
         yield policy, config, torch.optim.AdamW(policy.parameters, lr=1e-3)
+    policy.scaler = scaler
 
 
 @pytest.fixture(scope="module")
@@ -98,23 +100,6 @@ def test_auto_is_what_the_machine_has_natively(monkeypatch):
         Config(dtype="half")
 
 
-def test_small_gradients_do_not_underflow(half, policy, rows):
-    """Advantages of a thousandth: float16 alone would make zeros of many of their gradients."""
-    own, config = half
-    small = [dataclasses.replace(row) for row in rows]
-    for row in small:
-        row.A_plus, row.A_minus = ([1e-3 * a for a in A] for A in (row.A_plus, row.A_minus))
-    found = []
-    for each, scaler in ((policy, None), (own, None), (own, torch.amp.GradScaler(enabled=False))):
-        each.scaler = scaler or each.scaler
-        update(each, still(each), small, config)
-        found.append(flat_gradient(each).clone())
-        each.model.zero_grad()
-    expected, scaled, unscaled = found
-    assert (scaled - expected).norm() < 0.01 * expected.norm()
-    assert (unscaled - expected).norm() > 0.1 * expected.norm()
-
-
 def test_a_gradient_that_overflows_is_skipped_counted_and_said(restored_half, rows):
     """The weights stay, the scale is halved; where it is 1 already, the number itself is wrong."""
     policy, config, optimizer = restored_half
@@ -137,14 +122,12 @@ def test_a_gradient_that_overflows_is_skipped_counted_and_said(restored_half, ro
         figures, changed = moved(updates=1)
         assert figures["grad_norm"] is None and not changed
         metrics = lines_of(Path(__file__).parent / "run", "metrics.jsonl")[0] | figures
-        (said,) = [words for words in notes(metrics) if "skipped" in words]
-        assert said.startswith("1 updates skipped")
+        assert any(words.startswith("1 updates skipped") for words in notes(metrics))
         policy.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
         with pytest.raises(NonFinite, match="the gradient norm is"):
             moved(updates=1)
-    nothing = [0.0] * len(rows[0])  # the first step may have no gradient
-    row = dataclasses.replace(rows[0], A_plus=nothing, A_minus=nothing)
-    fresh = dataclasses.replace(policy)
+    fresh = dataclasses.replace(policy)  # the first step may have no gradient
+    row = dataclasses.replace(rows[0], A_plus=[0.0] * len(rows[0]), A_minus=[0.0] * len(rows[0]))
     assert update(fresh, still(fresh), [row], config)["grad_norm"] == 0
 
 
@@ -195,12 +178,11 @@ def test_a_cold_start_is_scaled_too(restored_half, tools):
     assert second < first and policy.scaler.get_scale() == 2**18
 
 
-def test_the_plan_knows_the_dtype():
+@pytest.mark.parametrize("four", [True, False])
+def test_the_plan_knows_the_dtype(four):
     shape = plan.model_config("qwen3-1.7b")
-    counts, preset = plan.count(shape), PRESETS["12gb"]
-    plans = {d: plan.planned(shape, counts, Config(**preset, dtype=d)) for d in BOUNDS}
-    assert plans["float16"] == plans["bfloat16"] and plans["float32"]["paths"] > 0
-    assert plans["float32"]["weights GiB"] > plans["float16"]["weights GiB"] + 0.5  # embedding
-    whole = [plan.planned(shape, counts, Config(load_in_4bit=False, dtype=d)) for d in BOUNDS]
-    assert whole[0]["weights GiB"] == pytest.approx(2 * whole[1]["weights GiB"])
-    assert whole[0]["rollout GiB"] > 1.3 * whole[1]["rollout GiB"]
+    configs = [Config(load_in_4bit=four, dtype=dtype) for dtype in BOUNDS]
+    full, *halves = [plan.planned(shape, plan.count(shape), config) for config in configs]
+    assert halves[0] == halves[1] and full["rollout GiB"] > 1.3 * halves[0]["rollout GiB"]
+    times = 1.4 if four else 2  # of a model in 4-bit only the embedding
+    assert full["weights GiB"] == pytest.approx(times * halves[0]["weights GiB"], rel=0.1)

@@ -3,23 +3,17 @@
 import dataclasses
 import json
 from itertools import combinations
+from unittest.mock import Mock
 
 import pytest
 from conftest import lines_of, write_questions
 from scripted import LETTERS, Agent, main, small_tree
 
-import app.evaluation
-from advantage import Reward
+import arpo_mini
+from advantage import Reward, Segment
 from app.config import Config
 from app.evaluation import evaluate, first_per_domain, pass_at_k, summary, wilson
-from app.records import (
-    questions_of_step,
-    record_trees,
-    short_answers,
-    step_metrics,
-    tree_counts,
-    tree_record,
-)
+from app.records import questions_of_step, record_trees, short_answers, step_metrics, tree_record
 from data.formats import Question
 
 QUESTIONS = [Question(f"{i} + 2?", ["4"], domain) for i, domain in enumerate("aabbbac")]
@@ -42,16 +36,14 @@ def test_summary_counts_by_domain_what_is_right_and_what_it_took():
     ]
     figures = summary(records, k=2)
     expected = {
-        "questions": 3,
-        **{"accuracy": (1 + 0 + 0.5) / 3, "pass@1": (1 + 0 + 0.5) / 3, "pass@2": 2 / 3},
-        **{"f1": (0.5 + 0 + 0.75) / 3, "em": (0.5 + 0 + 0.5) / 3, "math_equal": 1 / 3},
-        "tool_calls": 1,
+        **{"accuracy": 1.5 / 3, "pass@1": 1.5 / 3, "pass@2": 2 / 3, "f1": 1.25 / 3, "em": 1 / 3},
+        **{"questions": 3, "math_equal": 1 / 3, "tool_calls": 1, "entropy_initial": 0.25},
         "tool_productivity": 3 / 6,  # three right answers, six calls
         # math_equal in math, F1 elsewhere: (1 + 0 + 0.75) / 3
         "official_productivity": 100 * 1.75 / 3 * 1 / 1.1,
-        **{"entropy_initial": 0.25, "entropy_after_tool": None},
     }
     assert {key: figures[key] for key in expected} == pytest.approx(expected)
+    assert figures["entropy_after_tool"] is None
     math, knowledge = figures["domains"]["math"], figures["domains"]["knowledge"]
     assert math["accuracy"] == 0.5 and math["tool_productivity"] == pytest.approx(2 / 6)
     assert knowledge["tool_productivity"] is None and knowledge["official_productivity"] == 0
@@ -88,7 +80,7 @@ def test_questions_are_asked_in_parts_and_each_has_its_seed():
         ("--eval_part 0", {}),
     ],
 )
-def test_what_is_evaluated_while_training(flags, asked, tmp_path, monkeypatch, capsys):
+def test_what_is_evaluated_while_training(flags, asked, tmp_path, capsys):
     six = write_questions(tmp_path / "six.jsonl", each=2)
     args = ["train", "--steps", 4, "--eval_every", 2, "--eval_part", 1, "--eval_path", six]
     assert main(*args, *flags.split(), "--output_dir", tmp_path / "run") == 0
@@ -97,12 +89,23 @@ def test_what_is_evaluated_while_training(flags, asked, tmp_path, monkeypatch, c
     rows = lines_of(tmp_path / "run", "evaluations.jsonl") if asked else []
     assert {row["step"]: row["questions"] for row in rows} == asked
     assert len(rows) == len(asked) + 2 * bool(asked)  # greedy at both ends only
-    if asked:  # one that is lost, if only one of its decodings, is not made with a later policy
-        path = tmp_path / "run/evaluations.jsonl"
-        path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
-        monkeypatch.setattr(app.evaluation, "evaluate", None)
-        assert main("train", "--resume", tmp_path / "run") == 0
-        assert len(lines_of(tmp_path / "run", path.name)) == len(rows) - 1
+
+
+@pytest.mark.parametrize("official", [True, False])
+def test_an_answer_is_scored_by_every_measure(policy, config, official):
+    """Badly formed, it is one to the released evaluation alone."""
+    config = dataclasses.replace(config, official_rewards=official)
+    agent, question = arpo_mini.Agent(policy, {}, config), Question("2 + 2?", ["4"], "math")
+
+    def examined(text, well_formed):
+        leaf = Segment("policy", policy.encode(text), Segment("prompt", policy.prompt("q")))
+        return agent.examine(leaf, question, Reward(0, 0, well_formed, 0), config)
+
+    right = examined("<think>a</think><answer>\\boxed{4}</answer>", True)
+    assert right["math_equal"] == 1 and (official or right["em"] == right["f1"] == 1)
+    odd = examined("<think>Is it \\boxed{5}?", False)
+    assert odd["prediction"] == ("5" if official else None)
+    assert ("acc" in odd) == official
 
 
 # ---- steps and trees ----------------------------------------------------------------------
@@ -121,24 +124,24 @@ def test_every_question_is_asked_once_before_any_is_asked_again():
 def test_figures_of_a_step():
     """Shared segments count once; a wish to fork counts whether it was granted or not."""
     groups = [small_tree(leaves=2), small_tree(leaves=1, answer="44")]
-    decision = groups[1][0].parent.decision  # 4 wanted, none granted
     rewards = [[Reward(1.1, 1.0, True, 2), Reward(0, 0, True, 1)], [Reward(-1, 0, False, 0)]]
     prompt, call, tool, leaf = (len(s.token_ids) for s in groups[0][0].path())
     expected = {
         **{"reward": 0.1 / 3, "accuracy": 1 / 3, "well_formed": 2 / 3},
         **{"groups": 2, "equal_groups": 1, "rollouts": 3},
-        **{"tool_calls": 2, "forks": 1, "wishes": 1.0},
-        "generated_tokens": 2 * call + 2 * leaf + leaf + 1,
+        **{"tool_calls": 2, "forks": 1, "wishes": 1.0},  # 4 wanted in each, 1 granted
+        "generated_tokens": 2 * call + 3 * leaf + 1,
         "reread_tokens": 2 * prompt + 3 * (prompt + call + tool),
         "train_tokens_unpacked": 3 * (prompt + call + tool + leaf) + 1,
         **{"entropy_initial": 0.1, "entropy_after_tool": 0.2},
     }
     figures = step_metrics(groups, rewards)
     assert {key: figures[key] for key in expected} == pytest.approx(expected)
-    assert 0.1 < figures["entropy"] < 0.2
+    assert 0.11 < figures["entropy"] < 0.19
     assert step_metrics([[groups[0][0].path()[1]]], [[rewards[0][1]]])["wishes"] is None
-    groups[1][0].parent.decision = dataclasses.replace(decision, forks=0)
-    assert step_metrics(groups, rewards)["wishes"] == 0.5 and tree_counts(groups[1])["forks"] == 0
+    tool = groups[1][0].parent
+    tool.decision = dataclasses.replace(tool.decision, forks=0)
+    assert step_metrics(groups, rewards)["wishes"] == 0.5
 
 
 def test_short_answers_have_no_room_for_their_tags():
@@ -166,14 +169,12 @@ def test_a_tree_as_plain_data():
 
 
 def test_trees_of_every_tenth_step_are_kept():
-    class Run:
-        config, rows = Config(), []
-
-        def append(self, name, row):
-            self.rows.append((name, row["step"], row["question"]))
-
     groups, rewards = Agent().roll_out(QUESTIONS, Config(group_size=2), 0)
+    run = Mock(config=Config())
     for step in range(1, 13):
-        record_trees(Run(), LETTERS, step, QUESTIONS, groups, rewards)
-    kept = [("rollouts.jsonl", step, q.text) for step in (1, 11) for q in QUESTIONS[:2]]
-    assert Run.rows == kept
+        record_trees(run, LETTERS, step, QUESTIONS, groups, rewards)
+    kept = [
+        (name, row["step"], row["question"])
+        for name, row in (call.args for call in run.append.mock_calls)
+    ]
+    assert kept == [("rollouts.jsonl", step, q.text) for step in (1, 11) for q in QUESTIONS[:2]]

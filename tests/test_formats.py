@@ -3,8 +3,6 @@
 import contextlib
 import gzip
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,9 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-import arpo_mini
 from advantage import reward
-from app import cli
 from data.files import Document, UserError, load_documents
 from data.formats import Question, load_demonstrations, load_questions
 
@@ -118,15 +114,13 @@ def test_lines_arrays_and_gz_are_told_by_their_bytes(content, tmp_path):
 
 BROKEN = {
     "empty": (b"", "holds no"),
-    "binary": (bytes(range(128, 256)), "line 1: byte 0 is no UTF-8 text"),
-    "latin-1": (TWO + '{"question": "é"}'.encode("latin-1"), "line 3: byte 14"),
+    "latin-1": (TWO + '{"question": "é"}'.encode("latin-1"), "line 3: byte 14 is no UTF-8 text"),
     "utf-16": (TWO.decode().encode("utf-16"), "save it as UTF-8"),
     "cut line": (TWO[:-9], "line 2: no JSON"),
     "cut gz": (gzip.compress(TWO * 99, mtime=0)[:-20], "cannot read"),
     "damaged gz": (gzip.compress(TWO, mtime=0)[:14] + b"\0" * 40, "cannot read"),
     "cut array": (ARRAY[:-20], "a JSON array, but no JSON"),
     "array of numbers": (b"[7]", "row 1: a row has keys, this is a int"),
-    "a list": (TWO + b"[1, 2]", "line 3: a row has keys, this is a list"),
     "deep": (TWO + b'{"a":' * 100_000, "line 3: nested too deeply"),
     "deep array": (b"[" * 100_000, "nested too deeply"),
     "no parquet": (b"PAR1 and nothing else", "cannot read"),
@@ -210,45 +204,6 @@ def test_a_hub_data_set_by_its_id(name, found, hub):
         assert found in refused(load_questions, name)
 
 
-def test_the_environment_names_the_cache_and_a_local_file_wins(hub, tmp_path):
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
-    code = "from data.files import load_documents as load; print(load('openai/gsm8k:test'))"
-    run = [sys.executable, "-c", f"import sys; sys.path.append({str(ROOT)!r}); {code}"]
-    assert b"Document(title='T', text='x')" in subprocess.check_output(run, env=env)
+def test_a_local_file_wins(hub, tmp_path):
     write(tmp_path / "openai" / "gsm8k", [ROW])
     assert load_questions("openai/gsm8k")[0].answers == ["4"]
-
-
-# ---- eval reads them ------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_eval_writes_every_measure_also_as_the_released_evaluation_scores(tmp_path):
-    figures = tmp_path / "figures.json"
-
-    def evaluated(name, *flags):
-        path = str(FIXTURES / name)
-        args = ["eval", "--dataset_path", path, "--json", str(figures), *flags]
-        assert cli.main(args, arpo_mini.train, arpo_mini.load_agent) == 0
-        return path, json.loads(figures.read_text())
-
-    short = "--max_total_tokens 256 --max_segment_tokens 24".split()
-    sampling = "--temperature 0.6 --top_p 0.95 --samples 5".split()  # of the paper
-    path, values = evaluated("plain.jsonl", *short, *sampling)
-    assert values["config"]["top_p"] == 0.95
-    sampled = values["sampled"]
-    measures = {"pass@1", "pass@5", "em", "f1", "math_equal", "tool_calls", "tool_productivity"}
-    for some in (sampled, *sampled["domains"].values()):
-        assert measures | {"official_productivity", "well_formed", "interval"} <= set(some)
-    assert set(sampled["domains"]) == {"all", "knowledge", "math"}
-    for record, question in zip(sampled["records"], load_questions(path), strict=True):
-        assert record["question"] == question.text and record["domain"] == question.domain
-        for name in ("prediction", "accuracy", "em", "f1", "math_equal", "well_formed"):
-            assert len(record[name]) == 5
-    # a badly formed transcript has an answer there: whatever was said last
-    for official, said in (("true", "<think>"), ("false", None)):
-        flags = ["--official_rewards", official, "--max_segment_tokens", "2"]
-        (record,) = evaluated("aime25.jsonl", *flags)[1]["greedy"]["records"]
-        (prediction,) = record["prediction"]
-        assert (said in prediction and "acc" in record) if said else prediction is None
-        assert record["well_formed"] == [False]

@@ -15,15 +15,14 @@ from advantage import Segment
 from arpo_mini import Agent, safe_step, train_step
 from engine import memory
 from engine.memory import Limits, OutOfMemory, fit
-from engine.model import load_policy
 from engine.packing import make_batch, make_row, recomputed, token_logprobs
 from engine.writer import Writer
 from lab.bench.job import peak_bytes
 
 
-def peak(work):
-    work()  # what is built once, and kept, does not count
-    return peak_bytes(work)
+def peak(work, *args):
+    work(*args)  # what is built once, and kept, does not count
+    return peak_bytes(lambda: work(*args))
 
 
 def chain(policy, T):
@@ -34,19 +33,16 @@ def chain(policy, T):
 
 
 def backward(policy, batch, recompute=False):
-    def work():
-        policy.model.zero_grad()
-        policy.limits.recompute = recompute
-        token_logprobs(policy, batch, 1.0).sum().backward()
-
-    return work
+    policy.model.zero_grad()
+    policy.limits.recompute = recompute
+    token_logprobs(policy, batch, 1.0).sum().backward()
 
 
 def test_logits_of_all_tokens_never_exist(monkeypatch):
     """Twice the tokens take less than one chunk of logits more, forward and backward."""
     monkeypatch.setattr(engine.packing, "HEAD_BYTES", one_chunk := 2**22)
     policy = small_policy(vocab_size=20_000, layers=1)
-    short, long = (peak(backward(policy, chain(policy, T))) for T in (256, 512))
+    short, long = (peak(backward, policy, chain(policy, T)) for T in (256, 512))
     assert short > one_chunk > long - short and long < 0.7 * 4 * 20_000 * 512  # all logits
 
 
@@ -54,7 +50,7 @@ def test_values_and_gradients_in_chunks_are_the_plain_ones(restored, monkeypatch
     """And index t describes token t, given all before it."""
     monkeypatch.setattr(engine.packing, "HEAD_BYTES", 4 * restored.vocab_size * 8)
     batch = chain(restored, 60)
-    backward(restored, batch)()
+    backward(restored, batch)
     chunked, logp = flat_gradient(restored), token_logprobs(restored, batch, 1.0)
     restored.model.zero_grad()
     plain = torch.distributions.Categorical(logits=restored.lm(batch.input_ids).logits[:, 3:-1])
@@ -69,12 +65,12 @@ def test_computing_layers_twice_saves_memory_and_changes_nothing():
     policy = small_policy(vocab_size=100, layers=6)
     for layer in policy.lm.get_decoder().layers:
         layer.self_attn.attention_dropout = 0.5
-    batch = chain(policy, 300)
-    plain, lean = (peak(backward(policy, batch, on)) for on in (False, True))
+    (lean, twice), (plain, once) = (
+        (peak(backward, policy, chain(policy, 300), on), flat_gradient(policy))
+        for on in (True, False)
+    )
     assert lean < 0.5 * plain
-    twice = flat_gradient(policy)
-    backward(policy, batch)()
-    torch.testing.assert_close(twice, flat_gradient(policy))
+    torch.testing.assert_close(twice, once)
     with recomputed(policy.lm):
         assert policy.lm.get_decoder().layers[0].training
     assert not any(module.training for module in policy.model.modules())
@@ -85,7 +81,7 @@ def test_the_estimate_of_an_update_is_near_what_it_takes(recompute):
     """Bytes a token, in float32 on a CPU."""
     shape = {"hidden_size": 128, "intermediate_size": 384, "head_dim": 32, "layers": 4}
     policy = small_policy(vocab_size=100, num_attention_heads=4, num_key_value_heads=2, **shape)
-    short, long = (peak(backward(policy, chain(policy, T), recompute)) for T in (128, 256))
+    short, long = (peak(backward, policy, chain(policy, T), recompute) for T in (128, 256))
     each = sum(memory.token_bytes(policy.lm.config, 4, recompute))
     assert 0.9 < each / ((long - short) / 128) < 1.5
 
@@ -103,12 +99,12 @@ def test_less_memory_is_less_at_once_and_none_is_no_limit(policy, config):
     assert (least.rollout_rows, least.micro_batch_tokens) == (1, 1)
     assert not large.recompute and least.recompute
     for gb in (0.35, 0.5):  # what it allows stays within what it may use
-        allowed = limits(gb)
-        assert allowed.fitted(config).rollout_rows == min(128, allowed.rollout_rows)
-        rows = allowed.rollout_rows * memory.path_bytes(policy.lm.config, 4, 512)
-        T = allowed.micro_batch_tokens
-        each = sum(memory.token_bytes(policy.lm.config, 4, allowed.recompute))
-        assert max(rows + memory.SCORES_BYTES, T * each + 4 * T * T) < gb * memory.GIB
+        some = limits(gb)
+        assert some.fitted(config).rollout_rows == min(128, some.rollout_rows)
+        rows, T = some.rollout_rows, some.micro_batch_tokens
+        each = sum(memory.token_bytes(policy.lm.config, 4, some.recompute))
+        rollout = rows * memory.path_bytes(policy.lm.config, 4, 512) + memory.SCORES_BYTES
+        assert max(rollout, T * each + 4 * T * T) < gb * memory.GIB
 
 
 def test_a_gpu_has_what_is_free_and_no_more_is_taken(monkeypatch):
@@ -221,12 +217,3 @@ def test_halves_then_layers_twice_then_one_line(caplog):
         limits.shrink("no")
     with pytest.raises(ZeroDivisionError):  # nothing else is caught
         limits.retry(TINY, lambda config: 1 / 0)
-
-
-def test_a_model_that_does_not_fit_is_one_line(config, tools, monkeypatch):
-    def load_model(config):
-        raise torch.OutOfMemoryError(WORDS)
-
-    monkeypatch.setattr("engine.model.load_model", load_model)
-    with pytest.raises(OutOfMemory, match=r"2 GiB\); --load_in_4bit true or a smaller model.*$"):
-        load_policy(config, tools, trainable=True)

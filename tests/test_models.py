@@ -1,6 +1,6 @@
 """What would train silently wrong is refused; what makes a chat; what is too long for it."""
 
-import logging
+import json
 import subprocess
 import sys
 import time
@@ -85,10 +85,9 @@ MODELS = [
     ("qwen3", HEAD, None), ("gemma", HEAD, None), ("olmo2", {}, None), ("gpt_neox", {}, None),
     ("gpt2", GPT, None), ("granite", {}, None), ("falcon", {"alibi": False}, None),
     ("cohere", {"logit_scale": 1.0}, None), ("qwen3_moe", QWEN_MOE, None), ("mistral", W8, SMALL),
-    ("smollm3", {"no_rope_layer_interval": 2}, None), ("gemma3_text", HEAD | W8, SMALL),
-    ("mixtral", EXPERTS | {"router_jitter_noise": 0.5}, None), ("falcon_h1", MAMBA, "has hybrid"),
+    ("smollm3", {"no_rope_layer_interval": 2}, None), ("falcon_h1", MAMBA, "has hybrid"),
     ("qwen2", W8 | {"use_sliding_window": True, "max_window_layers": 0}, SMALL),
-    ("mistral", {"sliding_window": 1023}, SMALL), ("cohere2", W8 | {"logit_scale": 1.0}, SMALL),
+    ("mistral", {"sliding_window": 1023}, SMALL), ("gemma3_text", HEAD | W8, SMALL),
     ("llama4_text", HEAD | {"attention_chunk_size": 8}, SMALL), ("nanochat", {}, OFF),  # a cap
     ("lfm2", {"layer_types": ["conv", "full_attention"]}, "has conv"),
     ("granite", {"logits_scaling": 8.0}, OFF), ("cohere", {"logit_scale": 0.0625}, OFF),
@@ -96,6 +95,7 @@ MODELS = [
     ("gemma2", HEAD, "cannot "), ("bloom", GPT, "not support"), ("mamba", {}, "not support"),
     ("phi3", W8, SMALL), ("starcoder2", W8, SMALL), ("olmo3", W8, SMALL),
     ("starcoder2", {"sliding_window": None}, None), ("mixtral", EXPERTS | W8, SMALL),
+    ("mixtral", EXPERTS | {"router_jitter_noise": 0.5}, None),
 ]  # fmt: skip
 
 
@@ -337,50 +337,39 @@ def test_importing_the_engine_silences_a_logger_first():
 def test_a_question_that_leaves_no_room_is_named_before_the_work(
     tmp_path, capsys, caplog, policy, config
 ):
-    path, folder = tmp_path / "questions.jsonl", tmp_path / "run"
-    path.write_text(
-        '{"question": "What is 2 plus 2?", "answer": 4}\n'
-        f'{{"question": "{"why? " * 300}", "answer": 5}}\n'
-    )
+    path, folder, question = tmp_path / "two.jsonl", tmp_path / "run", "What is 2 plus 2?"
+    rows = [{"question": text, "answer": 4} for text in (question, "why? " * 300)]
+    path.write_text("\n".join(map(json.dumps, rows)))
     for flag in ("--dataset_path", "--eval_path"):
         args = ["train", flag, str(path), "--output_dir", str(folder)]
         assert cli.main(args, train, load_agent) == 2
         error = capsys.readouterr().err
         assert f"{path}, question 2" in error and "(512)" in error and error.count("\n") == 1
     assert not folder.exists()
-    question = Question("What is 2 plus 2?", ["4"])
-    n = len(policy.prompt(question.text))
-    checks.refuse_long(policy, [question], "x", replace(config, max_total_tokens=n + 1))
+    n, asked = len(policy.prompt(question)), [Question(question, ["4"])]
+    checks.refuse_long(policy, asked, "x", replace(config, max_total_tokens=n + 1))
     with pytest.raises(UserError, match=f"x, question 1: a prompt of {n} tokens"):
-        checks.refuse_long(policy, [question], "x", replace(config, max_total_tokens=n))
-    for most, said in ((1025, 1), (1024, 0)):  # more tokens than the model knows
-        caplog.clear()
-        with caplog.at_level(logging.WARNING, "arpo_mini"):
-            model.load_policy(replace(config, max_total_tokens=most), {}, trainable=False)
-        lines = [record.getMessage() for record in caplog.records]
-        assert len(lines) == said
-        assert all("--max_total_tokens 1025" in x and "1024 tokens" in x for x in lines)
+        checks.refuse_long(policy, asked, "x", replace(config, max_total_tokens=n))
+    for most in (1024, 1025):  # more tokens than the model knows
+        model.load_policy(replace(config, max_total_tokens=most), {}, trainable=False)
+    (said,) = caplog.messages
+    assert "--max_total_tokens 1025" in said and "1024 tokens" in said
 
 
 def test_a_long_result_is_cut_and_the_conversation_goes_on(policy, config, questions):
-    text = "Na\u00efve caf\u00e9 \u6771\u4eac \U0001f600 " * 40  # a character may be four tokens
-    tools = {name: Tool(name, lambda argument: text, "") for name in ("search", "calculator")}
+    odd = "Na\u00efve caf\u00e9 \u6771\u4eac \U0001f600 " * 40  # a character may be four tokens
+    for result in (ToolResult(odd, True), ToolResult("Mira Holt is a weaver. " * 8, True)):
+        whole = policy.encode(result_text(result))
+        assert policy.encode_result(result, len(whole)) == whole
+        for most in (33, len(whole) - 1):
+            cut = policy.encode_result(result, most)
+            assert most - 5 < len(cut) <= most  # not less than there is room for
+            assert "[cut]" in policy.decode(cut)
+    tools = {name: Tool(name, lambda argument: odd, "") for name in ("search", "calculator")}
     config = replace(config, max_result_tokens=33, group_size=2)
     (leaves,) = conftest.roll_out(policy, config, tools, questions[2:3])
     assert all(leaf.author == "policy" for leaf in leaves)  # it was answered
-    results = [s.token_ids for s in shared_by(leaves) if s.author == "tool"]
-    for most, token_ids in (
-        (33, results[0]),
-        (60, policy.encode_result(ToolResult(text, True), 60)),
-    ):
-        read = policy.decode(token_ids)
-        kept = read.removeprefix("<result>\n").removesuffix(" [cut]\n</result>")
-        assert most - 5 < len(token_ids) <= most  # not less than there is room for
-        assert kept and len(kept) < len(read) and text.startswith(kept)
-    result = ToolResult("Mira Holt is a weaver. " * 8, True)
-    n = len(policy.encode(result_text(result)))
-    assert policy.decode(policy.encode_result(result, n)) == result_text(result)
-    assert "[cut]" in policy.decode(policy.encode_result(result, n - 1))
+    assert any(28 < len(s.token_ids) <= 33 for s in shared_by(leaves) if s.author == "tool")
 
 
 def test_a_result_of_ten_megabytes_costs_no_more_than_what_is_read_of_it(policy):
