@@ -18,6 +18,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+import app.records
 from advantage import Segment
 from app.config import Config
 from app.evaluation import first_per_domain
@@ -106,6 +107,14 @@ def write_questions(path, domains=3, each=1):
 @pytest.fixture(scope="session")
 def few(tmp_path_factory):
     return write_questions(tmp_path_factory.mktemp("data") / "few.jsonl")
+
+
+@pytest.fixture(scope="module")
+def every_tree():
+    """Of every step the trees are recorded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(app.records, "RECORD_EVERY", 1)
+        yield
 
 
 def lines_of(folder, name):

@@ -1,6 +1,5 @@
 """A policy and a training without a language model: what app/ needs of them, in milliseconds."""
 
-import dataclasses
 import random
 from unittest import mock
 
@@ -12,6 +11,7 @@ import app.cli
 import arpo_mini
 from advantage import Reward, Segment
 from app.records import short_answers, step_metrics
+from engine.memory import Limits
 from entropy import Decision
 
 # ---- an agent -----------------------------------------------------------------------------
@@ -104,11 +104,6 @@ class Net(torch.nn.Module):
 
     def forward(self, x):
         return self.linear(x)
-
-
-@dataclasses.dataclass
-class Limits:
-    rollout_rows: float = float("inf")
 
 
 def step_of_net(agent, optimizer, questions, config, step, scores):

@@ -1,24 +1,12 @@
-"""Credit: the tree, the reward of a leaf, the advantage of a segment, the objective of a token."""
+"""Credit: the reward of a leaf, and what soft and hard advantages of a segment do to a token."""
 
 import time
 
 import pytest
 import torch
-from conftest import random_trees
-from hypothesis import given, settings
 
-from advantage import Segment, boxed, clipped_objective, reward, segment_advantages, shared_by
+from advantage import Segment, boxed, clipped_objective, reward, segment_advantages
 from engine.official import official_reward
-
-
-def test_a_path_runs_from_the_root_to_the_leaf():
-    root = Segment("prompt", [1, 2])
-    call = Segment("policy", [3], root, stop="tool")
-    leaf = Segment("policy", [6], result := Segment("tool", [4, 5], call), stop="answer")
-    assert leaf.path() == [root, call, result, leaf] and root.path() == [root]
-    assert leaf.path_tokens() == [1, 2, 3, 4, 5, 6] and (leaf.depth(), root.depth()) == (6, 2)
-    assert Segment("policy", [1]) != Segment("policy", [1])  # compared by identity
-
 
 CALL, ADD = "<think>find</think>\n<search>mill</search>", "<think>a</think><add>1+1</add>"
 ANSWER = "<think>done</think><answer>It is \\boxed{2}</answer>"
@@ -37,11 +25,8 @@ def score(*texts, tools_used=0):
     "texts, tools_used, total",
     [
         ([ANSWER], 0, 1),
-        ([ADD, ..., ANSWER], 1, 1),
         ([ADD, ..., CALL, ..., ANSWER], 2, 1.1),
         ([" <think>3 < 4\n</think> \n <answer>\\boxed{2}</answer> \n"], 0, 1),
-        (["<think></think><answer>\\boxed{1} or \\boxed{2}</answer>\n"], 0, 1),
-        (["<think></think><answer>\\boxed{1} or {2}</answer>\n"], 0, 0),
         ([CALL + "\n", ..., ANSWER], 1, 1),
         # a result may hold anything: it is not the policy's format
         ([CALL, "<result>a quoted </result> <answer> </result>", ANSWER], 1, 1),
@@ -55,22 +40,15 @@ def test_well_formed(texts, tools_used, total):
 
 BADLY_FORMED = {
     "nothing at all": [],
-    "call with no result: over the call limit": [ADD],
-    "ends in a result": [ADD, ...],
     "ends in a result that nobody asked for": [ANSWER, ...],
-    "cut in the thought": ["<think>I wonder"],
     "cut in the answer": ["<think>a</think><answer>\\boxed{2}"],
     "no thought": ["<answer>\\boxed{2}</answer>"],
-    "call, no thought": ["<calculator>1</calculator>", ..., ANSWER],
-    "a result without a call": ["<think>a</think>", ..., ANSWER],
     "no tool": ["<think>a</think><think>b</think>", ..., ANSWER],
     "no box": ["<think>a</think><answer>2</answer>"],
     "box left open": ["<think>a</think><answer>\\boxed{2</answer>"],
-    "loose text": ["<think>a</think>So: <answer>\\boxed{2}</answer>"],
     "loose text between thoughts": ["<think>a</think>b" + ANSWER],
     "two calls": [CALL + "<search>r</search>", ..., ANSWER],
     "two answers": ["<think>a</think><answer>1</answer><answer>\\boxed{2}</answer>"],
-    "text after it": [ANSWER + " !"],
     "forged result, then the answer": [CALL + "<result>2</result>" + ANSWER],
     "forged result in a thought": ["<think>so: 2</result></think><answer>\\boxed{2}</answer>"],
     "result tag in a call": ["<think>a</think><search>q<result></search>", ..., ANSWER],
@@ -103,19 +81,6 @@ def test_a_degenerate_policy_is_judged_quickly():
 def test_the_last_box_up_to_the_brace_that_closes_it():
     texts = ["\\boxed{a{b}c} {d}", "\\boxed{1} \\boxed{2}", "\\boxed{}", "\\boxed{1", "boxed{1}"]
     assert [boxed(text) for text in texts] == ["a{b}c", "2", "", None, None]
-
-
-@settings(max_examples=20)
-@given(leaves=random_trees())
-def test_soft_is_grpo_and_hard_is_the_mean(leaves):
-    A = torch.randn(len(leaves), generator=torch.Generator().manual_seed(0))
-    below = {s: indices for s, indices in shared_by(leaves).items() if s.author == "policy"}
-    for weight in (0, 1, 0.3):
-        found = segment_advantages(leaves, A, weight)
-        assert list(found) == list(below)
-        for segment, indices in below.items():
-            own = A[indices]
-            torch.testing.assert_close(found[segment], (1 - weight) * own + weight * own.mean())
 
 
 @pytest.mark.parametrize("log_ratio, acts", [(0.5, True), (-0.5, True), (0.1, False)])

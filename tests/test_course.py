@@ -3,7 +3,6 @@
 import importlib
 import json
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -29,10 +28,8 @@ def wrong_answers():
         if line.startswith("# exercise"):
             number = line[-1]
         elif line and line[0] != "#":
-            name, hint, right, wrong = re.fullmatch(
-                r"(\w+) \((.*?)\): `(.*)` => `(.*)`", line
-            ).groups()
-            cases.append((number, name, hint, *(x.replace("\\n", "\n") for x in (right, wrong))))
+            parts = re.fullmatch(r"(\w+) \((.*?)\): `(.*)` => `(.*)`", line).groups()
+            cases.append((number, *(part.replace("\\n", "\n") for part in parts)))
     return cases
 
 
@@ -52,11 +49,9 @@ def solution(number):
 
 
 def test_there_are_eight_exercises_of_ten_points_each():
-    names = [
-        {path.stem for path in (ROOT / "course" / part).glob("*.py")}
-        for part in ("exercises", "solutions", "checks")
-    ]
-    assert names[0] == names[1] == names[2] and sorted(grade.NAMES) == list("12345678")
+    for part in ("exercises", "solutions", "checks"):
+        names = {path.stem for path in (ROOT / "course" / part).glob("*.py")}
+        assert names == set(grade.NAMES.values()) and len(names) == 8
     for number in grade.NAMES:
         assert sum(check.points for check in checks(number).values()) == 10
     caught = {(number, name) for number, name, *_ in wrong_answers()}
@@ -98,42 +93,40 @@ def test_a_typical_mistake_is_caught_by_the_check_for_it(
     assert not holds and hint in words, words
 
 
+DEF = "def token_entropy(logits):\n    "
+
+
 @pytest.mark.parametrize(
-    ("body", "words"),
+    ("text", "words"),
     [
-        ("return", "it returned None"),
-        ("return logits.sum", "a number or a tensor is expected"),
-        ("return 1 / 0", "line 2: ZeroDivisionError: division by zero"),
-        ("raise SystemExit", "line 2: SystemExit"),
-        ("import os; os._exit(0)", "ended the whole program"),
-        ("import os; os.kill(os.getpid(), 9)", "ended the whole program"),
-        ("return token_entropy(logits)", "line 2: RecursionError"),
-        ("input('?')", "line 2: EOFError"),
-        ("x = []\n    while True:\n        x += [bytes(2**26)]", "line 4: MemoryError"),
-        ("while 1:\n        try:\n            1 / 0\n        except BaseException:\n            0",
+        (DEF + "return", "it returned None"),
+        (DEF + "return logits.sum", "a number or a tensor is expected"),
+        (DEF + "return 1 / 0", "line 2: ZeroDivisionError: division by zero"),
+        (DEF + "raise SystemExit", "line 2: SystemExit"),
+        (DEF + "import os; os._exit(0)", "ended the whole program"),
+        (DEF + "import os; os.kill(os.getpid(), 9)", "ended the whole program"),
+        (DEF + "return token_entropy(logits)", "line 2: RecursionError"),
+        (DEF + "input('?')", "line 2: EOFError"),
+        (DEF + "x = []\n    while True:\n        x += [bytes(2**26)]", "line 4: MemoryError"),
+        (DEF + "while 1:\n        try:\n            1 / 0\n        except BaseException: 0",
          "stopped after"),
-    ],
-)  # fmt: skip
-def test_broken_code_costs_points_and_gives_one_line(tmp_path, body, words):
-    path = written(tmp_path, "1", f"def token_entropy(logits):\n    {body}\n")
-    seconds = 0.5 if words == "stopped after" else 10
-    holds, text = grade.apart(path, 1, checks("1")["natural_log"], seconds)
-    assert not holds and words in text and "\n" not in text
-
-
-def test_a_file_that_cannot_be_read_has_no_points(tmp_path):
-    for text, words in (
         ("def token_entropy(:", "line 1: SyntaxError"),
         ("import nothing_of_that_name", "line 1: ModuleNotFoundError"),
         ("exit()", "line 1: SystemExit"),
         ("\0", "SyntaxError"),
         ("", "there is no token_entropy in ex1_entropy.py"),
-    ):
-        written(tmp_path, "1", text)
-        outcomes = grade.grade("1", tmp_path)
-        assert not any(o.points for o in outcomes) and words in outcomes[0].text
-    missing = {o.text for o in grade.grade("3", tmp_path)}
-    assert missing == {f"there is no ex3_group_advantages.py in {tmp_path}"}
+    ],
+)  # fmt: skip
+def test_broken_code_costs_points_and_gives_one_line(tmp_path, text, words):
+    path = written(tmp_path, "1", text)
+    seconds = 0.5 if words == "stopped after" else 10
+    holds, hint = grade.apart(path, 1, checks("1")["natural_log"], seconds)
+    assert not holds and words in hint and "\n" not in hint
+
+
+def test_a_file_that_is_not_there_has_no_points(tmp_path):
+    outcomes = {(o.points, o.text) for o in grade.grade("3", tmp_path)}
+    assert outcomes == {(0, f"there is no ex3_group_advantages.py in {tmp_path}")}
 
 
 @pytest.mark.slow
@@ -142,18 +135,16 @@ def test_one_endless_function_does_not_cost_the_points_of_another(tmp_path, monk
         monkeypatch.setattr(check, "seconds", 0.3)
     endless = "    while True:\n        pass\n    logp = logits"
     written(tmp_path, "1", solution("1").replace("    logp = logits", endless))
-    passed = [o.check for o in grade.grade("1", tmp_path) if o.points]
-    assert passed == ["mean_over_tokens", "nothing_written"]
+    outcomes = grade.grade("1", tmp_path)
+    assert [o.check for o in outcomes if o.points] == ["mean_over_tokens", "nothing_written"]
     monkeypatch.setattr(grade, "SECONDS", 0.3)
     assert "seconds of this exercise are over" in grade.grade("1", tmp_path)[-1].text
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
-    for number in ("1", "3"):
-        shutil.copy(SOLUTIONS / f"{grade.NAMES[number]}.py", tmp_path)
-    path = tmp_path / "ex3_group_advantages.py"
-    worse = path.read_text().replace("r.std()", "r.var().sqrt() * 2")
-    path.write_text("print('<' * 100)\n" + worse)
+    worse = solution("3").replace("r.std()", "r.var().sqrt() * 2")
+    for number, text in (("1", solution("1")), ("3", "print('<' * 100)\n" + worse)):
+        written(tmp_path, number, text)
     command = [sys.executable, "-m", "course.grade", *"3 1 --json --folder".split(), tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     result = json.loads(done.stdout)
@@ -191,7 +182,6 @@ def test_a_picture_has_a_box_for_every_turn():
     lines = (ROOT / "tests/run/rollouts.jsonl").read_text().splitlines()
     first, second = map(json.loads, lines[:2])
     both = [Shown("grpo", None, first, "9 tool calls"), Shown("paper", None, second, "5")]
-    boxes, texts = (re.findall(f"<{x}[^>]*>", picture(both)) for x in ("rect", "text"))
     turns = [node for tree in (first, second) for node in tree["nodes"] if node["author"] != "tool"]
-    assert len(boxes) == 1 + len(turns) < len(texts)
+    assert picture(both).count("<rect ") == 1 + len(turns) < picture(both).count("<text ")
     assert ">GRPO: 9 tool calls<" in picture(both) and "GRPO" not in picture(both[1:])

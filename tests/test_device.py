@@ -94,19 +94,16 @@ def numbers(config, on_gpu):
     return {name: x for name, x in figures.items() if "seconds" not in name}, adapter
 
 
-WAYS = [
-    {"branch_rule": "official", "updates_per_rollout": 2},
-    {"micro_batch_tokens": 40, "rollout_rows": 3, "top_p": 0.9},
-]
-
-
-@pytest.mark.parametrize("changes", WAYS, ids=str)
-def test_a_step_is_the_same_on_a_pretended_gpu(changes):
-    config = replace(TINY, group_size=2, kl_coefficient=0.1, max_segment_tokens=6, **changes)
-    here = numbers(config, on_gpu=False)
-    with PretendGPU():
-        assert numbers(config, on_gpu=True) == here
-    assert here[0]["grad_norm"] > 0
+def test_a_step_is_the_same_on_a_pretended_gpu():
+    config = replace(TINY, group_size=2, kl_coefficient=0.1, max_segment_tokens=6)
+    for changed in (
+        replace(config, branch_rule="official", updates_per_rollout=2),
+        replace(config, micro_batch_tokens=40, rollout_rows=3, top_p=0.9),
+    ):
+        here = numbers(changed, on_gpu=False)
+        with PretendGPU():
+            assert numbers(changed, on_gpu=True) == here
+        assert here[0]["grad_norm"] > 0
 
 
 def test_the_pretended_gpu_is_as_strict_as_a_real_one():

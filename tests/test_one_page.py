@@ -119,11 +119,9 @@ def run_page(monkeypatch, *flags):
 
 
 def test_a_bad_flag_is_one_line(monkeypatch, capsys):
-    for flag, value in (("--steps", "0"), ("--steps", "x"), ("--branch_rule", "best")):
-        with pytest.raises(SystemExit, match="2"):
-            run_page(monkeypatch, flag, value)
-        last = capsys.readouterr().err.splitlines()[-1]
-        assert flag in last and value in last
+    with pytest.raises(SystemExit, match="2"):
+        run_page(monkeypatch, "--steps", "0")
+    assert "--steps 0: it must be" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow

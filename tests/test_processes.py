@@ -47,11 +47,8 @@ def of_a_step(share=slice(None)):
 
     def train(lr):
         def work(some, seed):
-            return (
-                update(policy, torch.optim.SGD(policy.parameters, lr=lr), rows, TINY),
-                [[]] * len(some),
-                some,
-            )
+            optimizer = torch.optim.SGD(policy.parameters, lr=lr)
+            return update(policy, optimizer, rows, TINY), [[]] * len(some), some
 
         return policy.processes.shared(work, QUESTIONS, 0)[0]
 
@@ -92,11 +89,6 @@ def test_two_processes_have_the_gradient_of_one_and_the_same_adapter(tmp_path):
     assert all(map(torch.equal, one["after"], two["after"]))
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_questions(tmp_path_factory.mktemp("data") / "few.jsonl", each=2)
-
-
 def stopped(started, log, number, whom):
     """After one more step is logged, in the middle of the next one."""
     lines = log.read_bytes().count(b"\n") if log.exists() else 0
@@ -109,10 +101,11 @@ def stopped(started, log, number, whom):
 
 
 @pytest.mark.slow
-def test_a_run_of_two_processes_from_its_beginning_to_its_end(tmp_path, data):
+def test_a_run_of_two_processes_from_its_beginning_to_its_end(tmp_path, tmp_path_factory):
     """Killed, interrupted, resumed; the same adapters after every step; process 0 writes alone."""
     run, resume = tmp_path / "run", ["--resume", tmp_path / "run"]
     train, log = (__file__, "train", tmp_path), run / "metrics.jsonl"
+    data = write_questions(tmp_path_factory.mktemp("data") / "few.jsonl", each=2)
     started = launch(*train, *FEW, 50, "--eval_path", data, "--output_dir", run)
     (code, out, error), killed = stopped(started, log, signal.SIGKILL, slice(1, None))
     assert (code, killed[0], killed[1]) == (2, -signal.SIGKILL, "")

@@ -113,12 +113,23 @@ def test_what_is_sampled_is_what_is_trained(tiny, rule, rows, temperature, N, Z)
                 assert segment.decision.granted <= segment.decision.forks or rule == "step"
 
 
+def three_drafts(roots, starts):
+    """What is written after the first result of three paths, with these H at their start."""
+    return [
+        Segment(
+            "policy",
+            [9],
+            Segment("tool", [50], Segment("policy", [1], root, entropy=H0)),
+            entropy=H,
+        )
+        for root, H0, H in zip(roots, starts, (0.5, 0.9, 0.7), strict=True)
+    ]
+
+
 def test_the_budget_goes_to_the_largest_gains_first():
     """Where a level wants more forks than there are; and its order decides nothing."""
-    root, drafts = Segment("prompt", [30]), []
-    for H in (0.5, 0.9, 0.7):
-        first = Segment("policy", [1], root, entropy=0.4)
-        drafts.append(Segment("policy", [9], Segment("tool", [50], first), entropy=H))
+    root = Segment("prompt", [30])
+    drafts = three_drafts([root] * 3, [0.4] * 3)
     a, b, c = (draft.parent for draft in drafts)
     budget = Budget(slots=5, rng=random.Random(0))
     forked = decide_forks(drafts, {root: budget}, replace(TINY, max_branches=3))
@@ -144,7 +155,6 @@ def test_a_step_has_one_budget(tiny, score, scores, at_once):
     groups = rollout(open_writer(tiny, config), questions, config, ECHO, 5, scores)
     sizes = [len(leaves) for leaves in groups]
     assert sum(sizes) == 4 * len(questions) and min(sizes) < 4 < max(sizes) <= 6
-    assert_true_to_the_model(tiny, groups, config)
     decided = [s.decision for s in every_segment(groups) if s.decision]
     assert {d.forks for d in decided} == {at_once} and max(d.granted for d in decided) == 2
     for d in decided:
@@ -153,11 +163,8 @@ def test_a_step_has_one_budget(tiny, score, scores, at_once):
 
 def test_a_step_spends_its_budget_by_hand():
     """At once above the threshold; then by score, a question's limit and, at last, the question."""
-    config, roots, drafts = replace(STEP, max_branches=2), [], []
-    for H in (0.5, 0.9, 0.7):
-        roots.append(Segment("prompt", [30]))
-        first = Segment("policy", [1], roots[-1], entropy=H / 10)
-        drafts.append(Segment("policy", [9], Segment("tool", [50], first), entropy=H))
+    config, roots = replace(STEP, max_branches=2), [Segment("prompt", [30]) for _ in range(3)]
+    drafts = three_drafts(roots, (0.05, 0.09, 0.07))
     a, b, c = (draft.parent for draft in drafts)
     budget = Budget(9, random.Random(0), most=4, threshold=0.8)
     budgets = dict.fromkeys(roots, budget)
@@ -269,40 +276,23 @@ def test_what_was_forgotten_is_read_again_and_counted(tiny, watch):
     assert sum(len(kv[0]) for kv in writer.kv.values()) <= 3 * 40
 
 
-@pytest.mark.parametrize("rows, rule", [(1, "random"), (5, "step")])
-def test_forgetting_changes_nothing_that_is_written(tiny, rows, rule, monkeypatch):
-    """Greedy, so that there is nothing to draw: with room for all, and with room for little."""
-    config = replace(TINY, temperature=0, branch_rule=rule, group_size=4, rollout_rows=rows)
-    whole = roll_out(tiny, config, ECHO, TINY_QUESTIONS)
-    monkeypatch.setattr(Writer, "make_room", lambda writer, tokens: writer.kv.clear())
-    assert trees(roll_out(tiny, config, ECHO, TINY_QUESTIONS)) == trees(whole)
-
-
-def test_a_level_takes_as_many_passes_as_its_longest_segment(tiny, monkeypatch):
+def test_a_call_takes_as_many_passes_as_its_longest_segment(tiny, monkeypatch):
     """The first k tokens, those of the forks, and what is then left of the longest one."""
-    begin, finish, begun, levels = Writer.begin, Writer.finish, [], []
+    write, taken = Writer.write, {False: [], True: []}  # ended_may_leave: while they are finished
 
-    def counted_begin(self, nodes, k):
-        before = self.decode_steps
-        unread = Counter(node for node in nodes if node not in self.kv)
-        drafts = begin(self, nodes, k)
-        longest = max((len(draft.token_ids) for draft in drafts), default=0)
-        assert self.decode_steps - before == longest + (max(unread.values(), default=0) > 1)
-        begun.append(len(drafts))
-        return drafts
-
-    def counted_finish(self, drafts, places):
+    def counted(self, drafts, limit, ended_may_leave):
         before, had = self.decode_steps, [len(draft.token_ids) for draft in drafts]
-        finish(self, drafts, places)
-        levels.append(max(len(d.token_ids) - n for d, n in zip(drafts, had, strict=True)))
-        assert self.decode_steps - before == levels[-1]
+        write(self, drafts, limit, ended_may_leave)
+        new = [len(d.token_ids) - n for d, n in zip(drafts, had, strict=True)]
+        taken[ended_may_leave].append(self.decode_steps - before)
+        assert taken[ended_may_leave][-1] == max(new, default=0)
 
-    monkeypatch.setattr(Writer, "begin", counted_begin)
-    monkeypatch.setattr(Writer, "finish", counted_finish)
+    monkeypatch.setattr(Writer, "write", counted)
     monkeypatch.setattr(engine.writer, "STEPS", 4)
     config = replace(TINY, initial_rollouts=2, max_segment_tokens=30)
     roll_out(tiny, config, ECHO, TINY_QUESTIONS, seed=1)
-    assert max(levels) > 5 and sum(begun[1::2]) > 0
+    assert max(taken[False]) == 3 < 5 < max(taken[True])
+    assert taken[False][0] == 1  # one of the paths reads the question for both
 
 
 def test_no_more_scores_are_held_than_allowed(tiny, monkeypatch):
@@ -403,21 +393,15 @@ def test_a_thousand_rollouts_one_at_a_time_and_as_many_calls_as_are_legal(tiny, 
     assert calls == [most, most]
 
 
-def test_limits_of_calls_segments_and_trajectories_end_a_path(tiny, monkeypatch):
-    for calls in (0, 1):
-        groups = roll_out(tiny, replace(TINY, max_tool_calls=calls), ECHO, TINY_QUESTIONS)
-        leaves = [leaf for leaves in groups for leaf in leaves]
-        assert max(sum(s.author == "tool" for s in leaf.path()) for leaf in leaves) == calls
-        assert any(leaf.stop == "tool" for leaf in leaves)
-        lengths = [len(segment.token_ids) for segment in policy_segments(groups)]
-        assert max(lengths) == TINY.max_segment_tokens
+def test_limits_of_segments_and_trajectories_end_a_path(tiny, monkeypatch):
+    segments = policy_segments(roll_out(tiny, TINY, ECHO, TINY_QUESTIONS))
+    assert max(len(segment.token_ids) for segment in segments) == TINY.max_segment_tokens
     for most in (14, 16):  # a result that leaves no room to answer is dropped
         monkeypatch.setattr(tiny, "context", most if most == 16 else math.inf)  # of the model
         config = replace(TINY, max_total_tokens=14 if most == 14 else 500)
-        groups = roll_out(tiny, config, ECHO, TINY_QUESTIONS, most)
-        leaves = [leaf for leaves in groups for leaf in leaves]
+        (*leaves,) = itertools.chain(*roll_out(tiny, config, ECHO, TINY_QUESTIONS, most))
         assert all(leaf.author == "policy" and leaf.depth() <= most for leaf in leaves)
-        assert any(leaf.depth() == most and leaf.stop == "length" for leaf in leaves)
-        assert any(leaf.depth() < most and leaf.stop == "length" for leaf in leaves)
+        full = {leaf.depth() == most for leaf in leaves if leaf.stop == "length"}
+        assert full == {True, False}
         calls = [sum(s.author == "tool" for s in leaf.path()) for leaf in leaves]
         assert all(n == 3 or leaf.stop != "tool" for n, leaf in zip(calls, leaves, strict=True))

@@ -1,17 +1,15 @@
 """A training with the real policy: what it leaves, and that a stopped one ends like a whole one."""
 
 import json
-import os
 import re
-import signal
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import lines_of
+from test_run_folder import ADAPTER, ctrl_c, spoil, state_of
 
 import app.cli
-import app.records
 import arpo_mini
 import tools
 
@@ -19,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 # Steps of a fraction of a second, with everything a step can have: forks, evaluations, trees.
 TINY = (
     "--steps 4 --questions_per_step 1 --group_size 3 --initial_rollouts 2 --save_every 2"
-    " --eval_every 2 --eval_part 1 --max_segment_tokens 40"
+    " --eval_every 3 --eval_part 1 --max_segment_tokens 40"
 ).split()
 WAYS = {  # and after how many uses of which function step 3 is interrupted
     "in an optimizer step": ([], (torch.optim.AdamW, "step", 1)),
@@ -34,68 +32,33 @@ def main(*args):
 
 
 @pytest.fixture(scope="module", params=WAYS)
-def whole(request, few, tmp_path_factory):
+def whole(request, few, tmp_path_factory, every_tree):
     """An uninterrupted run, its flags, and where to interrupt one like it."""
     more, place = WAYS[request.param]
     flags = [*TINY, "--eval_path", few, *more]
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(app.records, "RECORD_EVERY", 1)
-        assert main("train", "--output_dir", folder, *flags) == 0
+    assert main("train", "--output_dir", folder, *flags) == 0
     return folder, flags, place
-
-
-def untimed(folder):
-    timed = ("seconds_rollout", "seconds_update")
-    return [
-        {k: v for k, v in m.items() if k not in timed} for m in lines_of(folder, "metrics.jsonl")
-    ]
-
-
-def assert_equal_runs(one, two):
-    """Bit for bit, but for the seconds."""
-    assert untimed(one) == untimed(two)
-    for name in (
-        *("evaluations.jsonl", "rollouts.jsonl", "adapter/adapter_config.json"),
-        *("adapter/adapter_model.safetensors", "checkpoints/step-000004/optimizer.safetensors"),
-    ):
-        assert (one / name).read_bytes() == (two / name).read_bytes(), name
 
 
 @pytest.mark.slow
 def test_stopped_and_resumed_it_equals_the_uninterrupted_run(whole, tmp_path, monkeypatch, capsys):
+    """Bit for bit, but for the seconds."""
     folder, flags, (owner, name, call) = whole
-    calls, real, asked = [], getattr(owner, name), arpo_mini.questions_of_step
-
-    def begin(questions, step, config):
-        calls.append(step) if step == 3 else None
-        return asked(questions, step, config)
-
-    def interrupted(*args, **kwargs):
-        result = real(*args, **kwargs)
-        calls.append(name) if 3 in calls else None
-        if calls.count(name) == call:
-            os.kill(os.getpid(), signal.SIGINT)
-        return result
-
-    monkeypatch.setattr(app.records, "RECORD_EVERY", 1)
-    monkeypatch.setattr(arpo_mini, "questions_of_step", begin)
-    monkeypatch.setattr(owner, name, interrupted)
-    assert main("train", "--output_dir", tmp_path / "run", *flags) == 130
+    with monkeypatch.context() as patch:
+        spoil(patch, owner, name, ctrl_c, done=2, call=call, after=True)
+        assert main("train", "--output_dir", tmp_path / "run", *flags) == 130
     assert capsys.readouterr().err == "stopped\n"
-    monkeypatch.setattr(owner, name, real)
     assert main("train", "--resume", tmp_path / "run") == 0
     assert "going on after step 2 " in capsys.readouterr().out
-    assert_equal_runs(tmp_path / "run", folder)
+    assert state_of(tmp_path / "run") == state_of(folder)
 
 
 def documented_keys():
     """The keys of metrics.jsonl that the documentation explains."""
-    for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))):
-        _, found, table = path.read_text(encoding="utf-8").partition("Keys of `metrics.jsonl`")
-        if found:
-            rows = table.split("\n\n")[1].splitlines()[2:]
-            return {key for row in rows for key in re.findall(r"`(\w+)`", row.split("|")[1])}
+    page = (ROOT / "docs/using.md").read_text(encoding="utf-8")
+    rows = page.split("Keys of `metrics.jsonl`")[1].split("\n\n")[1].splitlines()[2:]
+    return {key for row in rows for key in re.findall(r"`(\w+)`", row.split("|")[1])}
 
 
 @pytest.mark.slow
@@ -106,10 +69,9 @@ def test_a_run_leaves_what_the_documentation_says_and_evaluating_changes_none(wh
     assert [m["step"] for m in metrics] == [1, 2, 3, 4] and set(metrics[0]) == documented_keys()
     evaluations = lines_of(folder, "evaluations.jsonl")
     expected = {(step, how) for step in (0, 4) for how in ("sampled", "greedy")}
-    assert {(e["step"], e["decoding"]) for e in evaluations} == expected | {(2, "sampled")}
+    assert {(e["step"], e["decoding"]) for e in evaluations} == expected | {(3, "sampled")}
     tree = lines_of(folder, "rollouts.jsonl")[0]
     assert len(tree["leaves"]) == 3 and tree["nodes"][0]["author"] == "prompt"
-    name = "adapter/adapter_model.safetensors"
     assert main("train", *flags, "--output_dir", tmp_path / "unseen", "--eval_part", "0") == 0
     assert not (tmp_path / "unseen/evaluations.jsonl").exists()
-    assert (tmp_path / "unseen" / name).read_bytes() == (folder / name).read_bytes()
+    assert (tmp_path / "unseen" / ADAPTER).read_bytes() == (folder / ADAPTER).read_bytes()

@@ -1,6 +1,5 @@
 """The update: every token counted once and for the right trajectories, however it is batched."""
 
-import math
 from dataclasses import replace
 
 import bitsandbytes as bnb
@@ -120,23 +119,25 @@ def test_4bit_has_the_values_and_gradient_of_its_weights(policy_4bit, config, gr
     assert sum(map(len, packed)) < sum(map(len, plain))
     through_nf4 = gradient(policy_4bit, packed, config)
     assert_close(through_nf4, gradient(policy_4bit, plain, config), tolerance=1e-3)
-    swapped = []
-    for layer in policy_4bit.lm.modules():
-        if isinstance(getattr(layer, "base_layer", None), bnb.nn.Linear4bit):
-            nf4 = layer.base_layer
-            weight = bnb.functional.dequantize_4bit(nf4.weight.data, nf4.weight.quant_state)
-            layer.base_layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-            layer.base_layer.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
-            swapped.append((layer, nf4))
-    assert len(swapped) == 28
+    linear = bnb.nn.Linear4bit
+    layers = [
+        x for x in policy_4bit.lm.modules() if isinstance(getattr(x, "base_layer", 0), linear)
+    ]
+    quantised = [layer.base_layer for layer in layers]
+    for layer in layers:
+        nf4 = layer.base_layer.weight
+        weight = bnb.functional.dequantize_4bit(nf4.data, nf4.quant_state).float()
+        layer.base_layer = torch.nn.Linear(*weight.shape[::-1], bias=False)
+        layer.base_layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    assert len(layers) == 28
     unquantised = gradient(policy_4bit, packed, config)
-    for layer, nf4 in swapped:
+    for layer, nf4 in zip(layers, quantised, strict=True):
         layer.base_layer = nf4
     assert_close(through_nf4, unquantised, tolerance=1e-3)
 
 
 def test_loss_is_the_textbook_one(tiny_groups):
-    """Against a loop over trajectories and tokens: PPO's clip, dual clip, KL, token mean, count."""
+    """Segment by segment, of all trajectories: PPO's clip, dual clip, KL, token mean, count."""
     config = replace(TINY, shared_weight=0.3, dual_clip=1.5, kl_coefficient=0.2)
     leaves = max(tiny_groups, key=lambda leaves: len(shared_by(leaves)))
     rewards, shared = some_rewards(leaves), shared_by(leaves)
@@ -148,21 +149,19 @@ def test_loss_is_the_textbook_one(tiny_groups):
     A = group_advantages([r.total for r in rewards])
     total, tokens, cut, at = 0.0, 0, 0, 0
     for segment, below in shared.items():  # as they lie in the row
-        begin, at = at, at + len(segment.token_ids)
-        for i in below if segment.author == "policy" else []:
-            a = (0.7 * A[i] + 0.3 * A[below].mean()).item()
-            for t in range(begin, at):
-                ratio = math.exp(logp[0, t] - old[0, t])
-                objective = min(ratio * a, min(max(ratio, 0.8), 1.2) * a)
-                if a < 0:
-                    objective = max(objective, 1.5 * a)
-                d = (ref[0, t] - logp[0, t]).item()
-                total += -objective + 0.2 * min(math.exp(d) - d - 1, 10)
-                cut += (ratio > 1.2 and a > 0) or (ratio < 0.8 and a < 0)
-                tokens += 1
+        part = slice(at, at := at + len(segment.token_ids))
+        if segment.author == "policy":
+            a = (0.7 * A[below] + 0.3 * A[below].mean())[:, None]  # (d, 1)
+            ratio = (logp - old)[0, part].exp()  # (n)
+            clipped_to = torch.min(ratio * a, ratio.clamp(0.8, 1.2) * a)  # (d, n)
+            objective = torch.where(a < 0, clipped_to.max(1.5 * a), clipped_to)
+            d = (ref - logp)[0, part]
+            total += (0.2 * (d.exp() - d - 1).clamp(max=10) - objective).sum()
+            cut += ((ratio > 1.2) & (a > 0) | (ratio < 0.8) & (a < 0)).sum()
+            tokens += objective.numel()
     assert tokens == sum(row.weight) and max(row.weight) > 1  # some are shared
-    assert loss.item() == pytest.approx(total / tokens, rel=1e-4)
-    assert clipped.item() == cut > 0
+    assert loss.item() == pytest.approx(total.item() / tokens, rel=1e-4)
+    assert clipped == cut > 0
 
 
 def test_only_what_the_policy_sampled_is_trained_and_the_stop_token_is(tiny):
