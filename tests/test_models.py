@@ -96,6 +96,7 @@ MODELS = [
     ("phi3", W8, SMALL), ("starcoder2", W8, SMALL), ("olmo3", W8, SMALL),
     ("starcoder2", {"sliding_window": None}, None), ("mixtral", EXPERTS | W8, SMALL),
     ("mixtral", EXPERTS | {"router_jitter_noise": 0.5}, None),
+    ("cohere2", W8 | {"logit_scale": 1.0}, SMALL),
 ]  # fmt: skip
 
 
