@@ -112,7 +112,6 @@ DEF = "def token_entropy(logits):\n    "
          "stopped after"),
         ("def token_entropy(:", "line 1: SyntaxError"),
         ("import nothing_of_that_name", "line 1: ModuleNotFoundError"),
-        ("exit()", "line 1: SystemExit"),
         ("\0", "SyntaxError"),
         ("", "there is no token_entropy in ex1_entropy.py"),
     ],

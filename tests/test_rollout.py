@@ -115,15 +115,11 @@ def test_what_is_sampled_is_what_is_trained(tiny, rule, rows, temperature, N, Z)
 
 def three_drafts(roots, starts):
     """What is written after the first result of three paths, with these H at their start."""
-    return [
-        Segment(
-            "policy",
-            [9],
-            Segment("tool", [50], Segment("policy", [1], root, entropy=H0)),
-            entropy=H,
-        )
-        for root, H0, H in zip(roots, starts, (0.5, 0.9, 0.7), strict=True)
-    ]
+    drafts = []
+    for root, H_initial, H in zip(roots, starts, (0.5, 0.9, 0.7), strict=True):
+        first = Segment("policy", [1], root, entropy=H_initial)
+        drafts.append(Segment("policy", [9], Segment("tool", [50], first), entropy=H))
+    return drafts
 
 
 def test_the_budget_goes_to_the_largest_gains_first():

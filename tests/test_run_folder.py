@@ -194,7 +194,7 @@ def test_killed_with_9_it_ends_like_the_uninterrupted_run(
 def test_a_finished_run_can_be_extended_and_looked_at_again(whole, few, tmp_path, capsys):
     files = {path.suffix for path in whole.glob("checkpoints/**/*") if path.is_file()}
     assert files == {".json", ".safetensors"}  # nothing is pickled
-    made_by = json.loads((whole / "checkpoints/step-000006/checkpoint.json").read_text())["made_by"]
+    made_by = json.loads((whole / SIX / "checkpoint.json").read_text())["made_by"]
     assert made_by.keys() >= {"arpo_mini", "torch", "transformers", "peft", "bitsandbytes"}
     assert state_of(whole)["state"]["limits"]["rollout_rows"] == 64
     folder = tmp_path / "run"
