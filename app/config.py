@@ -46,10 +46,10 @@ class Config:
     max_tool_calls: int = option(6, "calls a trajectory may make", 0, 300)
     max_segment_tokens: int = option(64, "tokens of a policy segment (one turn)", 1, TOKENS)
     max_total_tokens: int = option(512, "tokens of a trajectory, prompt included", 1, TOKENS)
-    # the rollout; the comparisons in these comments: version 0.3 (commit aee8684), 5 seeds; of k,
-    # N = 4, learning rate and shared_weight: 2 seeds
+    # the rollout; N = 1 is compared in docs/results.md (8 seeds); the other comparisons in these
+    # comments: version 0.3 (commit aee8684), 5 seeds; of k, N = 4, learning rate, shared_weight: 2
     group_size: int = option(8, "M: trajectories returned for each question", 1, 10_000)
-    # N = 1, Z = 4: 53 % of GRPO's tool calls, accuracy -0.2 points [-1.3, +0.8] from GRPO's.
+    # N = 1, Z = 4: 52 % of GRPO's tool calls, accuracy +0.1 points [-1.4, +1.7] from GRPO's.
     # N = 2, Z = 1: 61 %, -0.4 [-4.0, +3.3]. N = 4, Z = 1: 73 %.
     initial_rollouts: int = option(1, "N: of M, begun at the question; the others fork", 1, 10_000)
     # no rule was more accurate than another; adaptive made 85 % of GRPO's calls, paper 61 %

@@ -82,11 +82,10 @@ def load(path: Path, steps: int) -> types.ModuleType:
         raise Wrong(f"there is no {path.name} in {path.parent}")
     module = types.ModuleType("answer")
     sys.modules["answer"] = module  # dataclasses look up the module that they stand in
-    try:
-        code = compile(path.read_bytes(), str(path), "exec")
-    except ValueError as error:  # Python 3.10 says so of a null byte
-        raise SyntaxError(str(error)) from None
-    exec(code, vars(module))
+    source = path.read_bytes()
+    if b"\0" in source:  # UTF-16, as some editors save; compile would name no line
+        raise Wrong(f"{path.name} is no UTF-8 text: save it as UTF-8")
+    exec(compile(source, str(path), "exec"), vars(module))
     module.STEPS = steps
 
     def missing(name: str):

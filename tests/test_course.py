@@ -112,7 +112,7 @@ DEF = "def token_entropy(logits):\n    "
          "stopped after"),
         ("def token_entropy(:", "line 1: SyntaxError"),
         ("import nothing_of_that_name", "line 1: ModuleNotFoundError"),
-        ("\0", "SyntaxError"),
+        ("\0", "ex1_entropy.py is no UTF-8 text: save it as UTF-8"),
         ("", "there is no token_entropy in ex1_entropy.py"),
     ],
 )  # fmt: skip

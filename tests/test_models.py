@@ -1,6 +1,7 @@
 """What would train silently wrong is refused; what makes a chat; what is too long for it."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -92,11 +93,11 @@ MODELS = [
     ("lfm2", {"layer_types": ["conv", "full_attention"]}, "has conv"),
     ("granite", {"logits_scaling": 8.0}, OFF), ("cohere", {"logit_scale": 0.0625}, OFF),
     ("falcon", {"hidden_dropout": 0.5}, OFF), ("falcon", {"alibi": True}, "compute trees"),
-    ("gemma2", HEAD, "cannot "), ("bloom", GPT, "not support"), ("mamba", {}, "not support"),
-    ("phi3", W8, SMALL), ("starcoder2", W8, SMALL), ("olmo3", W8, SMALL),
+    ("gemma2", HEAD, f"not support|{OFF}"),  # by transformers 5.23, by our check with 5.20
+    ("bloom", GPT, "not support"), ("mamba", {}, "not support"), ("phi3", W8, SMALL),
+    ("starcoder2", W8, SMALL), ("olmo3", W8, SMALL), ("cohere2", W8 | {"logit_scale": 1.0}, SMALL),
     ("starcoder2", {"sliding_window": None}, None), ("mixtral", EXPERTS | W8, SMALL),
     ("mixtral", EXPERTS | {"router_jitter_noise": 0.5}, None),
-    ("cohere2", W8 | {"logit_scale": 1.0}, SMALL),
 ]  # fmt: skip
 
 
@@ -108,7 +109,7 @@ def test_what_would_train_wrong_is_refused(tmp_path, monkeypatch, kind, shape, r
         load(tmp_path).model.save_pretrained(tmp_path / "adapter")
         load(tmp_path, adapter=str(tmp_path / "adapter"))
     else:
-        assert refused in refusal(tmp_path)
+        assert re.search(refused, refusal(tmp_path))
     if refused == SMALL and W8.items() <= shape.items():  # the numbers alone tell it, too
         monkeypatch.setattr(model, "refuse_windows", lambda *args: None)
         assert OFF in refusal(tmp_path)

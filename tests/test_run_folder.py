@@ -22,6 +22,7 @@ from scripted import main
 
 import app.evaluation
 import app.run_folder as run_folder
+import arpo_mini
 
 LOGS = run_folder.LOGS
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -152,6 +153,7 @@ def test_stopped_anywhere_and_resumed_it_equals_the_uninterrupted_run(
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert resume(folder) == 0
     assert state_of(folder) == state_of(whole)
+    assert len(state_of(folder)["state"]["scores"]) == arpo_mini.STEPS_BACK  # not of all six steps
 
 
 def test_a_second_signal_does_not_wait(whole, few, tmp_path, monkeypatch, capsys):
