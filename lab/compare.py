@@ -50,22 +50,18 @@ RESULTS = ROOT / "lab/results/compare"
 # the code. All return 64 trajectories a step.
 STEP = {"branch_rule": "step", "questions_per_step": 16, "group_size": 4, "max_leaves": 8}
 GRPO = {"branch_rule": "none", "initial_rollouts": 8}
-PAPER = {"branch_rule": "paper", "initial_rollouts": 2, "max_branches": 1, "shared_weight": 0.0}
+DEFAULT = {"branch_rule": "paper", "initial_rollouts": 1, "max_branches": 4, "shared_weight": 0.0}
 SIXTEEN = {"questions_per_step": 16, "group_size": 4}
-SETTINGS: dict[str, dict] = {  # what the comments of app/config.py compare
-    "arpo-paper": PAPER,
-    "arpo-official": {**PAPER, "branch_rule": "official", "entropy_tokens": 20},
-    "arpo-adaptive": {**PAPER, "branch_rule": "adaptive"},
-    # about as often as the paper's rule wants to fork: 93 % of the results (lab/results/compare)
-    "arpo-random": {**PAPER, "branch_rule": "random", "branch_probability": 0.9},
-    "arpo-4-of-8": {**PAPER, "initial_rollouts": 4},
-    "arpo-k5": {**PAPER, "entropy_tokens": 5},
-    "arpo-k20": {**PAPER, "entropy_tokens": 20},
-    "arpo-soft-x4": {**PAPER, "updates_per_rollout": 4},
-    "arpo-mixed-x4": {**PAPER, "updates_per_rollout": 4, "shared_weight": 0.3},
-    "arpo-hard-x4": {**PAPER, "updates_per_rollout": 4, "shared_weight": 1.0},
-    "arpo-lr-5e-4": {**PAPER, "learning_rate": 5e-4},
-    "arpo-lr-2e-3": {**PAPER, "learning_rate": 2e-3},
+SETTINGS: dict[str, dict] = {  # other values of one setting each: what app/config.py speaks of
+    "official": {**DEFAULT, "branch_rule": "official", "entropy_tokens": 20},
+    "adaptive": {**DEFAULT, "branch_rule": "adaptive"},
+    "n2-z1": {**DEFAULT, "initial_rollouts": 2, "max_branches": 1},
+    "k5": {**DEFAULT, "entropy_tokens": 5},
+    "k20": {**DEFAULT, "entropy_tokens": 20},
+    "lr-5e-4": {**DEFAULT, "learning_rate": 5e-4},
+    "lr-2e-3": {**DEFAULT, "learning_rate": 2e-3},
+    "soft-x4": {**DEFAULT, "updates_per_rollout": 4},
+    "hard-x4": {**DEFAULT, "updates_per_rollout": 4, "shared_weight": 1.0},
 }
 SHAPES: dict[str, dict] = {  # of one budget for a step
     "step-8x8": {**STEP, "questions_per_step": 8, "group_size": 8, "max_leaves": 16},
@@ -79,8 +75,7 @@ SHAPES: dict[str, dict] = {  # of one budget for a step
 }
 METHODS: dict[str, dict] = {
     "grpo": GRPO,
-    **SETTINGS,
-    "arpo-1-of-8-z4": {**PAPER, "initial_rollouts": 1, "max_branches": 4},
+    "arpo-1-of-8-z4": DEFAULT,
     "step": STEP,
     "step-random": {**STEP, "branch_score": "random"},
     "step-gain": {**STEP, "branch_score": "gain"},
@@ -92,13 +87,14 @@ METHODS: dict[str, dict] = {
     "16x4": SIXTEEN,
     "grpo-live": {**GRPO, **SIXTEEN, "initial_rollouts": 2, "control": "live"},
     **SHAPES,
+    **SETTINGS,
 }
 FAMILIES: dict[str, tuple[str, ...]] = {  # a question each, and a figure each
     "main": ("grpo", "arpo-1-of-8-z4", "step", "step-random"),
     "when": ("step-after", "step-after-random", "step-shuffled", "16x4"),
     "ceiling": ("step-oracle", "grpo-live"),
     "shape": ("step", *SHAPES, "step-gain", "step-sigma"),
-    "settings": ("grpo", *SETTINGS, "arpo-1-of-8-z4"),
+    "settings": ("arpo-1-of-8-z4", *SETTINGS),
 }
 # What a comparison sets otherwise than a training: all test questions at every evaluation, so that
 # the points of a curve are comparable.

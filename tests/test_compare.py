@@ -177,8 +177,8 @@ def fake(tmp_path, monkeypatch):
 
 def test_a_finished_run_is_not_repeated(fake):
     """Also where results.json is lost: whole folders count, a torn one is run again."""
-    methods = ("--methods", "grpo,arpo-paper", "--seeds")
-    for seeds, trained in (("1", ["arpo-paper 0", "grpo 0"]), ("2", ["arpo-paper 1", "grpo 1"])):
+    methods = ("--methods", "grpo,adaptive", "--seeds")
+    for seeds, trained in (("1", ["adaptive 0", "grpo 0"]), ("2", ["adaptive 1", "grpo 1"])):
         assert fake(*methods, seeds) == 0
         assert fake.trained() == trained
     assert fake(*methods, "2") == 0
@@ -198,16 +198,16 @@ def test_a_finished_run_is_not_repeated(fake):
 
 
 def test_a_run_that_dies_is_reported_and_stops_no_other(fake, capsys):
-    FakeProcess.failing = "arpo-paper 0"
-    methods = ("--methods", "grpo,arpo-paper", "--seeds", "2")
+    FakeProcess.failing = "adaptive 0"
+    methods = ("--methods", "grpo,adaptive", "--seeds", "2")
     assert fake(*methods) == 1
     out, error = capsys.readouterr()
-    assert "arpo-paper, seed 0: died with exit code 1: out of luck" in out
-    assert error == "error: arpo-paper, seed 0: exit code 1: out of luck\n"
-    assert fake.trained() == ["arpo-paper 0", "arpo-paper 1", "grpo 0", "grpo 1"]
+    assert "adaptive, seed 0: died with exit code 1: out of luck" in out
+    assert error == "error: adaptive, seed 0: exit code 1: out of luck\n"
+    assert fake.trained() == ["adaptive 0", "adaptive 1", "grpo 0", "grpo 1"]
     FakeProcess.failing = ""
     assert fake(*methods) == 0
-    assert fake.trained() == ["arpo-paper 0"]
+    assert fake.trained() == ["adaptive 0"]
 
 
 def test_other_settings_do_not_mix(fake, capsys, monkeypatch):
@@ -266,7 +266,7 @@ def test_what_a_process_does(tmp_path, monkeypatch, capsys):
     assert compare.main(["run", str(tmp_path / "nowhere")]) == 2
     assert "nowhere: no settings.json" in capsys.readouterr().err
     comparison = compare.Comparison(tmp_path, compare.shared_settings(compare.DEFAULTS, 5))
-    settings = comparison.settings_of(compare.Run("arpo-mixed-x4", 7))
+    settings = comparison.settings_of(compare.Run("hard-x4", 7))
     assert not any(str(ROOT) in str(value) for value in settings.values())  # can be published
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     played = mock.Mock(side_effect=[0, 0, 130])
@@ -279,7 +279,7 @@ def test_what_a_process_does(tmp_path, monkeypatch, capsys):
     config = dataclasses.asdict(Config(**parser.parse(flags)))
     assert train == "train" and config.pop("output_dir") == str(tmp_path / "run")
     own = {"version": compare.VERSION, "final_samples": 5, "files": settings["files"]}
-    assert settings.items() <= (config | own).items() and config["shared_weight"] == 0.3
+    assert settings.items() <= (config | own).items() and config["shared_weight"] == 1
     assert config["seed"] == 7 and config.keys() - settings.keys() <= compare.OF_THE_RUNS
     typed = dict(zip(others[::2], others[1::2], strict=True))
     assert evaluate == "eval" and "--dataset_path" not in typed
@@ -293,7 +293,7 @@ def test_what_a_process_does(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--methods", "ppo"], ["ppo", "grpo", "arpo-paper", "settings", "all"]),
+        (["--methods", "ppo"], ["ppo", "grpo", "adaptive", "settings", "all"]),
         (["--seeds", "0"], ["--seeds 0", "at least 1"]),
         (["--jobs", "0"], ["--jobs 0", "at least 1"]),
         (["run"], ["run"]),
@@ -318,7 +318,7 @@ def test_every_method_is_a_legal_training():
         assert 64 <= config.group_size * config.questions_per_step <= 72
         assert (config.branch_rule == "none") == name.startswith("grpo")
     assert compare.choose("main") == [*compare.FAMILIES["main"]]
-    assert compare.choose("arpo-hard-x4,grpo") == ["grpo", "arpo-hard-x4"]
+    assert compare.choose("hard-x4,grpo") == ["grpo", "hard-x4"]
     assert set(compare.METHODS) == {m for names in compare.FAMILIES.values() for m in names}
 
 
@@ -464,12 +464,12 @@ def test_a_planted_answer_is_found(kind):
 @pytest.mark.slow
 def test_two_methods_two_seeds_two_steps(tmp_path):
     """The real command: stopped by Ctrl-C, then to the last figure, and again without training."""
-    flags = "--methods grpo,arpo-paper --seeds 2 --steps 2 --jobs 2".split()
+    flags = "--methods grpo,adaptive --seeds 2 --steps 2 --jobs 2".split()
     few = write_questions(tmp_path / "few.jsonl")
     flags += ["--eval_path", few, "--eval_every", "1", "--output_dir", str(tmp_path / "out")]
     command = [sys.executable, "-m", "lab.compare", *flags]
     stopped = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    logs = [tmp_path / "out" / "runs" / name / "0" / "log.txt" for name in ("grpo", "arpo-paper")]
+    logs = [tmp_path / "out" / "runs" / name / "0" / "log.txt" for name in ("grpo", "adaptive")]
     while not all(log.exists() and "step 0" in log.read_text() for log in logs):
         time.sleep(0.1)
     stopped.send_signal(signal.SIGINT)
