@@ -42,13 +42,10 @@ def transcript(turns: list[tuple[str, str]]) -> str:
     return "".join(text for _, text in turns).replace("calculator>", "python>")
 
 
-def official_reward(transcript: str, answers: str | list[str], eos: str | None = None) -> Reward:
+def official_reward(transcript: str, answers: str | list[str]) -> Reward:
     """The released `compute_score`: one text without authors, the tools <search> and <python>."""
-    # quirk: the format is checked before the eos is cut off, and any text may follow the answer
-    # Checked first, it also leaves one pair of tags to look for: the search is linear.
-    formed, text = official_format(transcript), transcript.removesuffix(eos or "")
-    answer = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL) if formed else None
-    prediction = official_boxed(answer[1]) if answer else None
+    answer = official_answer(transcript)
+    prediction = official_boxed(answer) if answer else None
     well_formed = prediction is not None
     accuracy = f1_score(prediction, answers) if well_formed else 0.0
     # quirk: a closing tag anywhere, even in a thought, is a tool used
@@ -56,22 +53,23 @@ def official_reward(transcript: str, answers: str | list[str], eos: str | None =
     return Reward(total_reward(well_formed, accuracy, used), accuracy, well_formed, used)
 
 
-def official_format(text: str) -> bool:
-    # quirk: tags are counted, not paired: </think> may come first, or a thought after the answer
+def official_answer(text: str) -> str | None:
+    """What stands in the answer tags; None where the format is broken."""
+    # quirk: tags are counted, not paired: </think> may come first, any text follow the answer
     tags = ("<think>", "</think>", "<answer>", "</answer>")
     opened, closed, *answers = (text.count(tag) for tag in tags)
     if opened == 0 or opened != closed or answers != [1, 1]:
-        return False
+        return None
     for tool in ("search", "python"):
         call = text.find(f"<{tool}>")
         while call >= 0:  # quirk: further calls before the same </result> are not looked at
             call_end, result = text.find(f"</{tool}>", call), text.find("<result>", call)
             result_end = text.find("</result>", result)
             if not call < call_end < result < result_end:
-                return False
+                return None
             call = text.find(f"<{tool}>", result_end)
-    answer = text[text.find("<answer>") : text.find("</answer>")]
-    return "\\boxed{" in answer and "}" in answer
+    answer = text[text.find("<answer>") + len("<answer>") : text.find("</answer>")]
+    return answer if "\\boxed{" in answer and "}" in answer else None
 
 
 def official_boxed(text: str) -> str | None:

@@ -74,7 +74,7 @@ def test_a_degenerate_policy_is_judged_quickly():
         for body in (long, whole, f"<think>{long}</think><answer>\\boxed{{1}}</answer>"):
             start = time.thread_time()
             assert score(body)[0] in (-1, 0) and score(body, ..., ANSWER)[0] in (-1, 1)
-            official_reward(body[:30_000], ["1"], eos="<|im_end|>")
+            official_reward(body[:30_000], ["1"])
             assert time.thread_time() - start < 2, piece  # quadratic time would take many seconds
 
 

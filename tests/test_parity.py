@@ -46,8 +46,9 @@ def test_token_entropy():
 
 @cases("reward_transcripts")
 def test_reward(case):
-    assert official.official_format(case["solution"]) == case["format_ok"]
-    got = official.official_reward(case["solution"], case["ground_truth"], case["eos_token"])
+    assert (official.official_answer(case["solution"]) is not None) == case["format_ok"]
+    text = case["solution"].removesuffix(case["eos_token"] or "")  # as in `Policy.turns`
+    got = official.official_reward(text, case["ground_truth"])
     assert got.total == pytest.approx(case["score"], abs=1e-12)
     assert got.accuracy == pytest.approx(case["f1_score"], abs=1e-12)
     assert got.well_formed == (case["category"] not in ("bad_format", "no_answer", "box_error"))
@@ -65,7 +66,7 @@ def test_reward_units():
     # Quirks that no vector covers.
     assert official.official_boxed("\\boxed{7} and \\boxed 8") == "8"
     assert official.official_boxed("\\boxed{7} and \\boxed") is None
-    assert not official.official_format("<think></think><answer>\\boxed 8 \\boxed{7</answer>")
+    assert not official.official_answer("<think></think><answer>\\boxed 8 \\boxed{7</answer>")
 
 
 @cases("grpo_advantages")
