@@ -235,7 +235,7 @@ def call_tools(
 
 def open_writer(policy: Policy, config: Config) -> Writer:
     """A writer that has read nothing yet."""
-    on_scores = official.TopEntropy() if config.branch_rule == "official" else None
+    on_scores = official.add_entropy if config.branch_rule == "official" else None
     return Writer(policy, config, on_scores)
 
 

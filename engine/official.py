@@ -21,17 +21,17 @@ from entropy import official_entropy
 TOKENS, TOP = 20, 10  # measured of a segment; log-probs that its engine reports of each
 
 
-class TopEntropy:
-    """Sums up `Segment.entropy` while scores pass by: first 20 tokens, top 10 of each, no mean."""
+def add_entropy(drafts: list[Segment], added: list[int], scores: tuple[Tensor, ...]) -> None:
+    """Sums up `Segment.entropy` while scores pass by: first 20 tokens, top 10 of each, no mean.
 
-    def __call__(self, drafts: list[Segment], added: list[int], scores: tuple[Tensor, ...]) -> None:
-        """`added` tokens were just written to each of R drafts, from S steps of (R, V) scores."""
-        for row, (draft, n) in enumerate(zip(drafts, added, strict=True)):
-            before = len(draft.token_ids) - n
-            steps = scores[: max(0, min(n, TOKENS - before))]
-            V = scores[0].shape[-1]
-            top = [s[row].log_softmax(-1).topk(min(TOP, V)).values.tolist() for s in steps]
-            draft.entropy = (draft.entropy or 0.0) + official_entropy(top, V)
+    `added` tokens were just written to each of R drafts, from S steps of (R, V) scores.
+    """
+    for row, (draft, n) in enumerate(zip(drafts, added, strict=True)):
+        before = len(draft.token_ids) - n
+        steps = scores[: max(0, min(n, TOKENS - before))]
+        V = scores[0].shape[-1]
+        top = [s[row].log_softmax(-1).topk(min(TOP, V)).values.tolist() for s in steps]
+        draft.entropy = (draft.entropy or 0.0) + official_entropy(top, V)
 
 
 # ---- reward (deep_research.py) ------------------------------------------------------------

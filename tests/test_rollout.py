@@ -16,8 +16,8 @@ import engine.writer
 from advantage import Segment, shared_by
 from app.config import Config
 from arpo_mini import Budget, decide_forks, open_writer, rollout, spend_rest
+from engine import official
 from engine.memory import cache_bytes
-from engine.official import TopEntropy
 from engine.packing import make_batch, make_row, token_logprobs
 from engine.writer import Writer
 from entropy import RULES, official_entropy
@@ -174,15 +174,15 @@ def test_a_step_spends_its_budget_by_hand():
 
 def test_the_released_rule_compares_what_was_written_before_the_result(tiny, monkeypatch):
     """By its ten largest log-probs; H at the start is that of the same trajectory."""
-    top, original = {}, TopEntropy.__call__  # draft -> the ten largest log-probs of each token
+    top, original = {}, official.add_entropy  # draft -> the ten largest log-probs of each token
 
-    def keep(self, drafts, added, out):
+    def keep(drafts, added, out):
         for row, (draft, n) in enumerate(zip(drafts, added, strict=True)):
             largest = [scores[row].log_softmax(-1).topk(10).values.tolist() for scores in out[:n]]
             top.setdefault(draft, []).extend(largest)
-        original(self, drafts, added, out)
+        original(drafts, added, out)
 
-    monkeypatch.setattr(TopEntropy, "__call__", keep)
+    monkeypatch.setattr(official, "add_entropy", keep)
     config = replace(TINY, branch_rule="official", max_segment_tokens=30)
     groups = roll_out(tiny, config, ECHO, TINY_QUESTIONS * 2, seed=2)
     for result in (s for s in every_segment(groups) if s.author == "tool"):
