@@ -106,12 +106,12 @@ class Batch:
 
 
 def make_batch(rows: list[Row], pad_id: int, device, dtype=torch.float32) -> Batch:
-    T = max(map(len, rows))
-
-    def padded(name: str, fill: float) -> Tensor:
-        values = [getattr(row, name) + [fill] * (T - len(row)) for row in rows]
-        return torch.tensor(values, device=device)  # (B, T)
-
+    T, padded = max(map(len, rows)), {}
+    fills = {"input_ids": pad_id, "sampled_logp": math.nan}  # of padding; else 0
+    for item in fields(Row):
+        fill = [fills.get(item.name, 0)]
+        values = [getattr(row, item.name) + fill * (T - len(row)) for row in rows]
+        padded[item.name] = torch.tensor(values, device=device)  # (B, T)
     chains = all(row.parent == list(range(-1, len(row) - 1)) for row in rows)
     if chains:  # causal rows need no more than their padding
         mask = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in rows], device=device)
@@ -121,9 +121,7 @@ def make_batch(rows: list[Row], pad_id: int, device, dtype=torch.float32) -> Bat
         for i, row in enumerate(rows):
             mask[i, 0, : len(row), : len(row)].masked_fill_(row.sees(), 0.0)
         mask = mask.to(device)
-    fills = {"input_ids": pad_id, "A_plus": 0.0, "A_minus": 0.0, "sampled_logp": math.nan}
-    names = [item.name for item in fields(Batch) if item.name != "attention_mask"]
-    return Batch(attention_mask=mask, **{name: padded(name, fills.get(name, 0)) for name in names})
+    return Batch(attention_mask=mask, **padded)
 
 
 def micro_batches(rows: list[Row], token_budget: int) -> Iterator[list[Row]]:
