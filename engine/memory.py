@@ -44,8 +44,7 @@ def cache_bytes(shape, dtype_bytes: int) -> int:
 
 
 def head_dim(shape) -> int:
-    known = getattr(shape, "head_dim", None)
-    return known or shape.hidden_size // shape.num_attention_heads
+    return getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
 
 
 def path_bytes(shape, dtype_bytes: int, columns: int) -> int:
@@ -181,13 +180,13 @@ def snapshot(policy, optimizer) -> Callable[[], None]:
     """
     both = policy.parameters, optimizer.state_dict()
     weights, state = tree_map_only(torch.Tensor, lambda x: x.detach().to("cpu", copy=True), both)
-    scaler = copy.deepcopy(policy.scaler)
+    scaler = copy.deepcopy(vars(policy.scaler))
 
     def restore() -> None:
         optimizer.zero_grad()
         for parameter, value in zip(policy.parameters, weights, strict=True):
             parameter.data.copy_(value)
         optimizer.load_state_dict(copy.deepcopy(state))  # it takes what it is given as its own
-        vars(policy.scaler).update(vars(copy.deepcopy(scaler)))
+        vars(policy.scaler).update(copy.deepcopy(scaler))
 
     return restore

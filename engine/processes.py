@@ -44,8 +44,7 @@ class Processes:
         self.part = total / sum(self.exchange(total))
         flat = self.part * torch.nn.utils.parameters_to_vector(p.grad for p in parameters)
         self.meet(dist.all_reduce, flat)
-        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            p.grad = grad.view_as(p)
+        torch.nn.utils.vector_to_parameters(flat, (p.grad for p in parameters))
 
     def shared(self, work, questions: list, number: int) -> tuple[dict, list, list]:
         """work(questions, seed) -> figures, groups, rewards: of all, where each does its share."""
