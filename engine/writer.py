@@ -54,7 +54,6 @@ class Writer:
         wanted = {"output_scores": True, "return_dict_in_generate": True}
         self.sampling = GenerationConfig(**rule, **ids, **wanted)
 
-    @torch.inference_mode()
     def begin(self, nodes: list[Segment], k: int) -> list[Segment]:
         """A new policy segment after each node: its first k tokens, and their entropy.
 
@@ -71,7 +70,6 @@ class Writer:
                 draft.entropy = normalised_entropy(draft.token_entropy, self.policy.vocab_size)
         return drafts
 
-    @torch.inference_mode()
     def finish(self, drafts: list[Segment], places: Collection[Segment] = ()) -> None:
         """Each draft to its end: `stop` becomes tool, answer, eos or length.
 
@@ -81,6 +79,7 @@ class Writer:
         self.kv = {segment: kv for segment, kv in self.kv.items() if segment in needed}
         self.write(drafts, limit=self.config.max_segment_tokens, ended_may_leave=True)
 
+    @torch.inference_mode()
     def write(self, drafts: list[Segment], limit: int, ended_may_leave: bool) -> None:
         """Until every draft is complete or has `limit` tokens; as many at once as there is room."""
         while rows := [d for d in drafts if d.stop is None and len(d.token_ids) < limit]:
