@@ -172,7 +172,7 @@ def take_step(policy, optimizer, total: float, most: float, rows: list[Row]) -> 
         policy.processes.add_up(policy.parameters, total)
     policy.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters, most)
-    if policy.scaler.get_scale() == 1 or norm.isfinite():
+    if policy.scaler.get_scale() == 1:  # no scale, or none left to make smaller
         require_finite("the gradient norm", norm, [row.input_ids for row in rows])
     policy.scaler.step(optimizer)  # may overflow although the gradient did not
     policy.scaler.update()

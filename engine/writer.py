@@ -213,9 +213,8 @@ class SegmentEnd(StoppingCriteria):
         for token, (draft, limit, room) in zip(input_ids[:, -1].tolist(), rows, strict=True):
             if draft.stop is None and len(draft.token_ids) < limit:
                 draft.token_ids.append(token)
-                draft.stop = self.policy.why_ended(draft.token_ids)
-                if draft.stop is None and len(draft.token_ids) >= room:
-                    draft.stop = "length"
+                full = "length" if len(draft.token_ids) >= room else None
+                draft.stop = self.policy.why_ended(draft.token_ids) or full
             done.append(draft.stop is not None or len(draft.token_ids) >= limit)
         enough = sum(done) >= self.leave * len(done)
         return torch.tensor([enough or end for end in done], device=input_ids.device)
