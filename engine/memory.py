@@ -61,7 +61,7 @@ def token_bytes(shape, dtype_bytes: int, recompute: bool) -> tuple[int, int]:
     `recompute` only the input of each is kept, and the layer being passed is made again; half of it
     are gradients, either way.
     """
-    D, F = shape.hidden_size, shape.intermediate_size
+    D, F = shape.hidden_size, getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size
     heads = shape.num_attention_heads * head_dim(shape)
     copies = 5 if dtype_bytes < 4 else 2
     norms, adapters = 4 * (2 * D + 2 * heads), 4 * (copies * D + heads + F)
@@ -142,15 +142,15 @@ def fit(config, lm: torch.nn.Module) -> Limits:
         return Limits()
     # Of each parameter of the adapter, in float32: its gradient and AdamW's two moments.
     trained = 12 * sum(p.numel() for p in lm.parameters() if p.requires_grad)
-    b, V = lm.dtype.itemsize, lm.config.get_text_config().vocab_size
+    b, shape = lm.dtype.itemsize, lm.config.get_text_config()
     left = USABLE * total - weight_bytes(lm) - trained
-    rows = (left - SCORES_BYTES) // path_bytes(lm.config, b, config.max_total_tokens)
-    chunk = min(config.micro_batch_tokens, max(1, HEAD_BYTES // (4 * V)))
-    left -= LOGITS * 4 * V * chunk
+    rows = (left - SCORES_BYTES) // path_bytes(shape, b, config.max_total_tokens)
+    logits = 4 * shape.vocab_size  # of a token
+    left -= LOGITS * logits * min(config.micro_batch_tokens, max(1, HEAD_BYTES // logits))
 
     def tokens(recompute: bool) -> int:
         """The largest T with T * each + b * T * T <= left."""
-        each = sum(token_bytes(lm.config, b, recompute))
+        each = sum(token_bytes(shape, b, recompute))
         return int((math.sqrt(each * each + 4 * b * max(0, left)) - each) / (2 * b))
 
     # Recomputing costs a third more time: only where a whole trajectory would not fit without.

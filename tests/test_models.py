@@ -84,7 +84,7 @@ MODELS = [
     ("mistral", {"sliding_window": 1024}, None), ("phi3", {"sliding_window": None}, None),
     ("gemma3_text", HEAD | {"sliding_window": 1024}, None), ("qwen2", W8, None),  # not in use
     ("qwen3", HEAD, None), ("gemma", HEAD, None), ("olmo2", {}, None), ("gpt_neox", {}, None),
-    ("gpt2", GPT, None), ("granite", {}, None), ("falcon", {"alibi": False}, None),
+    ("gpt2", GPT, None), ("falcon", {"alibi": False, "intermediate_size": None}, None),
     ("cohere", {"logit_scale": 1.0}, None), ("qwen3_moe", QWEN_MOE, None), ("mistral", W8, SMALL),
     ("smollm3", {"no_rope_layer_interval": 2}, None), ("falcon_h1", MAMBA, "has hybrid"),
     ("qwen2", W8 | {"use_sliding_window": True, "max_window_layers": 0}, SMALL),
@@ -97,7 +97,7 @@ MODELS = [
     ("bloom", GPT, "not support"), ("mamba", {}, "not support"), ("phi3", W8, SMALL),
     ("starcoder2", W8, SMALL), ("olmo3", W8, SMALL), ("cohere2", W8 | {"logit_scale": 1.0}, SMALL),
     ("starcoder2", {"sliding_window": None}, None), ("mixtral", EXPERTS | W8, SMALL),
-    ("mixtral", EXPERTS | {"router_jitter_noise": 0.5}, None),
+    ("mixtral", EXPERTS | {"router_jitter_noise": 0.5}, None), ("granite", {}, None),
 ]  # fmt: skip
 
 
@@ -106,7 +106,7 @@ MODELS = [
 def test_what_would_train_wrong_is_refused(tmp_path, monkeypatch, kind, shape, refused):
     save_model(tmp_path, kind, **shape)
     if not refused:
-        load(tmp_path).model.save_pretrained(tmp_path / "adapter")
+        load(tmp_path, memory_gb=4.0).model.save_pretrained(tmp_path / "adapter")
         load(tmp_path, adapter=str(tmp_path / "adapter"))
     else:
         assert re.search(refused, refusal(tmp_path))
