@@ -37,20 +37,18 @@ class OutOfMemory(UserError):
 # ---- the estimate -------------------------------------------------------------------------
 
 
-def cache_bytes(shape, dtype_bytes: int) -> int:
-    """Keys and values of one token of one row, over all layers; `shape` is the model's config."""
-    heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
-    return 2 * shape.num_hidden_layers * heads * head_dim(shape) * dtype_bytes
-
-
 def head_dim(shape) -> int:
     return getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
 
 
 def path_bytes(shape, dtype_bytes: int, columns: int) -> int:
-    """One row of the rollout: its cache (a layer of it twice, where it grows) and its scores."""
-    cache = columns * cache_bytes(shape, dtype_bytes)
-    return cache + cache // shape.num_hidden_layers + SCORES * 4 * shape.vocab_size
+    """One row of the rollout: its cache (a layer of it twice, where it grows) and its scores.
+
+    `shape` is the config of the model, or of the text model in it.
+    """
+    heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
+    layer = 2 * columns * heads * head_dim(shape) * dtype_bytes  # keys and values
+    return (shape.num_hidden_layers + 1) * layer + SCORES * 4 * shape.vocab_size
 
 
 def token_bytes(shape, dtype_bytes: int, recompute: bool) -> tuple[int, int]:
