@@ -125,11 +125,9 @@ class Writer:
 
     def batch(self, drafts: list[Segment], steps: int) -> tuple[Tensor, Tensor, DynamicCache]:
         """Unread tokens (R, W), mask (R, C + W) and cache (R, heads, C, d), padded on the left."""
-        paths = [draft.path_tokens() for draft in drafts]
-        # One token at least stays unread: it must give the logits.
-        known = [self.known(d, len(path) - 1) for d, path in zip(drafts, paths, strict=True)]
+        known = [self.known(draft) for draft in drafts]
         lengths = [len(kv[0]) if kv else 0 for kv in known]
-        unread = [tokens[n:] for tokens, n in zip(paths, lengths, strict=True)]
+        unread = [d.path_tokens()[n:] for d, n in zip(drafts, lengths, strict=True)]
         news, pad = [len(tokens) for tokens in unread], self.policy.pad_id
         C, W = max(lengths), max(news)
         self.prefill_tokens += sum(map(read_by, drafts, news))
@@ -146,14 +144,15 @@ class Writer:
         mask = [pad_sequence([torch.ones(n) for n in some], **LEFT) for some in (lengths, news)]
         return *(x.to(self.policy.device) for x in (ids, torch.cat(mask, dim=1).long())), cache
 
-    def known(self, draft: Segment, most: int) -> KV:
-        """Keys and values of at most so many first tokens of a path; [] where none is known."""
+    def known(self, draft: Segment) -> KV:
+        """Keys and values of the first tokens of a path; [] where none is known."""
         segment = next((s for s in reversed(draft.path()) if s in self.kv), None)
         if segment is None:
             return []
         kv = self.kv.pop(segment)
         if segment.author != "policy":  # others may start here: it stays, as the newest
             self.kv[segment] = kv
+        most = draft.depth() - 1  # one token at least stays unread: it must give the logits
         return [x[:most] for x in kv]
 
     def store(self, drafts: list[Segment], seen: Tensor, cache, begins: bool) -> None:
