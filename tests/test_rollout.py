@@ -15,8 +15,7 @@ import arpo_mini
 import engine.writer
 from advantage import Segment, shared_by
 from app.config import Config
-from arpo_mini import Budget, decide_forks, open_writer, rollout, spend_rest
-from engine import official
+from arpo_mini import Budget, decide_forks, official, open_writer, rollout, spend_rest
 from engine.packing import make_batch, make_row, token_logprobs
 from engine.writer import Writer
 from entropy import RULES, official_entropy
