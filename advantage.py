@@ -191,5 +191,5 @@ def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
     Unbiased except for the limit of 10, which the released code has too (core_algos.py:583).
     """
-    d = ref_logp - logp
+    d = (ref_logp - logp).clamp(max=10)  # no inf: its gradient times 0 would be nan
     return (d.exp() - d - 1).clamp(max=10)

@@ -26,7 +26,7 @@ def token_entropy(logits: Tensor) -> Tensor:
 
 
 def normalised_entropy(H: Sequence[float], vocab_size: int) -> float:
-    """Mean of H / ln V, from the entropies of k tokens in nats: in [0, 1]; 0 for an empty list.
+    """Mean of H / ln V, from the entropies of k tokens in nats: 0 to 1; 0 for an empty list.
 
     The paper (Eq. 4) divides by V: if V = 152,000, the gain decides only where alpha = tau.
     """
@@ -80,7 +80,7 @@ def paper(
 ):
     """P = clip(alpha + beta * (H - H_initial)), fork when P > tau (paper, Eq. 5; the clip is ours).
 
-    Nothing is drawn. With the published alpha = tau = 0.5 this is H > H_initial, whatever beta.
+    Nothing is drawn. With the published alpha = tau = 0.5 this is H > H_initial for every beta > 0.
     """
     gain = H - H_initial
     probability = clip(branch_probability + entropy_weight * gain)

@@ -8,6 +8,7 @@ import dataclasses
 import errno
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple, TextIO
 
 from tqdm import tqdm
 
+from app import stop_at_once
 from app.config import PRESETS, Config
 from app.evaluation import evaluate, summary
 from app.page.read import report
@@ -68,6 +70,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, args: list[str]) -> dict[str, Any]:
         """What was typed; a field that was not is not in it."""
+        for arg in args:
+            if arg.startswith("--") and arg.partition("=")[2] == "--":  # argparse drops it
+                raise UserError(f"{arg}: a value is missing; see {self.prog} --help")
         values, unknown = self.parse_known_args(args)
         if unknown:
             flags = " ".join(sorted(self._option_string_actions))
@@ -158,7 +163,8 @@ def report_command(algorithm: Algorithm, folders: list[str], html: str | None) -
 
     Several runs are laid over each other. The file needs no network and no server.
     """
-    text, target = report(list(map(Path, folders))), html or str(Path(folders[0], "report.html"))
+    text = report(list(map(Path, folders)))
+    target = str(Path(folders[0], "report.html")) if html is None else html
     write_text("--html", target, text)
     say(f"{target} ({len(text) / 1e6:.2f} MB): open it in a browser")
 
@@ -230,6 +236,8 @@ def main(args: list[str], train: Callable, load_agent: Callable) -> int:
     0    done                                  1    a number was inf or nan (FloatingPointError)
     2    a UserError, or a full disk           130  Ctrl-C, 143 SIGTERM, 141 a closed pipe
     """
+    if signal.getsignal(signal.SIGINT) is stop_at_once:  # from here on we catch it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):  # a screen without a character shows its escape
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

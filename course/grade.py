@@ -214,7 +214,4 @@ def print_outcomes(number: str, folder: Path, outcomes: list[Outcome]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(main(sys.argv[1:]))

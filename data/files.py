@@ -43,6 +43,8 @@ def reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "nested too deeply"
     lines = str(getattr(error, "strerror", None) or error).splitlines()
+    if len(lines) > 1 and lines[0].endswith(":"):  # the reason stands in the next one
+        lines[0] += f" {lines[1].strip()}"
     return lines[0] if lines else type(error).__name__
 
 

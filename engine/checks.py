@@ -21,10 +21,21 @@ def refuse_windows(lm, longest: int) -> None:
     shape = lm.config.get_text_config()
     odd = {*(getattr(shape, "layer_types", None) or [])}
     odd = sorted(odd - {"full_attention", "sliding_attention", "chunked_attention"})
-    for name, size in vars(shape).items():
-        window = re.fullmatch(r"((sliding|attention)_)?(window|chunk)(_size)?", name)
-        if window and isinstance(size, int) and 0 < size < 2 * longest:
-            odd.append(f"{name} {size}, too small for --max_total_tokens {longest}")
+    small = [
+        (name, size)
+        for name, size in vars(shape).items()
+        if re.fullmatch(r"(\w+_)?(window|chunk)(_size)?", name)
+        and type(size) is int  # and no bool
+        and 0 < size < 2 * longest
+    ]
+    rope = getattr(shape, "rope_parameters", None) or {}  # of all layers, or by kind of layer
+    for each in (rope, *rope.values()):
+        if isinstance(each, dict) and each.get("rope_type") == "longrope":
+            # Beyond it, one long path changes the rotations of the others, and of what is cached.
+            name = "original_max_position_embeddings"
+            size = each.get(name) or getattr(shape, name, None) or 0
+            small += [(f"longrope with {name}", size)] * (size < longest)
+    odd += [f"{name} {size}, too small for --max_total_tokens {longest}" for name, size in small]
     if odd:
         raise ValueError(f"the model has {', '.join(odd)}, which is not supported here")
 

@@ -198,7 +198,7 @@ class Flags:
     world: str = option("country", "whose questions it learns to answer", choices=tuple(WORLDS))
     output_dir: str | None = option(None, "none: tiny-qwen3 beside the questions of the world")
     steps: int | None = option(None, "of the training; none: 2200, of world decisive 700", low=1)
-    seed: int = option(0, "of everything that is drawn", low=0)
+    seed: int = option(0, "of everything that is drawn", 0, 2**32 - 1)
 
 
 def cold_start(args: list[str]) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from rich.table import Table
 from app.cli import Parser
 from app.config import Config, check
 from app.run_folder import Terminated, terminate
-from app.screen import print_table
+from app.screen import one_line, print_table
 from data.files import UserError, reason
 
 # It says at its import that a kernel is missing which is optional.
@@ -47,6 +48,8 @@ def make_folder(path: str | Path) -> Path:
     """The folder of --output_dir, there or new."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):  # else it is said after the work
+            pass
     except OSError as error:
         raise UserError(f"--output_dir {path}: {reason(error)}") from None
     return Path(path)
@@ -67,7 +70,7 @@ def exit_code(work: Callable[[], int | None]) -> int:
     try:
         return work() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(f"error: {error}; a lower --learning_rate may help", file=sys.stderr)

@@ -33,10 +33,10 @@ from tqdm import tqdm
 
 import arpo_mini
 from app import cli
-from app.config import Config, option
+from app.config import Config, check_training, option
 from app.run_folder import VERSION
 from app.screen import say
-from data.files import UserError, reason
+from data.files import BAD_ROW, UserError, reason
 from data.formats import load_questions
 from lab import controls, forking, verdict
 from lab.command import TRAIN, exit_code, parse
@@ -128,6 +128,7 @@ class Run(NamedTuple):
 def shared_settings(values: dict, final_samples: int) -> dict:
     """What all runs have in common: a Config, paths relative to the project where possible."""
     config = Config(**values)
+    check_training(config)
     load_questions(config.dataset_path), load_questions(config.eval_path)
     arpo_mini.make_tools(config)
     settings = dataclasses.asdict(config)
@@ -290,8 +291,10 @@ class Comparison:
             return
         try:
             self.results = json.loads(self.path.read_text(encoding="utf-8"))
-            before, _ = self.results["settings"], self.results["methods"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            before = self.results["settings"]
+            for method in self.results["methods"]:
+                verdict.row(self.results, method)
+        except (OSError, ArithmeticError, LookupError, *BAD_ROW) as error:
             words = f"cannot use {self.path}: {reason(error)}; choose another --output_dir"
             raise UserError(words) from None
         refuse_changed(self.path, before, settings or before)
@@ -384,9 +387,9 @@ class Comparison:
 @dataclass(frozen=True)
 class Flags:  # beside those of `train`
     methods: str = option("main", f"of {', '.join([*METHODS, *FAMILIES])}, all")
-    seeds: int = option(8, "runs of each method, with seeds that follow each other", 1)
-    first_seed: int = option(0, "the first of them", 0)
-    final_samples: int = option(8, "of each test question, when a run is trained", 1)
+    seeds: int = option(8, "runs of each method, with seeds that follow each other", 1, 1000)
+    first_seed: int = option(0, "the first of them", 0, 2**31)
+    final_samples: int = option(8, "of each test question, when a run is trained", 1, 10_000)
     jobs: int | None = option(None, "side by side; none: one a core, at most 8; one on a GPU", 1)
     output_dir: str = option(str(RESULTS), "folder of the results")
 
@@ -410,12 +413,19 @@ def compare(args: list[str]) -> int:
     return 1 if comparison.failed else 0
 
 
+def draw(folder: Path) -> None:
+    comparison = Comparison(folder)
+    if not comparison.results["methods"]:
+        raise UserError(f"{comparison.path} holds no runs")
+    comparison.report([*METHODS])
+
+
 def main(args: list[str]) -> int:
     command, *rest = args or [""]
     if command == "run" and len(rest) == 1:  # what a comparison starts for each run
         return exit_code(lambda: play(Path(rest[0])))
     if command == "draw" and len(rest) < 2:
-        return exit_code(lambda: Comparison(Path(*rest or [RESULTS])).report([*METHODS]))
+        return exit_code(lambda: draw(Path(*rest or [RESULTS])))
     if command == "entropy":
         return exit_code(lambda: forking.study(rest))
     return exit_code(lambda: compare(args))

@@ -27,20 +27,25 @@ LEGAL = '{"context": {"title": [".."], "sentences": [[".."]]}}, or see lab.corpu
 class Flags:
     data: str = option("", "file or hub data set with contexts; several with commas between")
     output: str = option("documents.jsonl", "file to write, for --documents_path")
-    rows: int = option(10**9, "rows to read of each at most", 1)
+    rows: int = option(10**9, "rows to read of each at most", 1, 10**9)
 
 
 def paragraphs(row: dict) -> list[tuple[str, str]]:
     """(title, text) of each paragraph of a row of any of the forms."""
+    context = row["paragraphs"] if "paragraphs" in row else row["context"]
     if "paragraphs" in row:
-        return [(p.get("title") or "", p["paragraph_text"]) for p in row["paragraphs"]]
-    context = row["context"]
-    if isinstance(context, str):
-        return [(row.get("title") or "", context)]
-    if isinstance(context, dict):
+        context = [(each.get("title") or "", each["paragraph_text"]) for each in context]
+    elif isinstance(context, str):
+        context = [(row.get("title") or "", context)]
+    elif isinstance(context, dict):
         texts = context["sentences" if "sentences" in context else "content"]
         context = zip(context["title"], texts, strict=True)
-    return [(title, "".join(text).strip()) for title, text in context]
+    found = []
+    for title, text in context:
+        if not isinstance(title, str) or isinstance(text, dict):
+            raise ValueError("title and text are texts")
+        found.append((title, "".join(text).strip()))
+    return found
 
 
 def make(args: list[str]) -> None:

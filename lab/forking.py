@@ -193,8 +193,8 @@ TAKEN = (  # the settings of `train` that matter here
 
 @dataclass(frozen=True)
 class Flags:
-    questions: int = option(120, "how many of each domain", 1)
-    continuations: int = option(8, "K: trajectories from every tool result", 2)
+    questions: int = option(120, "how many of each domain", 1, 10**6)
+    continuations: int = option(8, "K: trajectories from every tool result", 2, 10_000)
     forced: str | None = option(None, "file of questions whose first call is given, not its own")
     name: str | None = option(None, "of the files; none: cold-start, or the adapter's run")
     output_dir: str = option(str(ROOT / "lab/results/entropy"), "folder of the results")

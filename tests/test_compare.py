@@ -229,8 +229,12 @@ def test_other_settings_do_not_mix(fake, capsys, monkeypatch):
     refused("files", "now {'model_name': 'another'}")
     path.rename(fake.folder / "kept.json")
     refused(str(Path("runs", "grpo", "0")), "now {'model_name': 'another'}")
-    path.write_text("[]")
-    refused("cannot use", "results.json")
+    for text in ("[]", '{"settings": {}, "methods": {"grpo": {"runs": {"0": {}}}}}'):
+        path.write_text(text)
+        refused("cannot use", "results.json")
+    path.write_text('{"settings": {}, "methods": {}}')
+    assert compare.main(["draw", str(fake.folder)]) == 2
+    assert f"{path} holds no runs" in capsys.readouterr().err
     assert fake.trained() == [] and (fake.folder / "kept.json").read_text() == before
 
 
@@ -299,6 +303,9 @@ def test_what_a_process_does(tmp_path, monkeypatch, capsys):
         (["run"], ["run"]),
         (["--branch_rule", "none"], ["--branch_rule", "--methods", "--learning_rate"]),
         (["--learning_rate", "-1"], ["--learning_rate -1", "above 0"]),
+        (["--temperature", "0"], ["--temperature 0", "training"]),
+        (["--final_samples", "100000"], ["--final_samples 100000", "at most 10000"]),
+        (["--seeds", "1000000000"], ["--seeds 1000000000", "at most 1000"]),
         (["--dataset_path", "no/such.jsonl"], ["no/such.jsonl", "No such file"]),
         (["entropy", "--continuations", "1"], ["--continuations 1", "at least 2"]),
         (["entropy", "--adapter", "no/such/adapter"], ["no/such/adapter"]),

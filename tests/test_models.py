@@ -80,7 +80,12 @@ EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4, "sliding_window": N
 QWEN_MOE = HEAD | {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_experts": 4}
 MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}
 OFF, SMALL = "log-probs of a forked row", "too small for --max_total_tokens 512"
+ROPE = {"rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 3.0, 4.0]}
+ROPE |= {"rope_type": "longrope", "factor": 1.0, "original_max_position_embeddings": 512}
+SHORT = ROPE | {"original_max_position_embeddings": 511}
 MODELS = [
+    ("qwen3", HEAD | {"rope_parameters": ROPE}, None), ("doge", {"keep_window_size": 128}, SMALL),
+    ("qwen3", HEAD | {"rope_parameters": SHORT}, SMALL),
     ("mistral", {"sliding_window": 1024}, None), ("phi3", {"sliding_window": None}, None),
     ("gemma3_text", HEAD | {"sliding_window": 1024}, None), ("qwen2", W8, None),  # not in use
     ("qwen3", HEAD, None), ("gemma", HEAD, None), ("olmo2", {}, None), ("gpt_neox", {}, None),

@@ -88,7 +88,11 @@ def test_a_corpus_holds_every_paragraph_of_any_form_once(tmp_path, monkeypatch, 
     assert len(load_documents("made.jsonl")) == 2
     capsys.readouterr()
     Path("odd.jsonl").write_text('{"question": "?"}\n', "utf-8")
+    Path("title.jsonl").write_text('{"context": "Four.", "title": 5}\n', "utf-8")
+    Path("text.jsonl").write_text('{"paragraphs": [{"paragraph_text": {"a": 1}}]}\n', "utf-8")
     for args, words in {
+        ("--data", "title.jsonl"): "title.jsonl, line 1: title and text are texts",
+        ("--data", "text.jsonl"): "text.jsonl, line 1: title and text are texts",
         (): "--data is missing",
         ("--data", "odd.jsonl"): "odd.jsonl, line 1: 'context' is missing; legal: ",
         ("--data", "rows.jsonl", "--output", "no/such/x"): "--output no/such/x: No such file",

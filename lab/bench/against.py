@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 
 import tools as toolbox
 from advantage import reward
-from app.config import Config
+from app.config import Config, check_training
 from arpo_mini import load_agent
 from course import one_page
 from data.files import UserError
@@ -38,7 +38,15 @@ from .job import Job, Size, clock, counted, force, made_on
 
 def plain(config: Config, own) -> dict:
     """Medians of steps taken in turn, after a first one of each that is watched for its memory."""
+    check_training(config)
+    names = ("kl_coefficient", "dual_clip", "official_rewards")
+    odd = [name for name in names if getattr(config, name) != getattr(Config, name)]
+    odd += ["branch_rule"] * (config.branch_rule == "step")
+    if odd:
+        words = "course/one_page.py does without it, so there is nothing to compare"
+        raise UserError(f"--{odd[0]} {getattr(config, odd[0])}: {words}")
     job = Job(load_agent(config, trainable=True), load_questions(config.dataset_path))
+    job.agent.refuse_long(job.questions, config.dataset_path)
     policy, tools = job.agent.policy, job.agent.tools
 
     def on_one_page(number: int) -> dict:
