@@ -46,13 +46,12 @@ class Config:
     max_tool_calls: int = option(6, "calls a trajectory may make", 0, 300)
     max_segment_tokens: int = option(64, "tokens of a policy segment (one turn)", 1, TOKENS)
     max_total_tokens: int = option(512, "tokens of a trajectory, prompt included", 1, TOKENS)
-    # the rollout; N = 1 is compared in docs/results.md (8 seeds); the other comparisons in these
-    # comments: version 0.3 (commit aee8684), 5 seeds; of k, N = 4, learning rate, shared_weight: 2
+    # the rollout; N = 1: 8 seeds; other comparisons in these comments: 3 seeds (docs/results.md)
     group_size: int = option(8, "M: trajectories returned for each question", 1, 10_000)
     # N = 1, Z = 4: 52 % of GRPO's tool calls, accuracy +0.1 points [-1.4, +1.7] from GRPO's.
-    # N = 2, Z = 1: 61 %, -0.4 [-4.0, +3.3]. N = 4, Z = 1: 73 %.
+    # N = 2, Z = 1: 60 % of them, and -0.5 [-2.4, +1.4] from N = 1's.
     initial_rollouts: int = option(1, "N: of M, begun at the question; the others fork", 1, 10_000)
-    # no rule was more accurate than another; adaptive made 85 % of GRPO's calls, paper 61 %
+    # none was more accurate; official made 81 % of GRPO's calls, adaptive 99 %, paper 52 %
     branch_rule: str = option(
         "paper", "paper, official, adaptive, threshold, step, random or none", choices=RULES
     )
@@ -74,10 +73,9 @@ class Config:
     steps: int = option(100, "training steps: a rollout and its update each", 1, STEPS)
     questions_per_step: int = option(8, "questions of a training step", 1, 100_000)
     updates_per_rollout: int = option(1, "optimizer steps on a rollout; >1: off-policy", 1, 1000)
-    # 5e-4 and 2e-3 end 2 to 3 points lower
+    # 5e-4 and 2e-3 end 1.5 points lower
     learning_rate: float = option(1e-3, "of AdamW; in train constant", above=0, high=1)
-    # with one update a rollout it changes nothing; with four updates all values end 1 to 5 points
-    # lower than with one
+    # with one update a rollout it changes nothing; with four, 0 and 1 both end lower than with one
     shared_weight: float = option(0.0, "credit of shared tokens: 0 soft, 1 hard", 0, 1)
     clip_low: float = option(0.2, "the ratio is clipped below 1 - clip_low", 0, 1)
     clip_high: float = option(0.2, "and above 1 + clip_high (larger: clip-higher)", 0, 10**6)
