@@ -6,14 +6,14 @@ GRPO samples M trajectories of a question from its beginning and compares their 
 only N of them there. The other M - N fork off at a tool result, where the policy is more uncertain
 than it was at the start. They share every token, tool call and cache entry before that point.
 
-Read from top to bottom: `train_step` is the algorithm, `grow` the recursion in it. Other files:
-entropy.py (where to fork), advantage.py (rewards, advantages), tools.py (what can be called). Not
-here: how models, caches, packed rows and memory work (engine/), flags, files and tables (app/).
+Read from top to bottom: `train_step` is the algorithm, `grow` the recursion that forks; then come
+rewards and advantages, the update, the training loop. Other files: entropy.py (where to fork),
+advantage.py (rewards, advantages), tools.py (what can be called). Not here: how a model is loaded,
+how caches, packed rows and memory work (engine/), flags, files and tables (app/).
 """
 
 from __future__ import annotations
 
-import app  # noqa: F401  # isort: skip  # first: Ctrl-C ends it while the libraries load
 import dataclasses
 import math
 import random

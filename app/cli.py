@@ -8,7 +8,6 @@ import dataclasses
 import errno
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any, NamedTuple, TextIO
 
 from tqdm import tqdm
 
-from app import stop_at_once
 from app.config import PRESETS, Config
 from app.evaluation import evaluate, summary
 from app.page.read import report
@@ -139,14 +137,9 @@ def eval_command(
 
 
 def show_command(
-    algorithm: Algorithm,
-    config: Config,
-    text: str | None,
-    answer: str | None,
-    example: str | None,
-    compare: str | None,
-    html: str | None,
-) -> None:
+    algorithm: Algorithm, config: Config, text: str | None, answer: str | None,
+    example: str | None, compare: str | None, html: str | None,
+) -> None:  # fmt: skip
     """Roll out one question and draw its tree: entropy, tool results, decisions, rewards."""
     question, configs = question_to_show(config, text, answer, example), to_show(config, compare)
     if html is not None:
@@ -163,8 +156,7 @@ def report_command(algorithm: Algorithm, folders: list[str], html: str | None) -
 
     Several runs are laid over each other. The file needs no network and no server.
     """
-    text = report(list(map(Path, folders)))
-    target = str(Path(folders[0], "report.html")) if html is None else html
+    text, target = report(list(map(Path, folders))), html or str(Path(folders[0], "report.html"))
     write_text("--html", target, text)
     say(f"{target} ({len(text) / 1e6:.2f} MB): open it in a browser")
 
@@ -231,19 +223,23 @@ def parse_command(args: list[str]) -> Callable[[Algorithm], None]:
 
 
 def main(args: list[str], train: Callable, load_agent: Callable) -> int:
-    """Run a command. The exit code says how it ended:
+    """Run a command: its exit code."""
+    return exit_code(lambda: parse_command(args)(Algorithm(train, load_agent)))
+
+
+def exit_code(work: Callable[[], int | None]) -> int:
+    """How it ended: what it returns, or
 
     0    done                                  1    a number was inf or nan (FloatingPointError)
     2    a UserError, or a full disk           130  Ctrl-C, 143 SIGTERM, 141 a closed pipe
     """
-    if signal.getsignal(signal.SIGINT) is stop_at_once:  # from here on we catch it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):  # a screen without a character shows its escape
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        parse_command(args)(Algorithm(train, load_agent))
+        code = work() or 0
         print(end="", flush=True)
+        return code
     except UserError as error:
         return complain(f"error: {one_line(str(error))}", 2)
     except FloatingPointError as error:
@@ -257,7 +253,6 @@ def main(args: list[str], train: Callable, load_agent: Callable) -> int:
         if isinstance(error, BrokenPipeError):  # who read it wants no more
             return 141
         return complain(f"error: cannot write to the screen: {reason(error)}", 2)
-    return 0
 
 
 SCREEN_GONE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EINVAL)  # last: Windows

@@ -249,6 +249,8 @@ def new_folder(wanted: str) -> Path:
     """The folder itself, or its name with the first free number: no run overwrites another."""
     try:
         first = Path(wanted).resolve()
+        if not Path(wanted).name:  # "", ".", "/"
+            raise ValueError("it must name a folder of the run's own")
         for number in itertools.count(1):
             folder = first if number == 1 else first.with_name(f"{first.name}-{number}")
             with contextlib.suppress(FileExistsError):

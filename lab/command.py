@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import logging
 import signal
-import sys
 import tempfile
 from collections.abc import Callable, Container, Iterable
 from pathlib import Path
@@ -13,10 +12,10 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from app.cli import Parser
+from app import cli
 from app.config import Config, check
-from app.run_folder import Terminated, terminate
-from app.screen import one_line, print_table
+from app.run_folder import terminate
+from app.screen import print_table
 from data.files import UserError, reason
 
 # It says at its import that a kernel is missing which is optional.
@@ -32,7 +31,7 @@ def parse(
 
     `own` is a dataclass of fields like Config's; `defaults` are other ones for fields of Config.
     """
-    parser = Parser(prog=prog, description=text.split("\n\n")[0], allow_abbrev=False)
+    parser = cli.Parser(prog=prog, description=text.split("\n\n")[0], allow_abbrev=False)
     mine = dataclasses.fields(own)
     for item in [*mine, *(item for item in dataclasses.fields(Config) if item.name in names)]:
         shown = copy.copy(item)
@@ -48,8 +47,7 @@ def make_folder(path: str | Path) -> Path:
     """The folder of --output_dir, there or new."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):  # else it is said after the work
-            pass
+        tempfile.TemporaryFile(dir=path).close()  # else it is said after the work
     except OSError as error:
         raise UserError(f"--output_dir {path}: {reason(error)}") from None
     return Path(path)
@@ -63,21 +61,12 @@ def print_rows(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
 
 
 def exit_code(work: Callable[[], int | None]) -> int:
-    """How it ended: 0 done, 1 a number is inf or nan, 2 UserError, 130 Ctrl-C, 143 SIGTERM."""
+    """As of `arpo_mini.py`; SIGTERM ends every command here as Ctrl-C does."""
     # A script's `&` has SIGINT ignored, here and in all children.
     handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        return work() or 0
-    except UserError as error:
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"error: {error}; a lower --learning_rate may help", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as stop:
-        print("stopped", file=sys.stderr)
-        return 143 if isinstance(stop, Terminated) else 130
+        return cli.exit_code(work)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

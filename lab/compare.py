@@ -291,9 +291,10 @@ class Comparison:
             return
         try:
             self.results = json.loads(self.path.read_text(encoding="utf-8"))
-            before = self.results["settings"]
-            for method in self.results["methods"]:
-                verdict.row(self.results, method)
+            before, methods = self.results["settings"], self.results["methods"]
+            whole = [verdict.row(self.results, method) for method in methods]
+            if not (whole or settings):
+                raise ValueError("it holds no runs")
         except (OSError, ArithmeticError, LookupError, *BAD_ROW) as error:
             words = f"cannot use {self.path}: {reason(error)}; choose another --output_dir"
             raise UserError(words) from None
@@ -413,19 +414,12 @@ def compare(args: list[str]) -> int:
     return 1 if comparison.failed else 0
 
 
-def draw(folder: Path) -> None:
-    comparison = Comparison(folder)
-    if not comparison.results["methods"]:
-        raise UserError(f"{comparison.path} holds no runs")
-    comparison.report([*METHODS])
-
-
 def main(args: list[str]) -> int:
     command, *rest = args or [""]
     if command == "run" and len(rest) == 1:  # what a comparison starts for each run
         return exit_code(lambda: play(Path(rest[0])))
     if command == "draw" and len(rest) < 2:
-        return exit_code(lambda: draw(Path(*rest or [RESULTS])))
+        return exit_code(lambda: Comparison(Path(*rest or [RESULTS])).report([*METHODS]))
     if command == "entropy":
         return exit_code(lambda: forking.study(rest))
     return exit_code(lambda: compare(args))

@@ -32,10 +32,9 @@ class Flags:
 
 def paragraphs(row: dict) -> list[tuple[str, str]]:
     """(title, text) of each paragraph of a row of any of the forms."""
-    context = row["paragraphs"] if "paragraphs" in row else row["context"]
     if "paragraphs" in row:
-        context = [(each.get("title") or "", each["paragraph_text"]) for each in context]
-    elif isinstance(context, str):
+        context = [(each.get("title") or "", each["paragraph_text"]) for each in row["paragraphs"]]
+    elif isinstance(context := row["context"], str):
         context = [(row.get("title") or "", context)]
     elif isinstance(context, dict):
         texts = context["sentences" if "sentences" in context else "content"]

@@ -117,6 +117,17 @@ def every_tree():
         yield
 
 
+@pytest.fixture
+def refused(capsys):
+    def check(code, *words):  # 2, and one line of error with these words; returns the output
+        out, error = capsys.readouterr()
+        assert code == 2 and error.count("\n") == 1 and "Traceback" not in error
+        assert all(word in error for word in words)
+        return out
+
+    return check
+
+
 def lines_of(folder, name):
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 

@@ -289,12 +289,10 @@ def test_running_out_of_memory_is_a_figure_too(monkeypatch):
         (["gpu"], "no GPU was found"),
     ],
 )
-def test_what_cannot_be_done_is_one_line_and_exit_code_2(capsys, monkeypatch, args, words):
+def test_what_cannot_be_done_is_one_line_and_exit_code_2(refused, monkeypatch, args, words):
     monkeypatch.setitem(sys.modules, "trl", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(args) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and words in error
+    refused(main(args), words)
 
 
 def test_a_figure_is_shown_as_a_reader_expects_it():

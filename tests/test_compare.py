@@ -210,31 +210,28 @@ def test_a_run_that_dies_is_reported_and_stops_no_other(fake, capsys):
     assert fake.trained() == ["adaptive 0"]
 
 
-def test_other_settings_do_not_mix(fake, capsys, monkeypatch):
+def test_other_settings_do_not_mix(fake, refused, monkeypatch):
     one = ("--methods", "grpo", "--seeds", "1")
     assert fake(*one) == 0 and fake.trained()
     path = fake.folder / "results.json"
     before = path.read_text()
 
-    def refused(*words, flags=()):
-        assert fake(*one, *flags) == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1 and all(word in error for word in (*words, "--output_dir"))
+    def check(*words, flags=()):
+        refused(fake(*one, *flags), *words, "--output_dir")
 
-    refused("learning_rate 0.001, now 0.5", flags=("--learning_rate", "0.5"))
+    check("learning_rate 0.001, now 0.5", flags=("--learning_rate", "0.5"))
     with monkeypatch.context() as patch:
         patch.setitem(compare.METHODS, "grpo", {**compare.GRPO, "temperature": 0.9})
-        refused("temperature None, now 0.9")
+        check("temperature None, now 0.9")
     monkeypatch.setattr(compare, "fingerprints", lambda settings: {"model_name": "another"})
-    refused("files", "now {'model_name': 'another'}")
+    check("files", "now {'model_name': 'another'}")
     path.rename(fake.folder / "kept.json")
-    refused(str(Path("runs", "grpo", "0")), "now {'model_name': 'another'}")
+    check(str(Path("runs", "grpo", "0")), "now {'model_name': 'another'}")
     for text in ("[]", '{"settings": {}, "methods": {"grpo": {"runs": {"0": {}}}}}'):
         path.write_text(text)
-        refused("cannot use", "results.json")
+        check("cannot use", "results.json")
     path.write_text('{"settings": {}, "methods": {}}')
-    assert compare.main(["draw", str(fake.folder)]) == 2
-    assert f"{path} holds no runs" in capsys.readouterr().err
+    refused(compare.main(["draw", str(fake.folder)]), f"{path}: it holds no runs")
     assert fake.trained() == [] and (fake.folder / "kept.json").read_text() == before
 
 
@@ -255,20 +252,18 @@ def test_a_run_goes_on_unless_its_settings_or_files_changed(fake, tmp_path):
     assert set(compare.fingerprints(dataclasses.asdict(Config()))) == inputs
 
 
-def test_one_process_at_a_time(fake, capsys):
+def test_one_process_at_a_time(fake, refused):
     """In the folder of a comparison, and in that of a run that outlived one that was killed."""
     for held in (fake.folder / "runs", fake.folder / "runs" / "grpo" / "0"):
         with compare.locked(held):
-            assert fake("--methods", "grpo", "--seeds", "1") == 2
-    assert capsys.readouterr().err.count("is at work there") == 2
+            refused(fake("--methods", "grpo", "--seeds", "1"), "is at work there")
     assert fake("--methods", "grpo", "--seeds", "1") == 0
     assert fake.trained() == ["grpo 0"]
 
 
-def test_what_a_process_does(tmp_path, monkeypatch, capsys):
+def test_what_a_process_does(tmp_path, monkeypatch, refused):
     """What it parses is what the parent records: None, booleans and paths included."""
-    assert compare.main(["run", str(tmp_path / "nowhere")]) == 2
-    assert "nowhere: no settings.json" in capsys.readouterr().err
+    refused(compare.main(["run", str(tmp_path / "nowhere")]), "nowhere: no settings.json")
     comparison = compare.Comparison(tmp_path, compare.shared_settings(compare.DEFAULTS, 5))
     settings = comparison.settings_of(compare.Run("hard-x4", 7))
     assert not any(str(ROOT) in str(value) for value in settings.values())  # can be published
@@ -305,16 +300,14 @@ def test_what_a_process_does(tmp_path, monkeypatch, capsys):
         (["--learning_rate", "-1"], ["--learning_rate -1", "above 0"]),
         (["--temperature", "0"], ["--temperature 0", "training"]),
         (["--final_samples", "100000"], ["--final_samples 100000", "at most 10000"]),
-        (["--seeds", "1000000000"], ["--seeds 1000000000", "at most 1000"]),
         (["--dataset_path", "no/such.jsonl"], ["no/such.jsonl", "No such file"]),
         (["entropy", "--continuations", "1"], ["--continuations 1", "at least 2"]),
         (["entropy", "--adapter", "no/such/adapter"], ["no/such/adapter"]),
     ],
 )
-def test_bad_input_is_one_line(args, words, capsys, tmp_path):
-    assert compare.main([*args, "--output_dir", str(tmp_path / "out")]) == 2
-    out, error = capsys.readouterr()
-    assert out == "" and error.count("\n") == 1 and all(word in error for word in words)
+def test_bad_input_is_one_line(args, words, refused, tmp_path):
+    code = compare.main([*args, "--output_dir", str(tmp_path / "out")])
+    assert refused(code, *words) == ""
     assert not (tmp_path / "out").exists()
 
 
@@ -442,11 +435,10 @@ def test_entropies_at_given_calls_are_those_of_the_model(policy, config, tools):
         ('{"question": "a"}', ["--max_total_tokens", "30"], "--max_total_tokens 30: the result"),
     ],
 )
-def test_calls_that_cannot_be_given_are_refused(row, flags, words, tmp_path, capsys):
+def test_calls_that_cannot_be_given_are_refused(row, flags, words, tmp_path, refused):
     (tmp_path / "f.jsonl").write_text(row)
     where = ["--forced", str(tmp_path / "f.jsonl"), "--output_dir", str(tmp_path / "out")]
-    assert compare.main(["entropy", *where, *flags]) == 2
-    assert words in capsys.readouterr().err
+    refused(compare.main(["entropy", *where, *flags]), words)
 
 
 @pytest.mark.parametrize("kind", ["tells", "does not", "never varies"])

@@ -140,7 +140,7 @@ def test_one_endless_function_does_not_cost_the_points_of_another(tmp_path, monk
     assert "seconds of this exercise are over" in grade.grade("1", tmp_path)[-1].text
 
 
-def test_the_command(tmp_path, monkeypatch, capsys):
+def test_the_command(tmp_path, monkeypatch, capsys, refused):
     worse = solution("3").replace("r.std()", "r.var().sqrt() * 2")
     for number, text in (("1", solution("1")), ("3", "print('<' * 100)\n" + worse)):
         written(tmp_path, number, text)
@@ -157,8 +157,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     for args, words in ((["9"], ["'9'", "'8', 'all'"]), (["1", "--folder", "no"], ["no is not a"])):
         with pytest.raises(SystemExit, match="2"):
             grade.main(args)
-        out, error = capsys.readouterr()
-        assert out == "" and error.count("\n") == 1 and all(word in error for word in words)
+        assert refused(2, *words) == ""
 
 
 @pytest.mark.slow

@@ -103,12 +103,6 @@ def test_policy_loss(case):
         assert_close(logp.grad, case["grad_log_prob"])
 
 
-def test_kl_k3_has_a_gradient_where_the_policies_are_far_apart():
-    logp = torch.tensor([-100.0, -1.0], requires_grad=True)
-    kl_k3(logp, torch.tensor([-1.0, -100.0])).sum().backward()
-    assert logp.grad.tolist() == [0, 0]
-
-
 def test_kl_k3():
     for case in load("kl_penalty"):
         logp = torch.tensor(case["logprob"], requires_grad=True)
@@ -116,6 +110,9 @@ def test_kl_k3():
         kl.sum().backward()
         assert_close(kl.detach(), case["expected"])
         assert_close(logp.grad, case["grad_logprob"])
+    far = torch.tensor([-100.0, -1.0], requires_grad=True)
+    kl_k3(far, torch.tensor([-1.0, -100.0])).sum().backward()
+    assert far.grad.tolist() == [0, 0]  # and not nan
 
 
 # ---- the released evaluation --------------------------------------------------------------

@@ -204,17 +204,14 @@ def tree_with(place, field, value):
         ]),
     ],
 )  # fmt: skip
-def test_what_is_no_run_is_one_line_and_exit_code_2(name, text, words, run_folder, capsys):
+def test_what_is_no_run_is_one_line_and_exit_code_2(name, text, words, run_folder, refused):
     if not name:
         shutil.rmtree(run_folder)
     elif text is None:
         (run_folder / name).unlink()
     else:
         (run_folder / name).write_text(text)
-    assert main("report", run_folder) == 2
-    out, error = capsys.readouterr()
-    assert out == "" and len(error.strip().splitlines()) == 1
-    assert words in error and str(run_folder) in error
+    assert refused(main("report", run_folder), words, str(run_folder)) == ""
     assert not (run_folder / "report.html").exists()
 
 

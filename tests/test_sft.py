@@ -194,11 +194,9 @@ LEFT = "no demonstration is left: 1 call python for more than one expression; 2 
         (f"--data '{ROOT}/data/test.jsonl'", "holds no demonstrations"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(flags, words, capsys, tmp_path, monkeypatch):
+def test_bad_input_is_one_line_and_exit_code_2(flags, words, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["--model_name", TINY, *shlex.split(flags)]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and words in error
+    refused(main(["--model_name", TINY, *shlex.split(flags)]), words)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -43,8 +43,7 @@ def plain(config: Config, own) -> dict:
     odd = [name for name in names if getattr(config, name) != getattr(Config, name)]
     odd += ["branch_rule"] * (config.branch_rule == "step")
     if odd:
-        words = "course/one_page.py does without it, so there is nothing to compare"
-        raise UserError(f"--{odd[0]} {getattr(config, odd[0])}: {words}")
+        raise UserError(f"--{odd[0]} {getattr(config, odd[0])}: course/one_page.py does without it")
     job = Job(load_agent(config, trainable=True), load_questions(config.dataset_path))
     job.agent.refuse_long(job.questions, config.dataset_path)
     policy, tools = job.agent.policy, job.agent.tools

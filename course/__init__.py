@@ -1,3 +1,0 @@
-"""Two classes: one page, exercises, a notebook."""
-
-import app  # noqa: F401  # first: Ctrl-C ends it while the libraries load

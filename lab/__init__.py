@@ -1,3 +1,0 @@
-"""Comparisons, cold starts, measurements."""
-
-import app  # noqa: F401  # first: Ctrl-C ends it while the libraries load
