@@ -49,7 +49,7 @@ def accuracy(results: dict, methods: list[str], stem: Path) -> None:
                 colour = COLOURS[i % len(COLOURS)]
                 style = STYLES[i // len(COLOURS) % len(STYLES)]
                 ax.plot(x, 100 * e[:, 0], style, label=method, lw=1.8, color=colour)
-                ax.fill_between(x, 100 * e[:, 1], 100 * e[:, 2], alpha=0.15, lw=0, color=colour)
+                ax.fill_between(x, *100 * e[:, 1:].T.clip(0, 1), alpha=0.15, lw=0, color=colour)
             ax.set_xlabel(label)
             ax.set_xlim(left=0)
             ax.xaxis.set_major_formatter(EngFormatter(sep=""))

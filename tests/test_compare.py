@@ -306,8 +306,7 @@ def test_what_a_process_does(tmp_path, monkeypatch, refused):
     ],
 )
 def test_bad_input_is_one_line(args, words, refused, tmp_path):
-    code = compare.main([*args, "--output_dir", str(tmp_path / "out")])
-    assert refused(code, *words) == ""
+    assert refused(compare.main([*args, "--output_dir", str(tmp_path / "out")]), *words) == ""
     assert not (tmp_path / "out").exists()
 
 

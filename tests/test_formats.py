@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from advantage import reward
-from data.files import Document, UserError, load_documents
+from data.files import Document, UserError, load_documents, reason
 from data.formats import Question, load_demonstrations, load_questions
 
 ROOT = Path(__file__).parent.parent
@@ -133,6 +133,7 @@ def test_a_broken_file_is_one_line(kind, tmp_path):
     content, words = BROKEN[kind]
     for load, _ in LOADERS.values():
         assert words in refused(load, write(tmp_path / "x.jsonl", content))
+    assert reason(ValueError("in the next line:\n  why\nmore")) == "in the next line: why"
 
 
 def test_folders_and_rows_of_parquet_are_one_line(tmp_path, monkeypatch):
