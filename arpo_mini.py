@@ -1,4 +1,4 @@
-"""ARPO in one file: roll out, fork where uncertain, advantages, update (arXiv 2507.19849).
+"""The algorithm of ARPO: roll out, fork where uncertain, advantages, update (arXiv 2507.19849).
 
     python arpo_mini.py train | eval | show | report      (--help lists the flags of each)
 
@@ -124,7 +124,7 @@ def grow(
 class Budget:
     """Paths that are still to begin: of one question, or of all questions of a step."""
 
-    slots: int  # how many: forks first, what is left when all paths have ended begins anew
+    slots: int  # how many: forks first; the rest begins when all paths have ended
     rng: random.Random  # what the branch rule draws from
     most: float = math.inf  # slots that one question may use
     threshold: float = math.inf  # rule step: fork at once where the score is above it
@@ -143,7 +143,7 @@ def rollout(
     M, N, leaves = config.group_size, config.initial_rollouts, []
     roots = [Segment("prompt", writer.policy.prompt(question.text)) for question in questions]
     if config.branch_rule == "step":
-        forks, most = (M - N) * len(roots), config.max_leaves - N
+        forks, most = (M - N) * len(roots), (config.max_leaves or 2 * M) - N
         wanted = config.questions_per_step * (M - N) / max(1, config.max_branches)
         T = running_threshold(scores, wanted)  # of all processes together
         budgets = dict.fromkeys(roots, Budget(forks, random.Random(seed), most, T))
@@ -219,7 +219,7 @@ def call_tools(
         used = sum(segment.author == "tool" for segment in draft.path())
         may_call = draft.stop == "tool" and used < config.max_tool_calls
         (calling if may_call else leaves).append(draft)
-    calls = [toolbox.read_call(writer.policy.decode(d.token_ids), tools) for d in calling]
+    calls = [toolbox.read_call(writer.policy.decode(d.token_ids)) for d in calling]
     answers = toolbox.run_calls(calls, tools, config.tool_time_limit)
     for draft, call, answer in zip(calling, calls, answers, strict=True):
         # Ids are appended, text is never tokenized again: each token keeps its author.
@@ -281,12 +281,13 @@ def policy_loss(
     if ref_logp is not None:
         kl = kl_k3(logp, ref_logp)  # (B, T)
         loss = loss + config.kl_coefficient * (batch.weight * kl).sum() / total
-    above, below = ratio > 1 + config.clip_high, ratio < 1 - config.clip_low  # (B, T)
+    above = ratio > 1 + config.clip_high  # (B, T)
+    below = ratio != ratio.clamp(1 - config.clip_low, config.dual_clip)  # (B, T)
     return loss, (batch.n_plus * above + batch.n_minus * below).sum()
 
 
 def update(policy: Policy, optimizer, rows: list[Row], config: Config) -> dict:
-    """`updates_per_rollout` optimizer steps on one rollout; `total` is that of all parts together.
+    """`updates_per_rollout` optimizer steps on one rollout; `total`: policy tokens of all parts.
 
     A row without a gradient (its group has equal rewards) counts in the mean, but is not computed.
     """
@@ -312,15 +313,12 @@ def update(policy: Policy, optimizer, rows: list[Row], config: Config) -> dict:
             require_finite("the loss", loss, texts)
             policy.scaler.scale(loss).backward()  # scaled in float16 only, against underflow
             loss_sum, clipped_sum = loss_sum + loss.item(), clipped_sum + clipped.item()
-        norms.append(take_step(policy, optimizer, total, MAX_GRAD_NORM, rows))  # None: skipped
+        norms.append(take_step(policy, optimizer, total, rows))  # None: skipped
     drift = torch.cat(drifts).abs().tolist() if drifts else []
     figures = {"loss": loss_sum / n, "clip_fraction": clipped_sum / (total * n)}
     figures |= {"grad_norm": norms[-1], "skipped_updates": norms.count(None)}
     figures |= {"train_tokens": sum(map(len, rows)), "drift_max": max(drift, default=None)}
     return figures | {"drift_mean": sum(drift) / len(drift) if drift else None}
-
-
-MAX_GRAD_NORM = 1.0  # gradients are scaled down to this norm, as in the released settings
 
 
 @torch.no_grad()

@@ -120,7 +120,7 @@ def adaptive(H, H_initial, *, history, entropy_sigma, max_branches, **_):
 def threshold(H, H_initial, *, entropy_threshold, max_branches, **_):
     """Fork min(floor(H * max_branches), max_branches) times if H > entropy_threshold (same blog).
 
-    With the blog's threshold of 0.5 that is about half of max_branches or more.
+    With the blog's threshold of 0.5: about half of max_branches or more, or none.
     """
     gain = H - entropy_threshold
     forks = min(math.floor(H * max_branches), max_branches) if gain > 0 else 0

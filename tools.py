@@ -97,10 +97,10 @@ def policy_stop(text: str) -> str | None:
     return closed and ("answer" if closed[0] == "answer" else "tool")
 
 
-def read_call(text: str, tools: Mapping[str, Tool]) -> ToolCall | None:
+def read_call(text: str) -> ToolCall | None:
     """The last complete call of one policy segment, or None, by the rules of ``policy_stop``.
 
-    Its name may be none of ``tools``: ``run_calls`` answers that, too.
+    Its name may be that of no tool: ``run_calls`` answers that, too.
     """
     closed = last_closed(text)
     if closed is None or closed[0] == "answer":

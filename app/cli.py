@@ -190,7 +190,7 @@ def parse_command(args: list[str]) -> Callable[[Algorithm], None]:
     """The command that was asked for, with its settings, ready to run."""
     name = args[0] if args else "--help"
     if name in ("-h", "--help"):
-        print("arpo_mini: ARPO (arXiv 2507.19849) in one file, to read and to run.\n")
+        print("arpo_mini: ARPO (arXiv 2507.19849) in four files, to read and to run.\n")
         for each, (command, _) in COMMANDS.items():
             print(f"    python arpo_mini.py {each:8}{command.__doc__.splitlines()[0]}")
         print("\n--help after one of them lists its flags.")

@@ -58,7 +58,7 @@ class Config:
     branch_score: str = option(
         "entropy", "rule step: entropy, gain, random", choices=("entropy", "gain", "random")
     )
-    max_leaves: int = option(8, "rule step: the most trajectories of a question", 1, 10_000)
+    max_leaves: int | None = option(None, "rule step: most leaves a question; none: 2 M", 1, 10_000)
     branch_probability: float = option(0.5, "alpha of paper, tau of official, P of random", 0, 1)
     entropy_weight: float = option(0.2, "beta of rule paper, w of official", -1000, 1000)
     entropy_threshold: float = option(0.5, "tau of rule paper; H of rule threshold", -1000, 1000)
@@ -97,7 +97,7 @@ class Config:
         if self.initial_rollouts > self.group_size:
             limit = f"at most group_size ({self.group_size})"
             raise UserError(f"--initial_rollouts {self.initial_rollouts}: it must be {limit}")
-        if self.branch_rule == "step" and self.max_leaves < self.group_size:
+        if self.branch_rule == "step" and (self.max_leaves or self.group_size) < self.group_size:
             limit = f"at least group_size ({self.group_size})"
             raise UserError(f"--max_leaves {self.max_leaves}: it must be {limit}")
 

@@ -18,7 +18,7 @@ from rich.text import Text
 
 class Screen(Console):
     def on_broken_pipe(self) -> None:
-        raise  # the BrokenPipeError, for `main` of cli.py; by default the program ends here
+        raise  # the BrokenPipeError, for `exit_code` of cli.py; by default the program ends here
 
 
 console = Screen(highlight=False)

@@ -2,7 +2,7 @@
 
 GRPO begins all M trajectories at the question. A rule of one's own begins one and forks. So does
 the control, which forks at random results, as often as that rule wished to. Everything else is
-equal: model, questions, seed, M. Small enough for 5 minutes on a laptop: 4 questions a step, and a
+equal: model, questions, seed, M. Small enough for 2 minutes on a laptop: 4 questions a step, and a
 test of 60 questions with 4 answers each.
 """
 

@@ -2,9 +2,9 @@
 
 GRPO samples M trajectories for a question and learns which of them were better than the others.
 ARPO begins only N of them at the question. The other M - N are forks: they begin at a tool result
-after which the policy (the model) is more uncertain, and share everything before that point. Q
-questions, R rows (paths), T or S tokens, V tokens in the vocabulary. Left out, see arpo_mini.py:
-KL, checks, files, evaluation, speed (every turn reads a path again from its beginning).
+after which the policy (the model) is more uncertain, and share everything before that point.
+Shapes: Q questions, R rows (paths), T or S tokens, V tokens in the vocabulary. Left out, see
+arpo_mini.py: KL, checks, files, evaluation, speed (every turn reads a path from its beginning).
 """
 
 import argparse
@@ -117,7 +117,7 @@ def call_tool(policy, draft, config, tools):
     used = sum(segment.author == "tool" for segment in draft.path())
     if draft.stop != "tool" or used == config.max_tool_calls:
         return None
-    call = toolbox.read_call(policy.decode(draft.token_ids), tools)
+    call = toolbox.read_call(policy.decode(draft.token_ids))
     output = toolbox.run_one(call, tools)  # a bad call: an error is the result
     token_ids = policy.encode_result(output, config.max_result_tokens)
     result = Segment("tool", token_ids, draft, tool=call.name if output.ok else None)
@@ -154,7 +154,7 @@ def update(policy, optimizer, credits, config):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=20)
-    rules = sorted({*RULES} - {"step"})  # here every question has its own M
+    rules = sorted({*RULES} - {"step", "official"})  # they need more than this page
     parser.add_argument("--branch_rule", choices=rules, default="paper", help="none: GRPO")
     flags = parser.parse_args()
     flags.steps >= 1 or parser.error(f"--steps {flags.steps}: it must be at least 1")

@@ -174,6 +174,8 @@ def load_policy(config, tools: dict[str, toolbox.Tool], trainable: bool) -> Poli
     except Exception as error:  # deliberately everything: a folder may hold anything
         names = f"--model_name {config.model_name} --adapter {config.adapter}"
         legal = "; --trust_remote_code true runs it" if "trust_remote_code" in str(error) else ""
+        if re.search("Repo id|couldn't connect|Can't find 'adapter", str(error)):
+            legal = "; legal: a folder, or owner/name on the hub"
         if config.load_in_4bit and re.search("bitsandbytes|4.?bit", str(error)):
             legal = "; --load_in_4bit false does without it"  # as on some systems' CPUs
         raise UserError(f"cannot {doing} {names}: {reason(error)}{legal}") from None

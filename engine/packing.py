@@ -163,15 +163,18 @@ def token_logprobs(policy, batch: Batch, temperature: float) -> Tensor:
     return logp.new_zeros(batch.weight.shape).index_put((b, t), logp)
 
 
-def take_step(policy, optimizer, total: float, most: float, rows: list[Row]) -> float | None:
-    """An optimizer step with a gradient of the norm `most` at most; the norm before.
+MAX_GRAD_NORM = 1.0  # as in the released settings
+
+
+def take_step(policy, optimizer, total: float, rows: list[Row]) -> float | None:
+    """An optimizer step, the gradient scaled down to MAX_GRAD_NORM at most; its norm before.
 
     None: the scaled gradient of float16 was too large, so that the step is left out.
     """
     if policy.processes.count > 1:
         policy.processes.add_up(policy.parameters, total)
     policy.scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters, most)
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters, MAX_GRAD_NORM)
     if policy.scaler.get_scale() == 1:  # no scale, or none left to make smaller
         require_finite("the gradient norm", norm, [row.input_ids for row in rows])
     policy.scaler.step(optimizer)  # may overflow although the gradient did not

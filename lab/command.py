@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import logging
 import signal
 import tempfile
 from collections.abc import Callable, Container, Iterable
@@ -12,14 +11,12 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+import engine  # noqa: F401  first: it silences what libraries say at their import
 from app import cli
 from app.config import Config, check
 from app.run_folder import terminate
 from app.screen import print_table
 from data.files import UserError, reason
-
-# It says at its import that a kernel is missing which is optional.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 TRAIN = {item.name for item in dataclasses.fields(Config)}  # the flags of `train`
 

@@ -50,7 +50,7 @@ RESULTS = ROOT / "lab/results/compare"
 # the code. All return 64 trajectories a step.
 STEP = {"branch_rule": "step", "questions_per_step": 16, "group_size": 4, "max_leaves": 8}
 GRPO = {"branch_rule": "none", "initial_rollouts": 8}
-DEFAULT = {"branch_rule": "paper", "initial_rollouts": 1, "max_branches": 4, "shared_weight": 0.0}
+DEFAULT = {"branch_rule": "paper", "initial_rollouts": 1, "max_branches": 4}
 SIXTEEN = {"questions_per_step": 16, "group_size": 4}
 SETTINGS: dict[str, dict] = {  # other values of one setting each: what app/config.py speaks of
     "official": {**DEFAULT, "branch_rule": "official", "entropy_tokens": 20},
@@ -60,7 +60,7 @@ SETTINGS: dict[str, dict] = {  # other values of one setting each: what app/conf
     "k20": {**DEFAULT, "entropy_tokens": 20},
     "lr-5e-4": {**DEFAULT, "learning_rate": 5e-4},
     "lr-2e-3": {**DEFAULT, "learning_rate": 2e-3},
-    "soft-x4": {**DEFAULT, "updates_per_rollout": 4},
+    "soft-x4": {**DEFAULT, "updates_per_rollout": 4, "shared_weight": 0.0},
     "hard-x4": {**DEFAULT, "updates_per_rollout": 4, "shared_weight": 1.0},
 }
 SHAPES: dict[str, dict] = {  # of one budget for a step
@@ -276,7 +276,7 @@ def stop(processes: list[subprocess.Popen]) -> None:
 # ---- all of them --------------------------------------------------------------------------
 
 POLL = 0.5  # seconds between two looks at the processes
-CORES = len(os.sched_getaffinity(0))
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 class Comparison:
@@ -362,7 +362,10 @@ class Comparison:
         log = self.slot(run) / "log.txt"
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         self.failed[run] = f"exit code {code}: {lines[-1] if lines else 'it said nothing'}"
-        return f"{run}: died with {self.failed[run]} (all of it in {log})"
+        said = f"{run}: died with {self.failed[run]} (all of it in {log})"
+        if code == 2 and not self.results["methods"]:  # bad input, that of all runs
+            raise UserError(said)
+        return said
 
     def report(self, methods: list[str]) -> None:
         """The table, on the screen and in the folder, and the figures: of what has results."""

@@ -109,7 +109,8 @@ def live() -> None:
         given = Counter(dict.fromkeys(roots, N))
         while sum(given.values()) < left:
             some = [root for root in first if len(rewards[root]) > 1]
-            some = [root for root in some or roots if given[root] < config.max_leaves] or roots
+            most = config.max_leaves or 2 * config.group_size
+            some = [root for root in some or roots if given[root] < most] or roots
             root = min(some, key=lambda root: given[root])
             given[root] += 1
         more = [root for root in roots for _ in range(given[root] - N)]

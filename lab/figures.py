@@ -36,7 +36,7 @@ def band(runs: dict[str, dict], name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def accuracy(results: dict, methods: list[str], stem: Path) -> None:
-    """Accuracy against steps, tool calls, generated tokens and seconds: mean, 95 % band.
+    """Accuracy against steps, tool calls, tokens and seconds: mean, 95 % band.
 
     The same numbers give the same files.
     """

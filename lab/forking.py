@@ -114,7 +114,7 @@ def given_nodes(agent: Agent, one: Forced, config: Config) -> tuple[Segment, Seg
     policy = agent.policy
     root = Segment("prompt", policy.prompt(one.text))
     call = Segment("policy", policy.encode(one.call), root, stop="tool")
-    (answer,) = run_calls([read_call(one.call, agent.tools)], agent.tools, config.tool_time_limit)
+    (answer,) = run_calls([read_call(one.call)], agent.tools, config.tool_time_limit)
     answer = answer if one.result is None else ToolResult(one.result, ok=True)
     result = Segment("tool", policy.encode_result(answer, config.max_result_tokens), call)
     n = result.depth() + config.entropy_tokens

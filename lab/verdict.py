@@ -144,6 +144,7 @@ def summary(results: dict) -> dict:
 def write_summary(results: dict, folder: Path) -> None:
     """summary.json, with that of the second world where it was compared, too."""
     second = folder.parent / "second_world" / "results.json"
-    world = json.loads(second.read_text(encoding="utf-8")) if second.exists() else {"methods": {}}
+    beside = second.exists() and folder != second.parent
+    world = json.loads(second.read_text(encoding="utf-8")) if beside else {"methods": {}}
     whole = {**summary(results), "second_world": summary(world)}
     (folder / "summary.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")

@@ -317,7 +317,7 @@ def test_what_a_closing_token_carries_is_not_judged(tmp_path):
     texts = ["<think>a</think><adder>2 2</adder>", "<think>b</think><answer>\\boxed{4}</answer>"]
     call, said = ([*policy.encode(text[:-1]), closing] for text in texts)
     assert (policy.why_ended(call), policy.why_ended(said)) == ("tool", "answer")
-    assert read_call(policy.decode(call), ADDER).argument == "2 2"
+    assert read_call(policy.decode(call)).argument == "2 2"
     called = Segment("policy", call, Segment("prompt", [9]), stop="tool")
     read = Segment("tool", policy.encode_result(ToolResult("4", True), 64), called)
     leaf = Segment("policy", said, read, stop="answer")

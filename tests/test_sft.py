@@ -125,7 +125,7 @@ def labelled_loss(policy, rows):
 
 def test_only_what_the_policy_wrote_has_a_gradient(policy, rows, monkeypatch):
     """Loss and gradient equal those of masked labels, however the rows are split."""
-    monkeypatch.setattr(sft, "MAX_GRAD_NORM", 1e9)
+    monkeypatch.setattr("engine.packing.MAX_GRAD_NORM", 1e9)
     policy.model.zero_grad()
     expected = labelled_loss(policy, rows)
     expected.backward()

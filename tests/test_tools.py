@@ -58,7 +58,7 @@ def test_reading_a_segment():
     cases += [(text, "answer", None) for text in ANSWERS]
     cases += [(text, None, None) for text in ["", *re.split(r" {3}|\n", NEITHER)]]
     for text, stop, call in cases:
-        assert (toolbox.policy_stop(text), toolbox.read_call(text, {})) == (stop, call), text
+        assert (toolbox.policy_stop(text), toolbox.read_call(text)) == (stop, call), text
     for text in (CALLS[0][0], ANSWERS[0]):  # not a character earlier
         assert {toolbox.policy_stop(text[:n]) for n in range(len(text))} == {None}
 
@@ -66,7 +66,7 @@ def test_reading_a_segment():
 def test_reading_is_linear_on_hostile_text():
     names = [f"a{i}" for i in range(7000)]
     nested = "".join(f"<{n}>" for n in names) + "".join(f"</{n}>" for n in reversed(names))
-    assert toolbox.read_call(nested, {}).name == "a0"
+    assert toolbox.read_call(nested).name == "a0"
     pieces = "<a> <a></a> </a> < <a </ <think> </think> </think><a></a> <a><a><a></a>".split()
     for text in [nested, *(piece * (100_000 // len(piece)) for piece in pieces)]:
         assert seconds(toolbox.policy_stop, "<think>a</think> <search>" + text) < 0.1

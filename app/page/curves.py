@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import fmean
 
 from app.page.trees import html_text, number, words
 
@@ -166,13 +167,9 @@ def smooth(points: list[tuple]) -> list[tuple]:
     """Mean over a twentieth of the steps around each: the eye's help, drawn over the raw line."""
     reach = len(points) // 40
     return [
-        (x, mean([y for _, y in points[max(0, n - reach) : n + reach + 1]]))
+        (x, fmean([y for _, y in points[max(0, n - reach) : n + reach + 1]]))
         for n, (x, _) in enumerate(points)
     ]
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def thinned(points: list[tuple], most: int = 1000) -> list[tuple]:

@@ -105,10 +105,12 @@ def question_to_show(
     """One's own question, an example, or the deep search among the questions of eval_path."""
     if example is not None and text is not None:
         raise UserError(f"--example {example} --question {text}: name one of the two")
+    if answer is not None and text is None:
+        raise UserError(f"--answer {answer}: it goes with a --question")
     if example is not None:
         return EXAMPLES[example]
     known = load_questions(config.eval_path)
     if text is not None:
         own = Question(text, [answer] if answer else [])
-        return next((q for q in known if q.text == text), own)
+        return own if answer else next((q for q in known if q.text == text), own)
     return min(known, key=lambda q: (q != EXAMPLES["deep_search"], q.domain != "deep_search"))

@@ -39,7 +39,7 @@ def html_text(value) -> str:
 
 
 def tree(record: dict, config: dict) -> dict:
-    """A line of rollouts.jsonl, as `tree_record` of arpo_mini.py makes it, ready to be drawn.
+    """A line of rollouts.jsonl, as `tree_record` of app/records.py makes it, ready to be drawn.
 
     Raises ValueError, KeyError or TypeError for what is no tree.
     """

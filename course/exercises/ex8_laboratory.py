@@ -1,4 +1,4 @@
-"""Exercise 8: a laboratory            20 minutes of work and 5 of computing
+"""Exercise 8: a laboratory            20 minutes of work and 2 of computing
 
 Write a branch rule of your own and try it against forking at random. The random rule is the
 control: if it does as well, then the place of a fork made no difference. It has to fork as often as

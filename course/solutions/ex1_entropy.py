@@ -1,7 +1,7 @@
 """Solution 1. Measured: 10 of 10 points.
 
-What it measures on the shipped policy: data/README.md, last table. H is 0.0001 at the start and
-0.011 after a tool result, a hundred times as much: this rise is what ARPO forks on.
+What it measures on the shipped policy: "The model before ARPO" in data/README.md. H is 0.0001 at
+the start and 0.011 after a tool result, a hundred times as much: this rise is what ARPO forks on.
 """
 
 import math

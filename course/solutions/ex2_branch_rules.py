@@ -2,8 +2,7 @@
 
 P > tau means gain > (tau - alpha) / beta. The published alpha and tau are equal, so this is
 gain > 0: beta and what H is divided by have no effect. The released rule forks with chance
-0.5 + 0.2 gain, which is near a coin flip (docs/three-descriptions.md: 0.64 above the mean gain,
-0.52 below it).
+0.5 + 0.2 gain, which is near a coin flip.
 """
 
 from entropy import Decision

@@ -1,7 +1,7 @@
 """What arpo_mini costs, measured: memory and speed.
 
     python -m lab.bench plan     what fits which card, from a model's shapes alone, without a GPU
-    python -m lab.bench plain    a training step beside course/one_page.py: nothing cached or packed
+    python -m lab.bench plain    our step beside course/one_page.py, which has no cache or packing
     python -m lab.bench trl      a training step beside TRL's GRPOTrainer (to be installed by you)
     python -m lab.bench gpu      peak memory and speed on this GPU: goals, presets, 4-bit and bf16
 

@@ -41,7 +41,7 @@ def plain(config: Config, own) -> dict:
     check_training(config)
     names = ("kl_coefficient", "dual_clip", "official_rewards")
     odd = [name for name in names if getattr(config, name) != getattr(Config, name)]
-    odd += ["branch_rule"] * (config.branch_rule == "step")
+    odd += ["branch_rule"] * (config.branch_rule in ("step", "official"))
     if odd:
         raise UserError(f"--{odd[0]} {getattr(config, odd[0])}: course/one_page.py does without it")
     job = Job(load_agent(config, trainable=True), load_questions(config.dataset_path))
@@ -76,7 +76,6 @@ TURNS = Path(__file__).with_name("trl.jinja").read_text(encoding="utf-8")
 RESPONSE = json.loads(Path(__file__).with_name("trl_response.json").read_text(encoding="utf-8"))
 STOPS = ("<|im_end|>", "</answer>", "</search>", "</calculator>")
 
-
 # forced: every trajectory is scripted; described: our system prompt describes the tools; schemas:
 # TRL's describes them as JSON, else it has the same prompt as ours.
 MATCHES = {  # name: (forced, described, schemas)
@@ -95,7 +94,7 @@ def import_trl():
         raise UserError(f"{error.name} is missing; install it with: pip install trl") from None
 
 
-class InTurn(TrainerCallback):
+class StepByStep(TrainerCallback):
     """Times each step of TRL, generation included, and takes one of ours after it."""
 
     def __init__(self, job: Job, folder: str):
@@ -128,7 +127,7 @@ def our_job(config: Config, forced: bool, described: bool) -> Job:
     return job
 
 
-def trl_trainer(job: Job, system: str | None, schemas: bool, times: InTurn, steps: int):
+def trl_trainer(job: Job, system: str | None, schemas: bool, times: StepByStep, steps: int):
     """TRL's trainer of the same job, with `system` as its prompt."""
     from peft import LoraConfig
 
@@ -207,7 +206,7 @@ def play(config: Config, forced: bool, described: bool, schemas: bool, repeats: 
     policy = job.agent.policy
     system = policy.system_prompt if described and not schemas else None
     with tempfile.TemporaryDirectory() as folder:
-        times = InTurn(job, folder)
+        times = StepByStep(job, folder)
         trainer = trl_trainer(job, system, schemas, times, repeats + 1)
         prompt = len(trainer._tokenize_prompts([trainer.train_dataset[0]["prompt"]])[0][0])
         if forced:

@@ -1,5 +1,5 @@
-"""All that is to be known of one GPU, in 9 minutes, the most important first: goals, a training
-under the 8 GB preset, a decoded token profiled, the fast tests, the default run, presets, dtypes.
+"""Measures one GPU in 9 minutes, the most important first: goals, a training under the 8 GB preset,
+a decoded token profiled, the fast tests, the default run, presets, dtypes.
 
 Models have weights of no meaning and forced trajectories of three tool turns, one question a step.
 Every case begins with nothing on the GPU. The whole way was rehearsed on a CPU (tests/test_bench).
