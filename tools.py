@@ -366,6 +366,13 @@ def whole(value: Number) -> int:
     return value
 
 
+def known(x: Number) -> Number:
+    """x, but not a float so large that its last digits before the point are invented."""
+    if isinstance(x, float) and abs(x) >= 10**15:
+        raise ToolError("only the first 15 digits of so large a number are known")
+    return x
+
+
 def comb(n: Number, k: Number) -> int:
     n, k = whole(n), whole(k)
     k = min(k, n - k) if k <= n else k
@@ -381,8 +388,9 @@ OPERATORS = {
     ast.Pow: power, ast.UAdd: operator.pos, ast.USub: operator.neg,
 }  # fmt: skip
 FUNCTIONS = {
-    "sqrt": math.sqrt, "abs": abs, "min": min, "max": max, "floor": math.floor, "ceil": math.ceil,
-    "round": lambda x, digits=0: round(Fraction(x), max(-2000, min(whole(digits), 2000))),
+    "sqrt": math.sqrt, "abs": abs, "min": min, "max": max,
+    "floor": lambda x: math.floor(known(x)), "ceil": lambda x: math.ceil(known(x)),
+    "round": lambda x, digits=0: round(Fraction(known(x)), max(-2000, min(whole(digits), 2000))),
     "gcd": lambda *values: math.gcd(*map(whole, values)),
     "lcm": lambda *values: reduce(lambda a, b: bounded(math.lcm(a, b)), map(whole, values), 1),
     "factorial": lambda n: math.factorial(min(whole(n), 1000)),  # 1000! is too large already

@@ -23,7 +23,7 @@ from numbers import Number
 from pathlib import Path
 from typing import Any
 
-from advantage import boxed
+from advantage import THINK, boxed
 from data.files import BAD_ROW, HUB_ID, UserError, read_rows, reason
 
 logger = logging.getLogger("arpo_mini")
@@ -139,13 +139,14 @@ def gold_answers(row: dict) -> list:
     if not key and row.get("reward_model") is not None:
         found = row["reward_model"]["ground_truth"]
     elif not key:
-        solved = boxed(str(row.get("solution"))) is not None
+        solved = in_box(str(row.get("solution"))) is not None
         found = row["solution" if solved else "answer"]
     if isinstance(found, dict) and "target" in found:  # Search-R1
         found = found["target"]
     elif isinstance(found, dict) and "aliases" in found:  # TriviaQA
         found = [found.get("value"), *found["aliases"]]
-    if (row.get("choices") or row.get("options")) and re.fullmatch(r"\d|[A-J]", str(found)):
+    named = [re.fullmatch(r"\d|\(?[A-Ja-j]\)?[.:]?", str(each)) for each in as_list(found)]
+    if (row.get("choices") or row.get("options")) and any(named):
         raise ValueError("the answer names a choice: write the choices into the question")
     return as_list(found) + as_list(row.get("answer_aliases") or [])  # 2Wiki, MuSiQue
 
@@ -160,11 +161,17 @@ def spellings(answer: str | Number) -> list[str]:
         return [str(answer), "yes" if answer else "no"]
     if isinstance(answer, str):
         answer = gsm8k_answer(answer)
-        held = boxed(answer)
+        held = in_box(answer)
         return [answer if held is None else held]
     if isinstance(answer, float) and not math.isfinite(answer):
         raise ValueError(f"{answer} is no answer")
     return [str(answer)]
+
+
+def in_box(solution: str) -> str | None:
+    r"""What `boxed` finds; MATH also has \boxed 2 and \fbox{2}."""
+    braced = re.sub(r"\\boxed *(-?[0-9.]*[0-9]|[A-Za-z]\b)", r"\\boxed{\1}", solution)
+    return boxed(braced.replace("\\fbox{", "\\boxed{"))
 
 
 def gsm8k_answer(text: str) -> str:
@@ -268,7 +275,7 @@ def spelled_call(calls: Any) -> str:
     except BAD_ROW:
         name, text = "", None
     legal = re.fullmatch(r"(?!(think|answer|result)$)[\w-]+", str(name))
-    if not legal or not isinstance(text, str | Number) or f"</{name}>" in str(text):
+    if not legal or not isinstance(text, str | Number) or re.search(f"</?{name}>", str(text)):
         raise ValueError("a turn's call is not one tool's name with one text")
     return f"<{name}>{text}</{name}>"
 
@@ -281,7 +288,7 @@ def from_json(value: Any) -> Any:
 
 
 def thinking(text: str) -> str:
-    if "<think>" in text and text.rstrip().endswith("</think>"):
+    if re.fullmatch(THINK, text, re.DOTALL):
         return text
     return f"<think>{re.sub('</?think>', '', text).strip()}</think>"
 
@@ -297,10 +304,13 @@ def calling(text: str) -> str:
 
 def answering(text: str) -> str:
     r"""A last turn as <think>..</think><answer>.. \boxed{..} ..</answer>."""
-    thought, tag, answer = text.rpartition("<answer>")
+    thought, end, said = text.rpartition("</think>")  # a thought may mention the tag of an answer
+    before, tag, answer = said.rpartition("<answer>")
+    thought = f"{thought}{end}{before}" if tag else text
+    answer = answer.partition("</answer>")[0]  # nothing is written after it
     if not tag or boxed(answer) is None:
-        held = answer.partition("</answer>")[0].strip() if tag else boxed(text)
+        held = answer.strip() if tag else boxed(text)
         if not held:
             raise ValueError("the last turn holds no \\boxed{..} answer")
-        thought, answer = thought if tag else text, f"\\boxed{{{held}}}</answer>"
-    return f"{thinking(thought)}<answer>{answer}"
+        answer = f"\\boxed{{{held}}}"
+    return f"{thinking(thought)}<answer>{answer}</answer>"

@@ -36,13 +36,14 @@ NO_EXPRESSION = re.compile(
     r"|(?<![\\A-Za-z])[A-Za-z]\d|\A\d+(?:\s*[-:/.]\s*\d+)+\Z"  # U2; a score, a time, a date
     r"|\^\{?(?:\d{5}|\d+\}?\^)|\d{4}!|!!|(?:[({]\s*){3}"  # would only take time
 )
+DOTTED = re.compile(r"\d\.\d+\.\d|(?<![\\A-Za-z])[A-Za-z]\d+\.\d")  # 3.11.0, v1.10: no products
 RAY = r"([a-z]) *(<|>|\\[lg]e) *([^<>=,]+?)"
 RAYS = re.compile(rf"{RAY} *(?:\bor|\\cup) +{RAY}")  # x <= 3 or x >= 5
 
 
 def same_expression(prediction: str, answer: str) -> bool:
     """Does math-verify call the expressions equal? False, too, where it would take too long."""
-    if max(len(prediction), len(answer)) > MAX_LENGTH:
+    if max(len(prediction), len(answer)) > MAX_LENGTH or DOTTED.search(f"{prediction} {answer}"):
         return False
     texts = as_latex(prediction), as_latex(answer)
     for text in texts:
@@ -50,8 +51,11 @@ def same_expression(prediction: str, answer: str) -> bool:
             return False
     if texts[0] == texts[1]:
         return True
-    brackets = {re.match(r"\(|\\\{|", text)[0] for text in texts}
-    if brackets == {"(", r"\{"}:  # a set is no pair
+    some = [text for text in texts if not re.search(r"[<>]|\\[lg]e ", text)]
+    if len(some) == 1 and not re.search(r"[(\[]", some[0]):  # 2 < x < 3 is no {2, 3}
+        return False
+    sets = [r"\{" if " or " in text else re.match(r"\(|\\\{|", text)[0] for text in some]
+    if {*sets} == {"(", r"\{"}:  # a set is no pair
         return False
     # math-verify compares two unions of rays, but not one with intervals.
     other = tuple(map(as_intervals, texts))
@@ -75,6 +79,13 @@ def as_latex(text: str) -> str:
         tens, nines = 10 ** len(fixed), 10 ** len(again) - 1
         return rf"\frac{{{int(whole + fixed + again) - int(whole + fixed)}}}{{{nines * tens}}}"
 
+    # "1,000, 2" and "1,000x" have a number with a separator, "(1,000)" is a pair
+    pair = "" if re.search(r",\s|;|\b(?:and|or)\b", text) else r"(?<![(\[])(?<!\\\{)"
+    separated = rf"(?<![\d,.]){pair}\d{{1,3}}(?:,\d{{3}})+(?!,?\d)"
+    text = re.sub(separated, lambda number: number[0].replace(",", ""), text)
+    values = re.split(r" *(?:, *(?:and )?| and ) *", text)
+    if all(re.match(r"[a-z] *=", value) for value in values):  # y=3, x=2 is the pair (2,3)
+        text = ",".join(sorted(values))
     text = re.sub(r"(\d+)\.(\d*)\\(?:overline|bar|dot) ?\{(\d+)\}", repeating, text)
     text = re.sub(rf"({TRIG}) ?[({{]? ?(\d+) ?° ?[)}}]?", r"\1(\\frac{\2\\pi}{180})", text)
     text = re.sub(r"(?<=[(\[,+-]) ?[+]?(?:inf|oo)(?![A-Za-z])", r"\\infty ", text)

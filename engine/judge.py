@@ -156,7 +156,9 @@ def clean(text: str) -> str:
         text = re.sub(r"\\[dtc]frac(?![a-z])", r"\\frac", re.sub(r"\\([%$#&_])", r"\1", text))
         text = re.sub(r"\s*\^\s*", "^", text)
     for _ in range(2):
-        text = WRAPPED.sub(r"\1\2", text.strip(EDGES).rstrip(EDGES + ".,;:\\")).strip()
+        quoted = text.strip()[:1] in EDGES  # else a last ' is a prime: y', 5"
+        edges = EDGES if quoted else EDGES.translate({ord(sign): None for sign in "'\""})
+        text = WRAPPED.sub(r"\1\2", text.strip(edges).rstrip(edges + ".,;:\\")).strip()
     return text
 
 
@@ -192,17 +194,17 @@ SCALES |= {
 SCALES |= {"億": 10**8, "천": 1000, "만": 10**4, "억": 10**8}
 SCALE = re.compile(rf"\s*({'|'.join(SCALES)})s?(?![a-z])")
 MEASURED = re.compile(r"(.*?\S)(\s+([A-Za-z]{2,})[\w^{}/.-]*(?:\s+[A-Za-z][\w^{}/.-]*)*)")
-UNIT = re.compile(r"(/?)((?:[^\W\d_]|[°%$€£¥₹₩'-])+)\.?(?:\^?\{?(-?[1-4])\}?)?")
+UNIT = re.compile(r"(/?)((?:[^\W\d_]|[°%$¢€£¥₹₩'\x22-])+)\.?(?:\^?\{?(-?[1-4])\}?)?")
 UNITS = {
     name: names.split()[0]
     for names in """
-        mm millimeter millimetre; cm centimeter centimetre 厘米; m meter metre 米; in inch inches;
-        km kilometer kilometre 公里 千米; ft foot feet; yd yard; mi mile; mg milligram; g gram 克;
+        mm millimeter millimetre; cm centimeter centimetre 厘米; m meter metre 米; in inch inches ";
+        km kilometer kilometre 公里 千米; ft foot feet '; yd yard; mi mile; mg milligram; g gram 克;
         kg kilogram kgs kilo 公斤 千克; t tonne; lb pound; oz ounce; mL milliliter millilitre;
         L l liter litre; ms millisecond; s second sec 秒; min minute 分钟; h hour hr 小时;
         Hz hertz; km/h kph kmh; mi/h mph; N newton; J joule; W watt; kW kilowatt; V volt;
         A ampere amp; Ω ohm; K kelvin; °C °celsius; °F °fahrenheit; ° degree deg 度; % percent pct;
-        $ us$ dollar usd; € euro eur; £ gbp; ¥ yuan yen rmb cny jpy 元 円; ₹ rupee rs inr;
+        $ us$ dollar usd; cent ¢; € euro eur; £ gbp; ¥ yuan yen rmb cny jpy 元 円; ₹ rupee rs inr;
         ₩ won krw; AD CE; BC BCE; unit
     """.split(";")
     for name in names.split()

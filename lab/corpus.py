@@ -43,7 +43,7 @@ def paragraphs(row: dict) -> list[tuple[str, str]]:
     for title, text in context:
         if not isinstance(title, str) or isinstance(text, dict):
             raise ValueError("title and text are texts")
-        found.append((title, "".join(text).strip()))
+        found.append((title, " ".join(map(str.strip, [text] if isinstance(text, str) else text))))
     return found
 
 

@@ -10,7 +10,7 @@ starting point: `arpo_mini.py train --adapter DIR/adapter`.
 A demonstration is spelled as a rollout would spell it: the prompt that train and eval use (the
 file's own system prompt is left out, its tools are others), and results between <result> tags. The
 released data calls <python>: code that is one expression becomes a <calculator> call, others are
-left out.
+left out, and so are calls of tools that we do not have.
 
 Demonstrations that all go on in one way after a tool result teach a policy to be surer there than
 at the start (a 135M model: at 16 of 16 questions), and the gain is never above 0. --hesitation
@@ -24,7 +24,6 @@ import dataclasses
 import json
 import math
 import re
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -55,7 +54,7 @@ from engine.packing import (
     token_logprobs,
 )
 from lab.command import exit_code, parse
-from tools import ToolError, ToolResult, calculate, result_text
+from tools import ToolError, ToolResult, calculate, read_call, result_text
 
 SHARED = (  # settings of `train` that it has, too
     "model_name adapter trust_remote_code load_in_4bit dtype lora_rank system_prompt thinking "
@@ -84,7 +83,7 @@ class Settings:  # beside those
 # ---- demonstrations -----------------------------------------------------------------------
 
 
-def from_file(path: str) -> tuple[list[Demonstration], Counter]:
+def from_file(path: str, tools: dict) -> tuple[list[Demonstration], Counter]:
     """Those of a file as a rollout would spell them, and why others were left out."""
     kept, left_out = [], Counter()
     spelled = {"policy": str, "tool": lambda text: result_text(ToolResult(text.strip(), ok=True))}
@@ -92,6 +91,8 @@ def from_file(path: str) -> tuple[list[Demonstration], Counter]:
         turns = with_calculator(demonstration.turns)
         if turns is None:
             left_out["call python for more than one expression"] += 1
+        elif any(call.name not in tools for _, text in turns[::2] if (call := read_call(text))):
+            left_out[f"call another tool than {' and '.join(tools)}"] += 1
         elif not turns[-1][1].strip():
             left_out["end in a tool result"] += 1
         else:
@@ -167,7 +168,7 @@ def fine_tune(settings: Settings, config: Config) -> None:
         raise UserError("--model_name is missing: a folder or hub id of a causal LM")
     tools = make_tools(config)
     if settings.data:
-        demonstrations, left_out = from_file(settings.data)
+        demonstrations, left_out = from_file(settings.data, tools)
     else:
         which = (settings.demonstrations, tools, config.seed, settings.hesitation)
         demonstrations, left_out = demonstrations_of_the_world(*which), Counter()
@@ -218,7 +219,3 @@ def main(args: list[str]) -> int:
         fine_tune(settings, Config(**values))
 
     return exit_code(work)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -41,7 +41,8 @@ x=63 for 63; 90° for 90; 18 cm for 18; -5. for -5; (5) for 5; −5 for -5; １�
 3 apple for 3 apples; 18 years old for 18 years; 25 \text{ cm}^2 for 25 square centimeters;
 5m² for 5 m^2; 60 km/h for 60 kilometers per hour; 25℃ for 25 degrees Celsius; 90˚ for 90;
 1984年 for 1984; 18 лет for 18; 3만 for 30000; 3百万 for 3000000; 5 sec for 5 s; ​63 for 63;
-2 lakh for 200000; 1’234’567 for 1234567; 3 incorrect answers for 3; 2 false alarms for 2
+2 lakh for 200000; 50¢ for 50; 6" for 6 inches; 6' for 6 feet; '6' for 6; 1’234’567 for 1234567;
+3 incorrect answers for 3; 2 false alarms for 2
 """
 OTHER_NUMBER = r"""
 -5. for 5; (5) for -5; (1.5) for 15; 1,5 for 15; 1,23 for 123; 12,34 for 1234; 1.5 million for 1.5;
@@ -82,7 +83,9 @@ cos π for -1; 10^{-3} for 1e-3; \log_2 8 for 3; 6÷3 for 2; 2x+y-4=0 for y=4-2x
 cos(60°) for 0.5; x > 3/2 or x < -0.5 for (-\infty,-\frac12)\cup(\frac32,\infty);
 x<1 or 3<x for x<1 or x>3; x \leq 3 \text{ or } x \geqslant 5 for (-\infty,3]\cup[5,\infty);
 x <= 3 or x >= 5 for x \ge 5 \text{ or } x \le 3; x ≤ 3 or x ≥ 5 for (-\infty,3]\cup[5,\infty);
-(-inf, 3] U [5, inf) for (-\infty,3]\cup[5,\infty)
+(-inf, 3] U [5, inf) for (-\infty,3]\cup[5,\infty); 1000, 2000 for 1,000, 2,000;
+1000\pi for 1,000\pi; 1200, 1500 for \$1,200, \$1,500; (0,1000) for (0, 1,000); y=2, x=3 for (3,2);
+x=2 and y=3 for (2,3); 2 or 3 for \{2,3\}
 """
 UNEQUAL = r"""
 2+3 for 23; 10^5 for 105; 64=63 for 63; 2x+1=5 for 5; x>3 for x≥3; 1.41421356 for \sqrt{2};
@@ -91,7 +94,9 @@ UNEQUAL = r"""
 \{1,2\} for (1,2); 1,2,3 for 1,2; x=1 for x=1 \text{ or } x=2; 0.\overline{3} for 0.3;
 \sin 30 for 1/2; (-\infty,3) for (-\infty,3]; x < 3 or y > 5 for x < 3 or x > 5;
 y < 3 or y > 5 for x < 3 or x > 5; U2 for 2U; C++ for C; B for A; A, B for B; B. Paris for B;
-\frac{1}{2 for 0.5; 1/0 for \infty;
+\frac{1}{2 for 0.5; 1/0 for \infty; 2.7.0 for 3.11.0; v1.1 for v1.10; 1.1.2004 for 1.10.2004;
+2<x<3 for \{2,3\}; 2<x<3 for 2,3; 2<x<3 for 2 or 3; 2 or 3 for (2,3); 0,1,2 for 1,000, 2,000;
+1,0 for 1,000\pi; y=2, x=3 for (2,3); f' for f; 5" for 5 feet; 1000 for (1,000);
 \begin{pmatrix}1&2\\3&4\end{pmatrix} for \begin{pmatrix}1&2\\3&5\end{pmatrix}
 """
 

@@ -75,8 +75,8 @@ def test_hesitation_mixes_in_what_the_tiny_model_was_taught(tools):
     assert none == never == 0 < some < many and 0 < now_and_then < often
 
 
-def test_a_file_is_spelled_as_our_tools_spell_it(tmp_path):
-    (days, lamp), left_out = from_file(SHAREGPT)
+def test_a_file_is_spelled_as_our_tools_spell_it(tools, tmp_path):
+    (days, lamp), left_out = from_file(SHAREGPT, tools)
     assert dict(left_out) == {"call python for more than one expression": 1}
     assert days.question == "How many days are 17 weeks and 3 days?"
     assert days.turns[:2] == [
@@ -88,7 +88,8 @@ def test_a_file_is_spelled_as_our_tools_spell_it(tmp_path):
     said = "<think>x</think><search>q</search><result>r</result>"
     row = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": said}]}
     (tmp_path / "odd.jsonl").write_text(json.dumps(row) + "\n", "utf-8")
-    assert from_file(str(tmp_path / "odd.jsonl")) == ([], {"end in a tool result": 1})
+    assert from_file(str(tmp_path / "odd.jsonl"), tools) == ([], {"end in a tool result": 1})
+    assert from_file(str(tmp_path / "odd.jsonl"), {}) == ([], {"call another tool than ": 1})
 
 
 @pytest.mark.parametrize(
