@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -20,9 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from advantage import Segment, reward, shared_by
-from app import cli
 from app.config import DATA, Config
-from arpo_mini import judge, load_agent, train
+from arpo_mini import judge
 from data.files import UserError
 from data.formats import Question
 from engine import checks, model
@@ -335,7 +332,7 @@ def test_a_pad_token_beyond_the_vocabulary_is_not_used(tmp_path):
 def test_importing_the_engine_silences_a_logger_first():
     code = "import engine, logging, sys; assert 'peft' not in sys.modules; "
     code += "assert logging.getLogger('bitsandbytes.x').getEffectiveLevel() == logging.ERROR"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert conftest.python("-c", code).returncode == 0
 
 
 # ---- long questions and results -------------------------------------------------------------
@@ -348,8 +345,8 @@ def test_a_question_that_leaves_no_room_is_named_before_the_work(
     rows = [{"question": text, "answer": 4} for text in (question, "why? " * 300)]
     path.write_text("\n".join(map(json.dumps, rows)))
     for flag in ("--dataset_path", "--eval_path"):
-        args = ["train", flag, str(path), "--output_dir", str(folder)]
-        refused(cli.main(args, train, load_agent), f"{path}, question 2", "(512)")
+        code = conftest.arpo("train", flag, path, "--output_dir", folder)
+        refused(code, f"{path}, question 2", "(512)")
     assert not folder.exists()
     n, asked = len(policy.prompt(question)), [Question(question, ["4"])]
     checks.refuse_long(policy, asked, "x", replace(config, max_total_tokens=n + 1))
