@@ -7,6 +7,8 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -18,7 +20,9 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+import app.cli
 import app.records
+import arpo_mini
 from advantage import Segment
 from app.config import Config
 from app.evaluation import first_per_domain
@@ -28,6 +32,8 @@ from engine.memory import Limits
 from engine.model import Policy, load_policy
 from engine.writer import Writer
 from tools import Tool, ToolResult
+
+ROOT = Path(__file__).resolve().parent.parent
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, whose threads would only wait
     torch.set_num_threads(1)
@@ -126,6 +132,17 @@ def refused(capsys):
         return out
 
     return check
+
+
+def arpo(*args):
+    """The command line of arpo_mini.py, with the real policy: its exit code."""
+    return app.cli.main([str(arg) for arg in args], arpo_mini.train, arpo_mini.load_agent)
+
+
+def python(*args):
+    """The same in a process of its own, or any other program."""
+    command = [sys.executable, *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
 
 
 def lines_of(folder, name):

@@ -1,13 +1,12 @@
 """The mini-world and the tiny Qwen3 are what data/README.md says they are."""
 
 from collections import Counter
-from pathlib import Path
 from random import Random
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from app.config import Config
+from app.config import DATA, Config
 from arpo_mini import make_tools
 from data import decisive_world, make_world
 from data.demonstrator import RIGHT_WAY, UNSURE, WORLDS, Demonstrator, Hesitation
@@ -16,7 +15,6 @@ from lab import coldstart
 from lab.coldstart import encode, soft_targets
 from tools import ToolCall, run_one
 
-DATA = Path(__file__).parent.parent / "data"
 MAKERS = {DATA: make_world, DATA / "decisive": decisive_world}
 
 

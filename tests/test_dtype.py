@@ -1,4 +1,4 @@
-"""float16 and bfloat16: the same training within a bound, and what does not fit is said."""
+"""float16 and bfloat16: the same training within a bound; numbers that are none end a step."""
 
 import copy
 import dataclasses
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import kept, lines_of, load, roll_out
+from conftest import ECHO, TINY, TINY_QUESTIONS, kept, lines_of, load, roll_out
 from safetensors.torch import load_file, save_file
 from test_update import flat_gradient, packed_rows
 
@@ -187,3 +187,51 @@ def test_the_plan_knows_the_dtype(four):
     assert halves[0] == halves[1] and full["rollout GiB"] > 1.3 * halves[0]["rollout GiB"]
     times = 1.4 if four else 2  # of a model in 4-bit only the embedding
     assert full["weights GiB"] == pytest.approx(times * halves[0]["weights GiB"], rel=0.1)
+
+
+# ---- inf and nan --------------------------------------------------------------------------
+
+
+def step(policy, lr=1e-3):
+    optimizer = torch.optim.AdamW(policy.parameters, lr=lr)
+    config = dataclasses.replace(TINY, kl_coefficient=0.1)  # also equal rewards have a gradient
+    return safe_step(Agent(policy, ECHO, config), optimizer, TINY_QUESTIONS, config, 7)
+
+
+@pytest.mark.parametrize(
+    "value, words", [(math.nan, "a logit is"), (math.inf, "a log-prob is nan")]
+)
+def test_the_question_is_named_in_whose_rows_it_happened(restored, writing, value, words):
+    """While it is rolled out, and while it is trained; the other question is all right."""
+    start = restored.prompt("abc")
+
+    def spoil(module, args, kwargs, output):
+        rows = [d.path_tokens() for d in writing] if output.past_key_values else kwargs["input_ids"]
+        if bool(output.past_key_values) == (words == "a logit is"):
+            for hidden, ids in zip(output.last_hidden_state.data, rows, strict=True):
+                if list(ids[: len(start)]) == start:
+                    hidden[:] = value
+
+    handle = restored.lm.get_decoder().register_forward_hook(spoil, with_kwargs=True)
+    with handle, pytest.raises(NonFinite) as error:
+        step(restored)
+    said, lengths = str(error.value), [len(row) for row in error.value.rows]
+    assert said.startswith(f"step 7: {words}") and "longer" not in said and "\n" not in said
+    assert f"in 'abc' ({lengths[0]} tokens)" in said
+    assert said.count("'abc'") == min(3, len(lengths)) and ("more" in said) == (len(lengths) > 3)
+
+
+def test_weights_that_are_none_are_found_before_they_are_saved(restored):
+    with pytest.raises(NonFinite, match=r"^step 7: a weight after the step is (nan|-?inf)$"):
+        step(restored, lr=1e308)
+
+
+@pytest.mark.parametrize("factor, words", [(1e39, "the loss is"), (1.0, "the gradient norm is")])
+def test_loss_and_gradient_are_looked_at_before_the_step(restored, tiny_groups, factor, words):
+    rows, first = packed_rows(tiny_groups, TINY), restored.parameters[0]
+    rows[0].A_plus = [factor * (weight > 0) for weight in rows[0].weight]
+    before = [p.detach().clone() for p in restored.parameters]
+    handle = first.register_hook(lambda grad: grad * math.inf)
+    with handle, pytest.raises(NonFinite, match=words):
+        update(restored, torch.optim.SGD(restored.parameters, lr=1.0), rows, TINY)
+    assert all(map(torch.equal, before, restored.parameters))

@@ -4,19 +4,16 @@ import contextlib
 import gzip
 import json
 import sys
-from pathlib import Path
 
 import huggingface_hub.constants
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import ROOT
 
 from advantage import reward
 from data.files import Document, UserError, load_documents, reason
 from data.formats import Question, load_demonstrations, load_questions
-
-ROOT = Path(__file__).parent.parent
-
 
 FIXTURES = ROOT / "tests" / "fixtures"
 OFFICIAL = json.loads((FIXTURES / "forms_official.json").read_text("utf-8"))
@@ -194,6 +191,7 @@ KNOWN = "name one of openai/gsm8k:main/test, openai/gsm8k:main/train, openai/gsm
         ("o/unknown", "no such file, and no data set of the hub: Cannot reach"),
         ("o/no--name", "no such file, and no data set of the hub: Cannot have --"),
         ("o/such.jsonl", "cannot read o/such.jsonl: No such file"),
+        *[(drive, "No such file") for drive in ("C:/a/mine", "C:\\a b\\mine.jsonl", "D:mine")],
     ],
 )
 def test_a_hub_data_set_by_its_id(name, found, hub):

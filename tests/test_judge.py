@@ -5,20 +5,17 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
+from conftest import ROOT, python
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import expressions, judge
 from engine.judge import as_number, clean, exact_match, f1_score, judge_answer, math_equal
-
-ROOT = Path(__file__).parent.parent
 
 
 def pairs(table):
@@ -174,7 +171,7 @@ def test_answers_of_the_mini_world_never_reach_math_verify(monkeypatch):
 
 def test_the_judge_does_not_import_sympy():
     code = "import engine.judge, sys; assert not {'sympy', 'math_verify'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    assert python("-c", code).returncode == 0
 
 
 HOSTILE = [

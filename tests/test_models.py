@@ -1,15 +1,17 @@
-"""What would train silently wrong is refused; what makes a chat; what is too long for it."""
+"""What would train silently wrong, or lies, is refused; what makes a chat; what is too long."""
 
 import json
 import re
-import subprocess
-import sys
+import shutil
 import time
 from dataclasses import replace
 
 import conftest
 import pytest
 import torch
+from conftest import change_json
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_rollout import assert_true_to_the_model, granted
@@ -20,13 +22,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from advantage import Segment, reward, shared_by
-from app import cli
 from app.config import DATA, Config
-from arpo_mini import judge, load_agent, train
+from arpo_mini import judge
 from data.files import UserError
 from data.formats import Question
 from engine import checks, model
-from tools import TAG, Tool, ToolResult, read_call, result_text
+from tools import TAG, Tool, ToolResult, read_call, readable, result_text
 
 ADDER = {"adder": Tool("adder", lambda text: "4", "two numbers")}
 TEMPLATE = (
@@ -172,7 +173,7 @@ def test_any_other_adapter_is_refused_by_name(tmp_path, wrong):
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     weights, words = load_file(path), f"foreign ones: ['{wrong}']"
     if isinstance(wrong, dict):
-        conftest.change_json(path.with_name("adapter_config.json"), **wrong)
+        change_json(path.with_name("adapter_config.json"), **wrong)
         named = f"not a plain LoRA but has {next(iter(wrong))}"
         words = "its lora_alpha must be above 0" if wrong in NOTHING else named
     else:
@@ -190,7 +191,7 @@ ENDS += [(bad, "", None) for bad in ([0, "x"], [0, True], 10**9, -1, [[0]], 1.0)
 @pytest.mark.parametrize(("named", "written", "ends"), ENDS)
 def test_a_turn_ends_with_what_the_chat_template_writes(tmp_path, named, written, ends):
     save_model(tmp_path, tokenizer={"template": TEMPLATE.replace("<|end|>\n", written)})
-    conftest.change_json(tmp_path / "generation_config.json", eos_token_id=named)
+    change_json(tmp_path / "generation_config.json", eos_token_id=named)
     if ends:
         policy = load(tmp_path)
         assert (policy.turn_end, policy.eos_ids) == (ends[0], ends)
@@ -311,6 +312,39 @@ def test_a_question_or_a_result_cannot_end_its_own_turn(tmp_path, normalizer, ad
         assert TAG.findall(policy.decode(result)) == [("", "result"), ("/", "result")]
 
 
+STRANGE = [
+    "\x00",
+    "\ud800",
+    "\u202e",
+    "\x1b[31m",
+    "\u0301",
+    "\U0001f468\u200d",
+    "\uff1c/result\uff1e",
+]
+STRANGE += "<|im_end|> <|im_start|> <|endoftext|> </s> <|im_ < </ > </result> <think> \n".split(" ")
+texts = st.lists(st.sampled_from(STRANGE) | st.characters(), max_size=10).map("".join)
+
+
+def unescaped(text):
+    return re.sub("&lt;|[\uff1c\ufe64]", "<", text).replace(" ", "")
+
+
+@settings(max_examples=25)
+@given(text=texts, times=st.sampled_from([1, 1, 40]), most=st.sampled_from([32, 40, 256]))
+def test_text_from_outside_forges_nothing_and_is_read_as_it_was_written(policy, text, times, most):
+    """A result is one pair of tags, up to a visible cut; a question holds no marker of the chat."""
+    result, added = ToolResult(text * times, True), set(policy.tokenizer.added_tokens_decoder)
+    asked, token_ids = policy.prompt(text), policy.encode_result(result, most)
+    marks = [token for token in policy.prompt("why?") if token in added]
+    assert [token for token in asked if token in added] == marks
+    assert unescaped(readable(text)) in unescaped(policy.decode(asked))
+    read, whole = policy.decode(token_ids), unescaped(result_text(result))
+    assert len(token_ids) <= most and not set(token_ids) & set(policy.tokenizer.all_special_ids)
+    assert TAG.findall(read) == [("", "result"), ("/", "result")]
+    kept = unescaped(read.removesuffix(" [cut]\n</result>"))
+    assert kept == whole or (whole.startswith(kept) and kept != unescaped(read) and len(kept) > 9)
+
+
 def test_what_a_closing_token_carries_is_not_judged(tmp_path):
     policy = load(save_model(tmp_path))
     (closing,) = policy.encode("><")
@@ -335,7 +369,77 @@ def test_a_pad_token_beyond_the_vocabulary_is_not_used(tmp_path):
 def test_importing_the_engine_silences_a_logger_first():
     code = "import engine, logging, sys; assert 'peft' not in sys.modules; "
     code += "assert logging.getLogger('bitsandbytes.x').getEffectiveLevel() == logging.ERROR"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert conftest.python("-c", code).returncode == 0
+
+
+# ---- folders that lie ----------------------------------------------------------------------
+
+# Classes of its own: loading marks the class it finds as one whose code comes with the model.
+CODE = """
+open({!r}, "w").close()
+import transformers
+class C(transformers.Qwen3Config): pass
+class M(transformers.Qwen3ForCausalLM): config_class = C
+class T(transformers.PreTrainedTokenizerFast): pass
+"""
+MODEL = {"auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
+TOKENIZER = {"auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}, "tokenizer_class": "T"}
+
+
+@pytest.fixture
+def folders(tmp_path, policy, monkeypatch):
+    """A model and an adapter, with code beside each that must not run."""
+    policy.model.save_pretrained(tmp_path / "adapter")
+    shutil.copytree(DATA / "tiny-qwen3", tmp_path / "model")
+    for folder in (tmp_path, tmp_path / "model"):
+        (folder / "evil.py").write_text(CODE.format(str(tmp_path / "ran")))
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+EVIL = "cbuiltins\nopen\n(V{}\nVw\ntR."  # a pickle that writes a file when it is read
+
+
+@pytest.mark.parametrize(
+    "name, change, words",
+    [
+        ("model/config.json", {**MODEL, "model_type": "evil"}, "--trust_remote_code true"),
+        ("model/config.json", {"hidden_size": "x"}, "cannot load"),
+        ("model/tokenizer.json", b"[" * 100_000, "cannot load"),
+        ("model/model.safetensors", "pytorch_model.bin", r"model\.safetensors"),
+        ("model/model.safetensors", None, r"the model has no model\.layers\.0\."),
+        ("adapter/adapter_config.json", {"r": [[1]]}, "cannot load"),
+        ("adapter/adapter_config.json", b"junk \xff\x00", "cannot load"),
+        ("adapter/adapter_model.safetensors", "adapter_model.bin", r"adapter_model\.safetensors"),
+    ],
+    ids=range(8),
+)
+def test_a_folder_that_lies_is_refused_in_one_line_and_runs_nothing(folders, name, change, words):
+    path = folders / name
+    if isinstance(change, dict):
+        change_json(path, **change)
+    elif isinstance(change, bytes):
+        path.write_bytes(change)
+    elif change:  # a pickle in its place
+        path.rename(path.with_name(change)).write_text(EVIL.format(folders / "ran"))
+    else:  # a weight is missing
+        weights = load_file(path)
+        del weights[next(key for key in sorted(weights) if "layers.0" in key)]
+        save_file(weights, path, metadata={"format": "pt"})
+    said = refusal(folders / "model", adapter=str(folders / "adapter"))
+    assert re.search(words, said) and str(folders) in said and len(said) < 1000
+    assert not (folders / "ran").exists()
+
+
+@pytest.mark.parametrize("name, change", [("config", MODEL), ("tokenizer_config", TOKENIZER)])
+def test_code_beside_a_known_model_runs_only_when_it_is_trusted(folders, name, change):
+    change_json(folders / "model" / f"{name}.json", **change)
+    change_json(folders / "model" / "config.json", attn_implementation="kernels-community/evil")
+    names = {"folder": folders / "model", "adapter": str(folders / "adapter")}
+    assert load(**names).lm.config._attn_implementation == "sdpa"  # and no kernel of the hub
+    assert not (folders / "ran").exists()
+    load(**names, trust_remote_code=True)
+    assert (folders / "ran").exists()
 
 
 # ---- long questions and results -------------------------------------------------------------
@@ -348,8 +452,8 @@ def test_a_question_that_leaves_no_room_is_named_before_the_work(
     rows = [{"question": text, "answer": 4} for text in (question, "why? " * 300)]
     path.write_text("\n".join(map(json.dumps, rows)))
     for flag in ("--dataset_path", "--eval_path"):
-        args = ["train", flag, str(path), "--output_dir", str(folder)]
-        refused(cli.main(args, train, load_agent), f"{path}, question 2", "(512)")
+        code = conftest.arpo("train", flag, path, "--output_dir", folder)
+        refused(code, f"{path}, question 2", "(512)")
     assert not folder.exists()
     n, asked = len(policy.prompt(question)), [Question(question, ["4"])]
     checks.refuse_long(policy, asked, "x", replace(config, max_total_tokens=n + 1))

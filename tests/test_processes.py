@@ -9,29 +9,18 @@ import sys
 import time
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
-from conftest import (
-    ECHO,
-    TINY,
-    TINY_QUESTIONS,
-    TinyPolicy,
-    lines_of,
-    roll_out,
-    small_policy,
-    write_questions,
-)
+from conftest import ECHO, ROOT, TINY, TINY_QUESTIONS, TinyPolicy, lines_of, roll_out, small_policy
 from test_update import flat_gradient, some_rewards
 
-import app.cli
-import arpo_mini
 from app.config import Config
 from app.run_folder import RunFolder
 from arpo_mini import credit, update
 from data.files import UserError
 from engine import processes
 
-ROOT = Path(__file__).parent.parent
 QUESTIONS = TINY_QUESTIONS * 2 + TINY_QUESTIONS[:1]  # three for one process, two for the other
 FEW = (
     "--questions_per_step 3 --group_size 3 --max_segment_tokens 40 --eval_every 2 --eval_part 1"
@@ -105,7 +94,7 @@ def test_a_run_of_two_processes_from_its_beginning_to_its_end(tmp_path, tmp_path
     """Killed, interrupted, resumed; the same adapters after every step; process 0 writes alone."""
     run, resume = tmp_path / "run", ["--resume", tmp_path / "run"]
     train, log = (__file__, "train", tmp_path), run / "metrics.jsonl"
-    data = write_questions(tmp_path_factory.mktemp("data") / "few.jsonl", each=2)
+    data = conftest.write_questions(tmp_path_factory.mktemp("data") / "few.jsonl", each=2)
     started = launch(*train, *FEW, 50, "--eval_path", data, "--output_dir", run)
     (code, out, error), killed = stopped(started, log, signal.SIGKILL, slice(1, None))
     assert (code, killed[0], killed[1]) == (2, -signal.SIGKILL, "")
@@ -123,8 +112,7 @@ def test_a_run_of_two_processes_from_its_beginning_to_its_end(tmp_path, tmp_path
     assert found == [(step, 3, 9) for step in range(1, steps + 1)]
     assert lines_of(run, "evaluations.jsonl")[-1]["questions"] == 6
     assert {path.name for path in tmp_path.iterdir()} == {"run", "0.jsonl", "1.jsonl"}
-    alone = [sys.executable, "arpo_mini.py", "train", "--resume", run, "--steps", "99"]
-    refused = subprocess.run(alone, cwd=ROOT, capture_output=True, text=True)
+    refused = conftest.python("arpo_mini.py", "train", "--resume", run, "--steps", "99")
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
     assert "processes is 2 there and 1 here" in refused.stderr
 
@@ -179,4 +167,4 @@ if __name__ == "__main__":
             file.write(json.dumps(sums) + "\n")
 
     RunFolder.remember = told
-    sys.exit(app.cli.main(["train", *args], arpo_mini.train, arpo_mini.load_agent))
+    sys.exit(conftest.arpo("train", *args))

@@ -1,11 +1,10 @@
 """The rollout: the right leaves and log-probs, nothing computed twice, the same each time."""
 
-import dataclasses
 import itertools
 import math
 import random
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -325,10 +324,12 @@ def test_only_paths_that_go_on_are_kept(tiny, monkeypatch):
 
 
 def test_the_cache_is_gone_before_the_update(tiny, monkeypatch):
-    writer = open_writer(tiny, TINY)
+    """Also of paths that end with a call too many, which the writer keeps."""
+    config = replace(TINY, max_tool_calls=1)
+    writer = open_writer(tiny, config)
     monkeypatch.setattr(arpo_mini, "open_writer", lambda policy, config: writer)
     monkeypatch.setattr(arpo_mini, "update", lambda *args: {"cached": len(writer.kv)})
-    figures, *_ = arpo_mini.train_step(tiny, None, TINY_QUESTIONS, TINY, ECHO, 1)
+    figures, *_ = arpo_mini.train_step(tiny, None, TINY_QUESTIONS, config, ECHO, 1)
     assert figures["cached"] == 0 < figures["prefill_tokens"]
 
 
@@ -379,7 +380,7 @@ def test_a_thousand_rollouts_one_at_a_time_and_as_many_calls_as_are_legal(tiny, 
     config = replace(TINY, group_size=1000, rollout_rows=1, branch_probability=1.0)
     (leaves,) = roll_out(tiny, replace(config, branch_rule=rule), ECHO, TINY_QUESTIONS[:1])
     assert len(set(leaves)) == 1000
-    (most,) = (f.metadata["high"] for f in dataclasses.fields(Config) if f.name == "max_tool_calls")
+    (most,) = (f.metadata["high"] for f in fields(Config) if f.name == "max_tool_calls")
     scripted[:] = [1]
     config = replace(TINY, max_tool_calls=most, max_total_tokens=10_000, group_size=2)
     (leaves,) = roll_out(tiny, replace(config, branch_rule="none"), ECHO, TINY_QUESTIONS[:1])

@@ -2,18 +2,14 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import lines_of
+from conftest import ROOT, arpo, lines_of
 from test_run_folder import ADAPTER, ctrl_c, spoil, state_of
 
-import app.cli
-import arpo_mini
 import tools
 
-ROOT = Path(__file__).parent.parent
 # Steps of a fraction of a second, with everything a step can have: forks, evaluations, trees.
 TINY = (
     "--steps 4 --questions_per_step 1 --group_size 3 --initial_rollouts 2 --save_every 2"
@@ -27,17 +23,13 @@ WAYS = {  # and after how many uses of which function step 3 is interrupted
 }
 
 
-def main(*args):
-    return app.cli.main([str(arg) for arg in args], arpo_mini.train, arpo_mini.load_agent)
-
-
 @pytest.fixture(scope="module", params=WAYS)
 def whole(request, few, tmp_path_factory, every_tree):
     """An uninterrupted run, its flags, and where to interrupt one like it."""
     more, place = WAYS[request.param]
     flags = [*TINY, "--eval_path", few, *more]
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    assert main("train", "--output_dir", folder, *flags) == 0
+    assert arpo("train", "--output_dir", folder, *flags) == 0
     return folder, flags, place
 
 
@@ -47,9 +39,9 @@ def test_stopped_and_resumed_it_equals_the_uninterrupted_run(whole, tmp_path, mo
     folder, flags, (owner, name, call) = whole
     with monkeypatch.context() as patch:
         spoil(patch, owner, name, ctrl_c, done=2, call=call, after=True)
-        assert main("train", "--output_dir", tmp_path / "run", *flags) == 130
+        assert arpo("train", "--output_dir", tmp_path / "run", *flags) == 130
     assert capsys.readouterr().err == "stopped\n"
-    assert main("train", "--resume", tmp_path / "run") == 0
+    assert arpo("train", "--resume", tmp_path / "run") == 0
     assert "going on after step 2 " in capsys.readouterr().out
     assert state_of(tmp_path / "run") == state_of(folder)
 
@@ -72,6 +64,6 @@ def test_a_run_leaves_what_the_documentation_says_and_evaluating_changes_none(wh
     assert {(e["step"], e["decoding"]) for e in evaluations} == expected | {(3, "sampled")}
     tree = lines_of(folder, "rollouts.jsonl")[0]
     assert len(tree["leaves"]) == 3 and tree["nodes"][0]["author"] == "prompt"
-    assert main("train", *flags, "--output_dir", tmp_path / "unseen", "--eval_part", "0") == 0
+    assert arpo("train", *flags, "--output_dir", tmp_path / "unseen", "--eval_part", "0") == 0
     assert not (tmp_path / "unseen/evaluations.jsonl").exists()
     assert (tmp_path / "unseen" / ADAPTER).read_bytes() == (folder / ADAPTER).read_bytes()
