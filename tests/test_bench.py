@@ -281,6 +281,7 @@ def test_running_out_of_memory_is_a_figure_too(monkeypatch):
         (["plain", "--repeats", "0"], "--repeats 0: it must be at least 1"),
         (["plain", "--dual_clip", "3"], "--dual_clip 3.0: course/one_page.py does without it"),
         (["plain", "--branch_rule", "step"], "--branch_rule step: course/one_page.py does"),
+        (["plain", "--branch_rule", "official"], "--branch_rule official: course/one_page.py"),
         (["plain", "--max_total_tokens", "9"], "question 1: a prompt of 28 tokens leaves no room"),
         (["gpu", "--minutes", "-1"], "--minutes -1.0: it must be above 0"),
         (["plan", "--preset", "9gb"], "--preset 9gb: choose one of "),

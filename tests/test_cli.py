@@ -58,6 +58,7 @@ OBEYED = "\x1b]0;evil\x07\x1b[2J\x9b31m\u202e[bold]\ud800"  # by a terminal
         ("show --compare gpro", ["--compare gpro", "grpo", "official", "random", "none"]),
         ("show --compare paper", ["--compare paper", "choose one of grpo"]),
         ("show --example divisible --question q", ["--example divisible", "one of"]),
+        ("show --example divisible --answer 4", ["--answer 4", "a --question"]),
         ("train --resume=--", ["--resume=--", "a value is missing"]),
         ("train --output_dir=", ["--output_dir : it must name a folder"]),
         ("report", ["folders"]),
@@ -205,6 +206,7 @@ def test_the_question_to_show(few):
     known = load_questions(few)[0]
     assert question_to_show(Config(eval_path=few), known.text, None, None) == known
     assert question_to_show(Config(), "q", "a", None) == Question("q", ["a"])
+    assert question_to_show(Config(eval_path=few), known.text, "a", None).answers == ["a"]
     assert question_to_show(Config(), None, None, "divisible").answers == ["3"]
 
 

@@ -121,7 +121,7 @@ def test_a_row_of_the_table(results, tmp_path, capsys):
 class FakeProcess:
     """Plays a run, as soon as it is started, in the files of its slot."""
 
-    failing, trained = "", []
+    failing, trained, code = "", [], 1
 
     def __init__(self, command, stdout, env, **_):
         slot, self.returncode = Path(command[-1]), 0
@@ -139,7 +139,7 @@ class FakeProcess:
         write("metrics.jsonl", [{**spent, "wishes": rates[i % 4]} for i in range(steps)])
         if self.failing == self.trained[-1]:
             stdout.write("some line\nout of luck\n")
-            self.returncode = 1
+            self.returncode = self.code
             return
         looks = [(step, d) for step in range(0, steps + 1, 2) for d in ("sampled", "greedy")]
         rows = [{"step": step, "decoding": d, "accuracy": 0.4 + 0.01 * step} for step, d in looks]
@@ -210,6 +210,14 @@ def test_a_run_that_dies_is_reported_and_stops_no_other(fake, capsys):
     assert fake.trained() == ["adaptive 0"]
 
 
+def test_bad_input_is_that_of_all_runs(fake, refused, monkeypatch):
+    monkeypatch.setattr(FakeProcess, "code", 2)
+    monkeypatch.setattr(FakeProcess, "failing", "grpo 0")
+    words = "error: grpo, seed 0: died with exit code 2: out of luck"
+    refused(fake("--methods", "grpo,adaptive", "--seeds", "2", "--jobs", "1"), words)
+    assert fake.trained() == ["grpo 0"]
+
+
 def test_other_settings_do_not_mix(fake, refused, monkeypatch):
     one = ("--methods", "grpo", "--seeds", "1")
     assert fake(*one) == 0 and fake.trained()
@@ -267,6 +275,9 @@ def test_what_a_process_does(tmp_path, monkeypatch, refused):
     comparison = compare.Comparison(tmp_path, compare.shared_settings(compare.DEFAULTS, 5))
     settings = comparison.settings_of(compare.Run("hard-x4", 7))
     assert not any(str(ROOT) in str(value) for value in settings.values())  # can be published
+    typed = compare.shared_settings(compare.DEFAULTS | {"shared_weight": 0.5}, 5)
+    ours = compare.Comparison(tmp_path, typed).settings_of(compare.Run("arpo-1-of-8-z4", 7))
+    assert ours["shared_weight"] == 0.5
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     played = mock.Mock(side_effect=[0, 0, 130])
     monkeypatch.setattr(cli, "main", played)

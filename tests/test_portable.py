@@ -14,7 +14,7 @@ import os, runpy, signal, sys
 sys.modules["fcntl"] = None  # an import of it fails
 for name in ("SIGHUP", "SIGPROF", "SIGALRM", "setitimer", "ITIMER_PROF"):
     delattr(signal, name)
-del os.fork
+del os.fork, os.sched_getaffinity
 def open_file(path, *args, real=os.open, **kwargs):
     if os.path.isdir(path):
         raise PermissionError(13, "a folder")
@@ -38,6 +38,8 @@ def test_a_run_where_half_of_the_system_is_absent(tmp_path):
         done = python("-c", WITHOUT, ROOT / "arpo_mini.py", "train", *more)
         assert done.returncode == 0, done.stderr
     assert [row["step"] for row in lines_of(folder, "metrics.jsonl")] == [1, 2, 3]
+    done = python("-c", WITHOUT, ROOT / "lab" / "compare.py", "draw", folder)
+    assert done.returncode == 2 and "results.json: No such file" in done.stderr
 
 
 @pytest.mark.parametrize(

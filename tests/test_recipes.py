@@ -74,6 +74,7 @@ FORMS = [
     {"paragraphs": [{"title": "B", "paragraph_text": "Three.", "is_supporting": True}]},
     {"title": "C", "context": "Four. \u00e9"},
     {"context": {"title": ["D"], "sentences": [[]]}},  # nothing to read
+    {"context": {"title": ["E"], "content": [["Five.", "Six."]]}},
 ]
 
 
@@ -82,7 +83,7 @@ def test_a_corpus_holds_every_paragraph_of_any_form_once(tmp_path, monkeypatch, 
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in FORMS), "utf-8")
     run, _ = PROGRAMS["-m lab.corpus"]
     assert run(["--data", "rows.jsonl,rows.jsonl", "--output", "made.jsonl"]) == 0
-    made = [("A", "One. Two."), ("B", "Three."), ("C", "Four. \u00e9")]
+    made = [("A", "One. Two."), ("B", "Three."), ("C", "Four. \u00e9"), ("E", "Five. Six.")]
     assert [tuple(d) for d in load_documents("made.jsonl")] == made
     assert run(["--data", "rows.jsonl", "--rows", "2", "--output", "made.jsonl"]) == 0
     assert len(load_documents("made.jsonl")) == 2

@@ -140,14 +140,18 @@ ABOVE = [[-1.0] * 50] * 2  # scores of two steps, after which every result is ab
 
 
 @pytest.mark.parametrize(
-    "score, scores, at_once", [("entropy", (), 0), ("gain", ABOVE, 2), ("random", (), 0)]
+    "score, scores, at_once, most",
+    [("entropy", (), 0, 6), ("gain", ABOVE, 2, 6), ("random", (), 0, None)],
 )
-def test_a_step_has_one_budget(tiny, score, scores, at_once):
+def test_a_step_has_one_budget(tiny, score, scores, at_once, most):
     """It goes to the questions whose results have the highest scores, and all of it is spent."""
-    questions, config = TINY_QUESTIONS * 3, replace(STEP, branch_score=score, max_branches=2)
+    questions, config = (
+        TINY_QUESTIONS * 3,
+        replace(STEP, branch_score=score, max_branches=2, max_leaves=most),
+    )
     groups = rollout(open_writer(tiny, config), questions, config, ECHO, 5, scores)
     sizes = [len(leaves) for leaves in groups]
-    assert sum(sizes) == 4 * len(questions) and min(sizes) < 4 < max(sizes) <= 6
+    assert sum(sizes) == 4 * len(questions) and min(sizes) < 4 < max(sizes) <= (most or 8)
     decided = [s.decision for s in every_segment(groups) if s.decision]
     assert {d.forks for d in decided} == {at_once} and max(d.granted for d in decided) == 2
     for d in decided:
@@ -162,11 +166,16 @@ def test_a_step_spends_its_budget_by_hand():
     budget = Budget(9, random.Random(0), most=4, threshold=0.8)
     budgets = dict.fromkeys(roots, budget)
     assert decide_forks([a.parent, b.parent, c.parent], budgets, config) == []
-    assert decide_forks(drafts, budgets, config) == [b, b] and budget.slots == 7
+    assert decide_forks(drafts[:1], budgets, config) == []
+    assert decide_forks(drafts[1:], budgets, config) == [b, b] and budget.slots == 7
     assert decide_forks(drafts, budgets, config) == []  # the rest goes on from there
     assert spend_rest(budget, config) == [c, c, a, a, roots[1], roots[1], roots[2]]
     assert budget.slots == 0 and spend_rest(budget, config) == []
     assert [n.decision.granted for n in (a, b, c)] == [2, 2, 2]
+    budget.rng, drawn = random.Random(1), random.Random(1)
+    at_random = replace(config, branch_score="random")
+    decide_forks([a.parent, b.parent, c.parent], budgets, at_random)
+    assert [budget.places[root] for root in roots] == [drawn.random() for _ in roots]
 
 
 def test_the_released_rule_compares_what_was_written_before_the_result(tiny, monkeypatch):

@@ -269,6 +269,7 @@ division by zero | 1/0   5 % 0   0**-1.5   tan(pi/2)   log(5, 1)
 root of a negative | (-8)**0.5   (-8)**(1/3)
 is not defined for these | log(0)   sqrt()   comb(-1, 1)   ln(2, 2)
 is not a whole number | factorial(2.5)   lcm(4, 0.5)   comb(4.5, 2)   round(1, .5)
+only the first 15 digits | floor(e**50)   ceil(sqrt(2) * 10**20)   round(-pi * 10**30, 2)
 need exact numbers | pi % 1   5 % sqrt(2)   sqrt(2) // 1
 too few digits are left | sqrt(10**10 + 1) - 10**5   ln(1.0000001)   sin(3.14159265)
 too large or too small | exp(-1000)   1e-400   0.5**5000   (1/10**99)**2000.5   sin(10**7)
