@@ -7,6 +7,8 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from engine.model import Policy, load_policy
 from engine.writer import Writer
 from tools import Tool, ToolResult
 
+ROOT = Path(__file__).resolve().parent.parent
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, whose threads would only wait
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # and in the processes that a test starts
@@ -126,6 +129,12 @@ def refused(capsys):
         return out
 
     return check
+
+
+def python(*args, timeout=600):
+    """How a process ended that was started at the root of the project."""
+    command = [sys.executable, *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
 def lines_of(folder, name):

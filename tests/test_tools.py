@@ -3,7 +3,6 @@
 import math
 import random
 import re
-import subprocess
 import sys
 import threading
 import time
@@ -12,10 +11,10 @@ import tracemalloc
 import unicodedata
 import warnings
 from fractions import Fraction
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from conftest import python
 
 import tools as toolbox
 from data.files import Document
@@ -185,8 +184,7 @@ def test_a_tool_that_hangs_does_not_keep_the_process_from_ending():
         hangs = [ToolCall("t", text) for text in ("time.sleep(60)", "1", "print(end='')")]
         print([result.ok for result in run_calls(hangs, {"t": Tool("t", hang, "")}, 0.1)])
     """
-    command, root = [sys.executable, "-c", code], Path(toolbox.__file__).parent
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=30)
+    done = python("-c", code, timeout=30)
     assert (done.returncode, done.stdout, done.stderr) == (0, "[False, False, False]\n", "")
 
 
