@@ -206,7 +206,6 @@ def test_no_run_overwrites_another_and_the_newest_is_resumed(few, tmp_path, caps
     for number, name in enumerate(("x-2", "x", "x-3")):
         os.utime(tmp_path / name / "config.json", (number, number))
     (tmp_path / "x-4").mkdir()  # of no run
-    capsys.readouterr()
     assert main("train", "--output_dir", tmp_path / "x", "--resume", "--steps", "2") == 0
     assert f"going on after step 1 in {tmp_path / 'x-3'}" in capsys.readouterr().out
 
