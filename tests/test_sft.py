@@ -127,8 +127,7 @@ def test_only_what_the_policy_wrote_has_a_gradient(policy, rows, monkeypatch):
     wanted = [p.grad.clone() for p in policy.parameters]
     assert max(g.abs().max() for g in wanted) > 1e-4
     head, scored = policy.lm.get_output_embeddings(), []
-    hook = head.register_forward_hook(lambda module, args, out: scored.append(out.shape[0]))
-    with hook:
+    with head.register_forward_hook(lambda module, args, out: scored.append(len(out))):
         for tokens in (10_000, 150):
             optimizer = torch.optim.SGD(policy.parameters, lr=0.0)
             loss = sft.update(policy, optimizer, rows, Config(micro_batch_tokens=tokens))
@@ -142,29 +141,24 @@ def test_only_what_the_policy_wrote_has_a_gradient(policy, rows, monkeypatch):
 
 def test_as_much_at_once_as_fits_the_memory(policy, rows, monkeypatch):
     """By --memory_gb, and in halves where that was too much; the step stays the same."""
-    real = sft.token_logprobs
+    real, found, optimizer = sft.token_logprobs, [], torch.optim.SGD(policy.parameters, lr=0.0)
 
-    def updated(limits, most=1e9):
-        """The loss, and the tokens of each batch, where more than `most` do not fit."""
+    def small(policy, batch, temperature):
+        sizes.append(batch.input_ids.numel())
+        policy.limits.in_use = "micro_batch_tokens", sizes[-1]
+        if sizes[-1] > most:
+            raise torch.OutOfMemoryError("no memory")
+        return real(policy, batch, temperature)
 
-        def small(policy, batch, temperature):
-            sizes.append(batch.input_ids.numel())
-            policy.limits.in_use = "micro_batch_tokens", sizes[-1]
-            if sizes[-1] > most:
-                raise torch.OutOfMemoryError("no memory")
-            return real(policy, batch, temperature)
-
-        sizes, optimizer = [], torch.optim.SGD(policy.parameters, lr=0.0)
+    monkeypatch.setattr(sft, "token_logprobs", small)
+    made = Limits(micro_batch_tokens=200)  # by --memory_gb
+    for limits, fits in ((Limits(), 1e9), (Limits(), 300), (made, 1e9)):
+        sizes, most = [], fits
         monkeypatch.setattr(policy, "limits", limits)
-        monkeypatch.setattr(sft, "token_logprobs", small)
-        return sft.update(policy, optimizer, rows, Config()), sizes
-
-    whole, (tokens,) = updated(Limits())
-    loss, sizes = updated(Limits(), most=300)
-    assert loss == pytest.approx(whole, rel=1e-5)
-    assert sizes[0] == tokens > 300 >= sizes[-1] and sum(sizes[-3:]) >= 300
-    loss, sizes = updated(Limits(micro_batch_tokens=200))  # what --memory_gb made
-    assert loss == pytest.approx(whole, rel=1e-5) and max(sizes) <= 200
+        found.append((sft.update(policy, optimizer, rows, Config()), sizes))
+    (whole, (tokens,)), (halved, sizes), (limited, few) = found
+    assert [halved, limited] == pytest.approx([whole] * 2, rel=1e-5)
+    assert sizes[0] == tokens > 300 >= sizes[-1] and sum(sizes[-3:]) >= 300 and max(few) <= 200
     policy.model.zero_grad()
 
 
@@ -218,9 +212,6 @@ def test_whatever_ends_it_the_adapter_made_so_far_is_kept(
     assert "the adapter is in" in out and ("the loss is nan" if code == 1 else "stopped") in error
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
     assert len(lines_of(tmp_path / "run", "metrics.jsonl")) == 1
-
-
-# ---- from the first step to the last ------------------------------------------------------
 
 
 @pytest.mark.slow

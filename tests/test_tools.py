@@ -91,7 +91,7 @@ def test_calls_run_side_by_side_but_only_so_many_in_order_and_equal_ones_once(mo
     assert run_calls([], {}, 5.0) == []
 
 
-# --- running calls --------------------------------------------------------------------------------
+# --- running calls, and results that cannot forge -------------------------------------------------
 
 
 class Evil(str):
@@ -192,9 +192,6 @@ def test_a_tool_cannot_have_a_name_that_is_not_a_tag():
     for name in ("think", "answer", "result", "", "a b", "1a", "a>", "\u00e9"):
         with pytest.raises(ValueError, match="name"):
             Tool(name, str, "")
-
-
-# --- results cannot forge -------------------------------------------------------------------------
 
 
 def test_markers_are_escaped_and_ordinary_text_is_not():
