@@ -34,7 +34,6 @@ from engine.writer import Writer
 from tools import Tool, ToolResult
 
 ROOT = Path(__file__).resolve().parent.parent
-
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, whose threads would only wait
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # and in the processes that a test starts
@@ -139,10 +138,10 @@ def arpo(*args):
     return app.cli.main([str(arg) for arg in args], arpo_mini.train, arpo_mini.load_agent)
 
 
-def python(*args):
-    """The same in a process of its own, or any other program."""
+def python(*args, timeout=1800):
+    """How a process ended that was started at the root of the project."""
     command = [sys.executable, *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
 def lines_of(folder, name):

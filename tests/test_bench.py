@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -87,8 +88,8 @@ def test_the_predicted_peak_is_near_the_measured_one(monkeypatch):
     shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim = 4, 2, 32
     shape.vocab_size = 100_000
     monkeypatch.setattr(plan, "model_config", lambda name: shape)
-    for name in ("REPEATS", "TURNS"):
-        monkeypatch.setattr(gpu, name, 1)
+    monkeypatch.setattr(gpu, "REPEATS", 1)
+    monkeypatch.setattr(gpu, "TURNS", 1)
     settings = {"group_size": 4, "max_total_tokens": 400}
     figures = gpu.measured("a shape", settings, Config(entropy_tokens=8))
     assert figures["plan GiB"] / figures["peak GiB"] == pytest.approx(1, abs=0.15)
@@ -259,11 +260,8 @@ def test_the_whole_command_is_rehearsed_on_a_cpu(monkeypatch, tmp_path, capsys):
 
 def test_running_out_of_memory_is_a_figure_too(monkeypatch):
     """Also while a model is loaded: what was measured before, and what comes after it, is kept."""
-
-    def fails(config):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\n more words")
-
-    monkeypatch.setattr(model, "load_model", fails)
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\n more words")
+    monkeypatch.setattr(model, "load_model", Mock(side_effect=full))
     error = gpu.measured(TINY, {"group_size": 4}, Config())["error"]
     words = "memory. Tried to allocate 2 GiB); --load_in_4bit true or a smaller model takes less"
     assert "does not fit into memory (CUDA" in error and error.endswith(words)
@@ -272,28 +270,28 @@ def test_running_out_of_memory_is_a_figure_too(monkeypatch):
 # ---- command line -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (["trian"], "unknown command trian; the commands are plan, plain, trl, gpu"),
-        (["plan", "--model_name", "Qwen/Qwen9"], f"Qwen/Qwen9: choose one of {plan.NAMES[0]}, "),
-        (["plan", "--json", "no/such/folder/x"], "no/such/folder/x"),
-        (["plain", "--repeats", "0"], "--repeats 0: it must be at least 1"),
-        (["plain", "--dual_clip", "3"], "--dual_clip 3.0: course/one_page.py does without it"),
-        (["plain", "--branch_rule", "step"], "--branch_rule step: course/one_page.py does"),
-        (["plain", "--branch_rule", "official"], "--branch_rule official: course/one_page.py"),
-        (["plain", "--max_total_tokens", "9"], "question 1: a prompt of 28 tokens leaves no room"),
-        (["gpu", "--minutes", "-1"], "--minutes -1.0: it must be above 0"),
-        (["plan", "--preset", "9gb"], "--preset 9gb: choose one of "),
-        (["plan", "--repeats", "3"], "unknown: --repeats 3"),
-        (["trl"], "trl is missing; install it with: pip install trl"),
-        (["gpu"], "no GPU was found"),
-    ],
-)
-def test_what_cannot_be_done_is_one_line_and_exit_code_2(refused, monkeypatch, args, words):
+BAD = {
+    "trian": "unknown command trian; the commands are plan, plain, trl, gpu",
+    "plan --model_name Qwen/Qwen9": f"Qwen/Qwen9: choose one of {plan.NAMES[0]}, ",
+    "plan --json no/such/folder/x": "no/such/folder/x",
+    "plain --repeats 0": "--repeats 0: it must be at least 1",
+    "plain --dual_clip 3": "--dual_clip 3.0: course/one_page.py does without it",
+    "plain --branch_rule step": "--branch_rule step: course/one_page.py does",
+    "plain --branch_rule official": "--branch_rule official: course/one_page.py does",
+    "plain --max_total_tokens 9": "question 1: a prompt of 28 tokens leaves no room",
+    "gpu --minutes -1": "--minutes -1.0: it must be above 0",
+    "plan --preset 9gb": "--preset 9gb: choose one of ",
+    "plan --repeats 3": "unknown: --repeats 3",
+    "trl": "trl is missing; install it with: pip install trl",
+    "gpu": "no GPU was found",
+}
+
+
+@pytest.mark.parametrize("args", BAD)
+def test_what_cannot_be_done_is_one_line_and_exit_code_2(refused, monkeypatch, args):
     monkeypatch.setitem(sys.modules, "trl", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    refused(main(args), words)
+    refused(main(args.split()), BAD[args])
 
 
 def test_a_figure_is_shown_as_a_reader_expects_it():

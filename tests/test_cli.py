@@ -12,11 +12,11 @@ import random
 import re
 import subprocess
 import sys
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import scripted
+from conftest import ROOT
 from scripted import main, small_tree
 
 import app.cli
@@ -30,44 +30,43 @@ from app.screen import console, plain, print_log_head, print_log_line
 from data.formats import Question, load_questions
 from entropy import RULES
 
-ROOT = Path(__file__).parent.parent
 OBEYED = "\x1b]0;evil\x07\x1b[2J\x9b31m\u202e[bold]\ud800"  # by a terminal
 
 
 # ---- what is typed ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        ("train --group_sise 4", ["--group_sise", "--group_size", "--learning_rate"]),
-        ("trian", ["trian", "train", "eval", "show", "report"]),
-        ("train --branch_rule best", ["best", "paper", "official", "adaptive", "random"]),
-        ("train --group_size four", ["--group_size", "four", "int"]),
-        ("train --initial_rollouts 9", ["--initial_rollouts 9", "group_size (8)"]),
-        ("train --temperature 0", ["--temperature 0", "above 0"]),
-        ("train --top_p 0.95", ["--top_p 0.95", "whole distribution", "legal: 1"]),
-        ("train --load_in_4bit maybe", ["maybe", "true or false"]),
-        ("train --resume no/such/run", ["no/such/run", "config.json", "No such file"]),
-        ("train --dataset_path no/such.jsonl", ["no/such.jsonl", "No such file"]),
-        ("eval --json no/such/figures.json", ["no/such/figures.json", "No such file"]),
-        ("show --html no/such/tree.html", ["--html no/such/tree.html", "No such file"]),
-        ("eval --samples 0", ["--samples 0"]),
-        ("eval --samples 2 --pass_k 3", ["--pass_k 3", "--samples 2"]),
-        ("show --example nobel", ["--example", "nobel", "deep_search", "divisible"]),
-        ("show --compare gpro", ["--compare gpro", "grpo", "official", "random", "none"]),
-        ("show --compare paper", ["--compare paper", "choose one of grpo"]),
-        ("show --example divisible --question q", ["--example divisible", "one of"]),
-        ("show --example divisible --answer 4", ["--answer 4", "a --question"]),
-        ("train --resume=--", ["--resume=--", "a value is missing"]),
-        ("train --output_dir=", ["--output_dir : it must name a folder"]),
-        ("report", ["folders"]),
-        ("report a b c d e f g h i", ["9 runs: at most 8"]),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(args, words, refused, tmp_path, monkeypatch):
+BAD = {  # what is typed, and words of the complaint
+    "train --group_sise 4": ["--group_sise", "--group_size", "--learning_rate"],
+    "trian": ["trian", "train", "eval", "show", "report"],
+    "train --branch_rule best": ["best", "paper", "official", "adaptive", "random"],
+    "train --group_size four": ["--group_size", "four", "int"],
+    "train --initial_rollouts 9": ["--initial_rollouts 9", "group_size (8)"],
+    "train --temperature 0": ["--temperature 0", "above 0"],
+    "train --top_p 0.95": ["--top_p 0.95", "whole distribution", "legal: 1"],
+    "train --load_in_4bit maybe": ["maybe", "true or false"],
+    "train --resume no/such/run": ["no/such/run", "config.json", "No such file"],
+    "train --dataset_path no/such.jsonl": ["no/such.jsonl", "No such file"],
+    "eval --json no/such/figures.json": ["no/such/figures.json", "No such file"],
+    "show --html no/such/tree.html": ["--html no/such/tree.html", "No such file"],
+    "eval --samples 0": ["--samples 0"],
+    "eval --samples 2 --pass_k 3": ["--pass_k 3", "--samples 2"],
+    "show --example nobel": ["--example", "nobel", "deep_search", "divisible"],
+    "show --compare gpro": ["--compare gpro", "grpo", "official", "random", "none"],
+    "show --compare paper": ["--compare paper", "choose one of grpo"],
+    "show --example divisible --question q": ["--example divisible", "one of"],
+    "show --example divisible --answer 4": ["--answer 4", "a --question"],
+    "train --resume=--": ["--resume=--", "a value is missing"],
+    "train --output_dir=": ["--output_dir : it must name a folder"],
+    "report": ["folders"],
+    "report a b c d e f g h i": ["9 runs: at most 8"],
+}
+
+
+@pytest.mark.parametrize("args", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(args, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert refused(main(*args.split()), *words) == ""
+    assert refused(main(*args.split()), *BAD[args]) == ""
     assert list(tmp_path.iterdir()) == []
 
 
@@ -185,12 +184,10 @@ def test_eval_writes_its_figures(few, tmp_path, capsys):
 
 def test_a_file_is_not_left_empty(few, tmp_path, monkeypatch):
     """Neither by Ctrl-C while the work goes on nor by a reader that wants no more."""
-
     path = tmp_path / "figures.json"
     with monkeypatch.context() as patch:
         patch.setattr(scripted.Agent, "roll_out", Mock(side_effect=KeyboardInterrupt))
         assert main("eval", "--dataset_path", few, "--json", path) == 130 and not path.exists()
-
     closed = BrokenPipeError(errno.EPIPE, "Broken pipe")
     monkeypatch.setattr(console, "print", Mock(side_effect=closed))
     assert main("eval", "--dataset_path", few, "--json", path) == 141

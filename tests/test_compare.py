@@ -14,7 +14,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import ECHO, TINY, TINY_QUESTIONS, write_questions
+from conftest import ECHO, ROOT, TINY, TINY_QUESTIONS, python, write_questions
 
 import arpo_mini
 from advantage import Reward, Segment
@@ -23,8 +23,6 @@ from app.config import Config
 from data.files import UserError
 from lab import compare, controls, figures, forking, verdict
 from lab.intervals import T_975, bootstrap, paired, spearman, t_interval
-
-ROOT = Path(__file__).parent.parent
 
 # ---- statistics ---------------------------------------------------------------------------
 
@@ -39,7 +37,7 @@ def test_the_quantiles_of_student_cut_off_five_percent():
     assert len(T_975) == 30
 
 
-def test_intervals_by_hand():
+def test_intervals_and_rank_correlation_by_hand():
     half = 2.776 * math.sqrt(2.5) / math.sqrt(5)  # s^2 of 1..5 is 10 / 4
     assert t_interval([1, 2, 3, 4, 5]) == pytest.approx((3, 3 - half, 3 + half))
     assert t_interval([0.7]) == (0.7, None, None)  # one seed says nothing about its spread
@@ -48,9 +46,6 @@ def test_intervals_by_hand():
     assert paired(ours, theirs) == pytest.approx((0.75, 0.75 - half, 0.75 + half))
     assert paired(ours, theirs, of=lambda a, b: a / b)[0] == pytest.approx(2)
     assert paired({"0": 1.0}, {"1": 1.0}) is None
-
-
-def test_rank_correlation_by_hand():
     assert spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
     # ranks 1, 2.5, 2.5, 4 and 1, 2, 3, 4: 4.5 / sqrt(4.5 * 5)
     assert spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
@@ -300,25 +295,26 @@ def test_what_a_process_does(tmp_path, monkeypatch, refused):
     assert played.mock_calls[-1].args[0] == ["train", "--resume", str(tmp_path / "run")]
 
 
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (["--methods", "ppo"], ["ppo", "grpo", "adaptive", "settings", "all"]),
-        (["--seeds", "0"], ["--seeds 0", "at least 1"]),
-        (["--jobs", "0"], ["--jobs 0", "at least 1"]),
-        (["run"], ["run"]),
-        (["--branch_rule", "none"], ["--branch_rule", "--methods", "--learning_rate"]),
-        (["--learning_rate", "-1"], ["--learning_rate -1", "above 0"]),
-        (["--temperature", "0"], ["--temperature 0", "training"]),
-        (["--final_samples", "100000"], ["--final_samples 100000", "at most 10000"]),
-        (["--dataset_path", "no/such.jsonl"], ["no/such.jsonl", "No such file"]),
-        (["entropy", "--continuations", "1"], ["--continuations 1", "at least 2"]),
-        (["entropy", "--adapter", "no/such/adapter"], ["no/such/adapter"]),
-    ],
-)
-def test_bad_input_is_one_line(args, words, refused, tmp_path):
-    assert refused(compare.main([*args, "--output_dir", str(tmp_path / "out")]), *words) == ""
-    assert not (tmp_path / "out").exists()
+BAD = {
+    "--methods ppo": ["ppo", "grpo", "adaptive", "settings", "all"],
+    "--seeds 0": ["--seeds 0", "at least 1"],
+    "--jobs 0": ["--jobs 0", "at least 1"],
+    "run": ["run"],
+    "--branch_rule none": ["--branch_rule", "--methods", "--learning_rate"],
+    "--learning_rate -1": ["--learning_rate -1", "above 0"],
+    "--temperature 0": ["--temperature 0", "training"],
+    "--final_samples 100000": ["--final_samples 100000", "at most 10000"],
+    "--dataset_path no/such.jsonl": ["no/such.jsonl", "No such file"],
+    "entropy --continuations 1": ["--continuations 1", "at least 2"],
+    "entropy --adapter no/such/adapter": ["no/such/adapter"],
+}
+
+
+@pytest.mark.parametrize("args", BAD)
+def test_bad_input_is_one_line(args, refused, tmp_path):
+    out = tmp_path / "out"
+    assert refused(compare.main([*args.split(), "--output_dir", str(out)]), *BAD[args]) == ""
+    assert not out.exists()
 
 
 def test_every_method_is_a_legal_training():
@@ -368,12 +364,11 @@ def test_results_are_drawn_again_the_same(results, tmp_path, capsys, monkeypatch
         return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     first, words = drawn(), {"results.json", "table.md", "summary.json"}
-    assert first == drawn() and set(first) - words == {
-        f"accuracy-chosen.{x}" for x in ("svg", "png")
-    }
+    pictures = {"accuracy-chosen.svg", "accuracy-chosen.png"}
+    assert first == drawn() and set(first) == words | pictures
     assert first["accuracy-chosen.svg"].decode().count('<g id="axes_') == 4
-    for path in tmp_path.glob("accuracy*"):
-        path.unlink()
+    for name in pictures:
+        (tmp_path / name).unlink()
     monkeypatch.delattr("lab.figures")
     monkeypatch.delitem(sys.modules, "lab.figures")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -473,11 +468,10 @@ def test_a_planted_answer_is_found(kind):
 @pytest.mark.slow
 def test_two_methods_two_seeds_two_steps(tmp_path):
     """The real command: stopped by Ctrl-C, then to the last figure, and again without training."""
-    flags = "--methods grpo,adaptive --seeds 2 --steps 2 --jobs 2".split()
-    few = write_questions(tmp_path / "few.jsonl")
-    flags += ["--eval_path", few, "--eval_every", "1", "--output_dir", str(tmp_path / "out")]
-    command = [sys.executable, "-m", "lab.compare", *flags]
-    stopped = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    command = "-m lab.compare --methods grpo,adaptive --seeds 2 --steps 2 --jobs 2".split()
+    command += ["--eval_path", write_questions(tmp_path / "few.jsonl"), "--eval_every", "1"]
+    command += ["--output_dir", str(tmp_path / "out")]
+    stopped = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE)
     logs = [tmp_path / "out" / "runs" / name / "0" / "log.txt" for name in ("grpo", "adaptive")]
     while not all(log.exists() and "step 0" in log.read_text() for log in logs):
         time.sleep(0.1)
@@ -487,7 +481,7 @@ def test_two_methods_two_seeds_two_steps(tmp_path):
     for log in logs:  # the children have gone with it, and saved what they had
         assert "is saved" in log.read_text() and "stopped" in log.read_text()
     for trained in (4, 0):
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+        done = python(*command, timeout=900)
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout.count("of the samples right") == trained
     final = json.loads((logs[0].parent / "final.json").read_text())

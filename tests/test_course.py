@@ -3,20 +3,17 @@
 import importlib
 import json
 import re
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import ROOT, python
 from nbclient import NotebookClient
 
 from app.page.show import Shown
 from course import grade
 from course.picture import picture
 
-ROOT = Path(__file__).resolve().parent.parent
 SOLUTIONS, STUBS = ROOT / "course/solutions", ROOT / "course/exercises"
 FAST = [n for n in grade.NAMES if n != "8"]
 
@@ -144,8 +141,7 @@ def test_the_command(tmp_path, monkeypatch, capsys, refused):
     worse = solution("3").replace("r.std()", "r.var().sqrt() * 2")
     for number, text in (("1", solution("1")), ("3", "print('<' * 100)\n" + worse)):
         written(tmp_path, number, text)
-    command = [sys.executable, "-m", "course.grade", *"3 1 --json --folder".split(), tmp_path]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = python("-m", "course.grade", *"3 1 --json --folder".split(), tmp_path)
     result = json.loads(done.stdout)
     assert (done.returncode, done.stderr, result["of"]) == (1, "", 20)
     assert 10 < result["points"] < 20

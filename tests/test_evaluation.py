@@ -84,8 +84,7 @@ def test_what_is_evaluated_while_training(flags, asked, tmp_path, capsys):
     six = write_questions(tmp_path / "six.jsonl", each=2)
     args = ["train", "--steps", 4, "--eval_every", 2, "--eval_part", 1, "--eval_path", six]
     assert main(*args, *flags.split(), "--output_dir", tmp_path / "run") == 0
-    out = capsys.readouterr().out
-    assert ("before (95 %)" in out) == bool(asked)
+    assert ("before (95 %)" in capsys.readouterr().out) == bool(asked)
     rows = lines_of(tmp_path / "run", "evaluations.jsonl") if asked else []
     assert {row["step"]: row["questions"] for row in rows} == asked
     assert len(rows) == len(asked) + 2 * bool(asked)  # greedy at both ends only
@@ -117,8 +116,8 @@ def test_every_question_is_asked_once_before_any_is_asked_again():
     for epoch in (asked[:7], asked[7:14], asked[14:]):
         assert sorted(epoch) == sorted(q.text for q in QUESTIONS)
     assert asked[:7] != asked[7:14]
-    other = dataclasses.replace(config, seed=1)
-    assert [q.text for q in questions_of_step(QUESTIONS, 1, other)] != asked[:3]
+    other = questions_of_step(QUESTIONS, 1, dataclasses.replace(config, seed=1))
+    assert [q.text for q in other] != asked[:3]
 
 
 def test_figures_of_a_step():
@@ -173,8 +172,6 @@ def test_trees_of_every_tenth_step_are_kept():
     run = Mock(config=Config())
     for step in range(1, 13):
         record_trees(run, LETTERS, step, QUESTIONS, groups, rewards)
-    kept = [
-        (name, row["step"], row["question"])
-        for name, row in (call.args for call in run.append.mock_calls)
-    ]
+    calls = [call.args for call in run.append.mock_calls]
+    kept = [(name, row["step"], row["question"]) for name, row in calls]
     assert kept == [("rollouts.jsonl", step, q.text) for step in (1, 11) for q in QUESTIONS[:2]]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from browser import Browser
-from conftest import lines_of
+from conftest import change_json, lines_of
 from scripted import main
 
 from app.page.curves import curve_data, nice_ticks, thinned
@@ -78,7 +78,7 @@ def test_it_is_one_file_that_may_load_and_run_nothing_else(run_folder):
 
 def test_runs_are_laid_over_each_other_and_told_apart(run_folder, tmp_path):
     other = shutil.copytree(run_folder, tmp_path / "other")
-    (other / "config.json").write_text(json.dumps(CONFIG | {"branch_rule": "random"}))
+    change_json(other / "config.json", branch_rule="random")
     text, data = report(run_folder, other, html=tmp_path / "both.html")
     assert "arpo_mini: small, other" in text
     assert [run["name"] for run in data["runs"]] == ["small", "other"]
@@ -216,13 +216,12 @@ def test_what_is_no_run_is_one_line_and_exit_code_2(name, text, words, run_folde
 
 
 @pytest.mark.slow
-def test_any_value_may_be_of_any_kind(tmp_path, capsys):
+def test_any_value_may_be_of_any_kind(run_folder, capsys):
     """A page, or one line and exit code 2; never an exception."""
     rng = random.Random(0)
     odd = [None, -1, 0, 1e999, float("nan"), 10**400, "x", "", [], [1], {}, {"a": 1}, True]
     ends = set()
-    for case in range(300):
-        folder = Path(shutil.copytree(RUN, tmp_path / str(case)))
+    for _ in range(300):
         name = rng.choice(["config.json", *LOGS])
         rows = lines_of(RUN, name) if name.endswith("l") else [CONFIG | {}]
         for _ in range(rng.randint(1, 3)):
@@ -233,11 +232,11 @@ def test_any_value_may_be_of_any_kind(tmp_path, capsys):
                     break
                 at = at[key]
             at[key] = rng.choice(odd)
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        code = main("report", folder)
+        (run_folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        code = main("report", run_folder)
         assert code in (0, 2) and len(capsys.readouterr().err.splitlines()) == code // 2
         ends.add(code)
-        shutil.rmtree(folder)
+        shutil.copy(RUN / name, run_folder / name)
     assert ends == {0, 2}
 
 

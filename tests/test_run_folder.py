@@ -206,7 +206,6 @@ def test_no_run_overwrites_another_and_the_newest_is_resumed(few, tmp_path, caps
     for number, name in enumerate(("x-2", "x", "x-3")):
         os.utime(tmp_path / name / "config.json", (number, number))
     (tmp_path / "x-4").mkdir()  # of no run
-    capsys.readouterr()
     assert main("train", "--output_dir", tmp_path / "x", "--resume", "--steps", "2") == 0
     assert f"going on after step 1 in {tmp_path / 'x-3'}" in capsys.readouterr().out
 
@@ -372,22 +371,21 @@ def contents(folder):
     return sorted((path, path.read_bytes()) for path in folder.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize(
-    ("more", "words"),
-    [
-        ("--learning_rate 0.5", "learning_rate is 0.001 there and 0.5 here"),
-        ("--seed 1 --group_size 4", "group_size is 2 there and 4 here; seed is 0 there and 1 here"),
-        ("--adapter elsewhere", "adapter is None there and elsewhere here"),
-        ("--eval_path OTHER", "content of eval_path is"),
-        ("--steps 3", "--steps 3: the run has made 6 steps already"),
-        ("--output_dir elsewhere", "leave --output_dir out"),
-        ("--eval_path no/such.jsonl", "no/such.jsonl"),
-    ],
-)
-def test_other_settings_and_data_are_refused_by_name(more, words, whole, tmp_path, refused):
-    other = write_questions(tmp_path / "other.jsonl", domains=2)
-    before = contents(whole)
-    refused(resume(whole, *more.replace("OTHER", other).split()), words)
+OTHERS = {
+    "--learning_rate 0.5": "learning_rate is 0.001 there and 0.5 here",
+    "--seed 1 --group_size 4": "group_size is 2 there and 4 here; seed is 0 there and 1 here",
+    "--adapter elsewhere": "adapter is None there and elsewhere here",
+    "--eval_path OTHER": "content of eval_path is",
+    "--steps 3": "--steps 3: the run has made 6 steps already",
+    "--output_dir elsewhere": "leave --output_dir out",
+    "--eval_path no/such.jsonl": "no/such.jsonl",
+}
+
+
+@pytest.mark.parametrize("more", OTHERS)
+def test_other_settings_and_data_are_refused_by_name(more, whole, tmp_path, refused):
+    other, before = write_questions(tmp_path / "other.jsonl", domains=2), contents(whole)
+    refused(resume(whole, *more.replace("OTHER", other).split()), OTHERS[more])
     assert contents(whole) == before
 
 
@@ -429,5 +427,4 @@ def test_a_folder_that_cannot_be_synced_is_no_disk_that_fails(function, tmp_path
 def test_a_folder_that_cannot_be(wanted, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "loop").symlink_to("loop")
-    code = main("train", "--output_dir", wanted, "--steps", "1", "--eval_part", "0")
-    refused(code, "--output_dir")
+    refused(main("train", "--output_dir", wanted, "--eval_part", "0"), "--output_dir")

@@ -4,21 +4,17 @@ import json
 import os
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from conftest import lines_of
+from conftest import ROOT, lines_of, python
 from transformers import AutoTokenizer
 
-from app import cli
 from app.config import Config
 from arpo_mini import load_agent, make_tools
-from arpo_mini import train as arpo_train
 from data.demonstrator import demonstrations_of_the_world
 from data.formats import Demonstration, load_questions
 from engine.memory import Limits
@@ -26,7 +22,6 @@ from lab import sft
 from lab.coldstart import build_model
 from lab.sft import from_file, main, with_calculator
 
-ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "data" / "tiny-qwen3")
 SHAREGPT = str(ROOT / "tests" / "fixtures" / "sharegpt.jsonl")
 
@@ -133,8 +128,7 @@ def test_only_what_the_policy_wrote_has_a_gradient(policy, rows, monkeypatch):
     wanted = [p.grad.clone() for p in policy.parameters]
     assert max(g.abs().max() for g in wanted) > 1e-4
     head, scored = policy.lm.get_output_embeddings(), []
-    hook = head.register_forward_hook(lambda module, args, out: scored.append(out.shape[0]))
-    with hook:
+    with head.register_forward_hook(lambda module, args, out: scored.append(len(out))):
         for tokens in (10_000, 150):
             optimizer = torch.optim.SGD(policy.parameters, lr=0.0)
             loss = sft.update(policy, optimizer, rows, Config(micro_batch_tokens=tokens))
@@ -148,29 +142,24 @@ def test_only_what_the_policy_wrote_has_a_gradient(policy, rows, monkeypatch):
 
 def test_as_much_at_once_as_fits_the_memory(policy, rows, monkeypatch):
     """By --memory_gb, and in halves where that was too much; the step stays the same."""
-    real = sft.token_logprobs
+    real, found, optimizer = sft.token_logprobs, [], torch.optim.SGD(policy.parameters, lr=0.0)
 
-    def updated(limits, most=1e9):
-        """The loss, and the tokens of each batch, where more than `most` do not fit."""
+    def small(policy, batch, temperature):
+        sizes.append(batch.input_ids.numel())
+        policy.limits.in_use = "micro_batch_tokens", sizes[-1]
+        if sizes[-1] > most:
+            raise torch.OutOfMemoryError("no memory")
+        return real(policy, batch, temperature)
 
-        def small(policy, batch, temperature):
-            sizes.append(batch.input_ids.numel())
-            policy.limits.in_use = "micro_batch_tokens", sizes[-1]
-            if sizes[-1] > most:
-                raise torch.OutOfMemoryError("no memory")
-            return real(policy, batch, temperature)
-
-        sizes, optimizer = [], torch.optim.SGD(policy.parameters, lr=0.0)
+    monkeypatch.setattr(sft, "token_logprobs", small)
+    made = Limits(micro_batch_tokens=200)  # by --memory_gb
+    for limits, fits in ((Limits(), 1e9), (Limits(), 300), (made, 1e9)):
+        sizes, most = [], fits
         monkeypatch.setattr(policy, "limits", limits)
-        monkeypatch.setattr(sft, "token_logprobs", small)
-        return sft.update(policy, optimizer, rows, Config()), sizes
-
-    whole, (tokens,) = updated(Limits())
-    loss, sizes = updated(Limits(), most=300)
-    assert loss == pytest.approx(whole, rel=1e-5)
-    assert sizes[0] == tokens > 300 >= sizes[-1] and sum(sizes[-3:]) >= 300
-    loss, sizes = updated(Limits(micro_batch_tokens=200))  # what --memory_gb made
-    assert loss == pytest.approx(whole, rel=1e-5) and max(sizes) <= 200
+        found.append((sft.update(policy, optimizer, rows, Config()), sizes))
+    (whole, (tokens,)), (halved, sizes), (limited, few) = found
+    assert [halved, limited] == pytest.approx([whole] * 2, rel=1e-5)
+    assert sizes[0] == tokens > 300 >= sizes[-1] and sum(sizes[-3:]) >= 300 and max(few) <= 200
     policy.model.zero_grad()
 
 
@@ -180,24 +169,24 @@ def test_as_much_at_once_as_fits_the_memory(policy, rows, monkeypatch):
 LEFT = "no demonstration is left: 1 call python for more than one expression; 2 have more than 9 t"
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("--model_name=", "--model_name is missing"),
-        ("--model_name no/such/model", "legal: a folder, or owner/name on the hub"),
-        ("--data no/such.jsonl", "no/such.jsonl: No such file"),
-        ("--adapter no/such/adapter", "no/such/adapter'; legal: a folder, or owner/name"),
-        ("--epochs 0", "--epochs 0.0: it must be above 0"),
-        ("--hesitation 2", "--hesitation 2.0: it must be at most 1"),
-        ("--hesitation 1 --data x", "--hesitation 1.0 --data x"),
-        ("--group_size 4", "unknown: --group_size 4; the flags"),
-        (f"--data '{SHAREGPT}' --max_total_tokens 9", LEFT),
-        (f"--data '{ROOT}/data/test.jsonl'", "holds no demonstrations"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(flags, words, refused, tmp_path, monkeypatch):
+BAD = {
+    "--model_name=": "--model_name is missing",
+    "--model_name no/such/model": "legal: a folder, or owner/name on the hub",
+    "--data no/such.jsonl": "no/such.jsonl: No such file",
+    "--adapter no/such/adapter": "no/such/adapter'; legal: a folder, or owner/name",
+    "--epochs 0": "--epochs 0.0: it must be above 0",
+    "--hesitation 2": "--hesitation 2.0: it must be at most 1",
+    "--hesitation 1 --data x": "--hesitation 1.0 --data x",
+    "--group_size 4": "unknown: --group_size 4; the flags",
+    f"--data '{SHAREGPT}' --max_total_tokens 9": LEFT,
+    f"--data '{ROOT}/data/test.jsonl'": "holds no demonstrations",
+}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(flags, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refused(main(["--model_name", TINY, *shlex.split(flags)]), words)
+    refused(main(["--model_name", TINY, *shlex.split(flags)]), BAD[flags])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -226,13 +215,9 @@ def test_whatever_ends_it_the_adapter_made_so_far_is_kept(
     assert len(lines_of(tmp_path / "run", "metrics.jsonl")) == 1
 
 
-# ---- from the first step to the last ------------------------------------------------------
-
-
 @pytest.mark.slow
-def test_from_a_random_model_to_an_evaluated_adapter(tmp_path):
-    """Cold start, ARPO, evaluation: each command goes on from the one before; and what was
-    demonstrated is said: one demonstration, read until it is known by heart, comes back."""
+def test_what_a_random_model_was_shown_is_what_its_adapter_says(tmp_path):
+    """One demonstration, read until it is known by heart. (What follows it: test_recipes.py.)"""
     model = str(tmp_path / "random")
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     torch.manual_seed(0)
@@ -242,10 +227,9 @@ def test_from_a_random_model_to_an_evaluated_adapter(tmp_path):
     lm.save_pretrained(model), tokenizer.save_pretrained(model)
     data, folder = tmp_path / "one.jsonl", tmp_path / "cold"
     data.write_text(Path(SHAREGPT).read_text(encoding="utf-8").splitlines()[0], encoding="utf-8")
-    command = [sys.executable, "-m", "lab.coldstart", "--model_name", model, "--data", str(data)]
-    command += ["--output_dir", str(folder), "--load_in_4bit", "false"]
-    command += "--epochs 150 --learning_rate 0.01".split()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    flags = ["--model_name", model, "--data", data, "--output_dir", folder]
+    flags += "--load_in_4bit false --epochs 150 --learning_rate 0.01".split()
+    done = python("-m", "lab.coldstart", *flags)
     assert done.returncode == 0 and "the adapter is in" in done.stdout, done.stderr
     losses = [row["loss"] for row in lines_of(folder, "metrics.jsonl")]
     assert len(losses) == 150 and losses[0] > 5 and losses[-1] < 0.05
@@ -254,13 +238,3 @@ def test_from_a_random_model_to_an_evaluated_adapter(tmp_path):
     one = Config(**loaded, temperature=0.0, group_size=1)
     _, ((reward,),) = load_agent(one, make_tools(one)).roll_out(load_questions(str(data)), one, 0)
     assert reward.total == 1.0
-
-    shared = ["--model_name", model, "--eval_path", str(ROOT / "tests/fixtures/plain.jsonl")]
-    short = "--steps 1 --questions_per_step 1 --group_size 2 --eval_every 0".split()
-    run, figures = str(tmp_path / "run"), tmp_path / "figures.json"
-    for command in (
-        ["train", "--adapter", one.adapter, *short, "--output_dir", run],
-        ["eval", "--adapter", f"{run}/adapter", "--json", str(figures)],
-    ):
-        assert cli.main([*command, *shared], arpo_train, load_agent) == 0
-    assert json.loads(figures.read_text())["greedy"]["questions"] == 3
