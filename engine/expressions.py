@@ -54,7 +54,9 @@ def same_expression(prediction: str, answer: str) -> bool:
     some = [text for text in texts if not re.search(r"[<>]|\\[lg]e ", text)]
     if len(some) == 1 and not re.search(r"[(\[]", some[0]):  # 2 < x < 3 is no {2, 3}
         return False
-    sets = [r"\{" if " or " in text else re.match(r"\(|\\\{|", text)[0] for text in some]
+    sets = [
+        r"\{" if " or " in text else re.match(r"\((?!.*\).*\()|\\\{|", text)[0] for text in some
+    ]
     if {*sets} == {"(", r"\{"}:  # a set is no pair
         return False
     # math-verify compares two unions of rays, but not one with intervals.
@@ -87,13 +89,22 @@ def as_latex(text: str) -> str:
     if all(re.match(r"[a-z] *=", value) for value in values):  # y=3, x=2 is the pair (2,3)
         text = ",".join(sorted(values))
     text = re.sub(r"(\d+)\.(\d*)\\(?:overline|bar|dot) ?\{(\d+)\}", repeating, text)
-    text = re.sub(rf"({TRIG}) ?[({{]? ?(\d+) ?° ?[)}}]?", r"\1(\\frac{\2\\pi}{180})", text)
-    text = re.sub(r"(?<=[(\[,+-]) ?[+]?(?:inf|oo)(?![A-Za-z])", r"\\infty ", text)
+    text = re.sub(
+        rf"({TRIG}) ?([({{])? ?(\d+(?:\.\d+)?) ?°(?(2) ?[)}}])", r"\1(\\frac{\3\\pi}{180})", text
+    )
+    text = re.sub(
+        r"(?:\A|(?<=[(\[,+-])) ?[+]?(?:[Ii]nf(?:inity)?|oo)(?![A-Za-z])", r"\\infty ", text
+    )
     text = re.sub(r"(?<=[)\]]) ?U ?(?=[(\[])", r"\\cup ", text)
     text = " ".join(text.translate(LATEX).replace("**", "^").split())
-    text = text.replace("<=", r"\le ").replace(">=", r"\ge ").replace("!=", r"\ne ")
+    text = (
+        text.replace("<=", r"\le ")
+        .replace(">=", r"\ge ")
+        .replace("!=", r"\ne ")
+        .replace("+/-", r"\pm ")
+    )
     text = re.sub(r"\^(-\d+)", r"^{\1}", text)
-    text = re.sub(r"(?:√|\\?\bsqrt) ?\(([^()]*)\)", r"\\sqrt{\1}", text)
+    text = re.sub(r"(?:√|\\?\bsqrt) ?\(((?:[^()]|\([^()]*\))*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"(?:√|(?<!\\)\bsqrt) ?(\d+|[a-z](?![a-z]))", r"\\sqrt{\1}", text)
     text = re.sub(rf"(?<![\\A-Za-z])({FUNCTIONS})(?![A-Za-z])", r"\\\1 ", text)
     text = re.sub(r"\\([lg])(eq?|eqslant|t)(?![a-z])", relation, text)
@@ -162,6 +173,7 @@ def answer_questions(forks: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
+    from sympy import I, Symbol
     from sympy.core.random import seed
 
     # units=True would take the t of 2t for a unit
@@ -174,6 +186,10 @@ def answer_questions(forks: bool) -> None:
 
     def equal(texts: tuple[str, str]) -> bool:
         p, a = (parse(f"${text}$", config, **parse_options) for text in texts)
+        letters = {letter for value in (*p, *a) for letter in value.free_symbols}
+        if any(letter.name == "i" for letter in letters):  # not a letter, and no other one is real
+            values = {one: I if one.name == "i" else Symbol(one.name) for one in letters}
+            p, a = ([value.xreplace(values) for value in some] for some in (p, a))
         # In both directions: for 5 alone, "2x + 1 = 5" would be right.
         return bool(p and a) and verify(a, p, **verify_options) and verify(p, a, **verify_options)
 

@@ -127,13 +127,16 @@ SIGNS = str.maketrans(
     "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\u2044\u2215\u2236\u2019\u3001\u3002",
     "-------//:',.",
 )
-STYLE = re.compile(r"\\(?:text[a-z]{0,6}|math(?:rm|bf|it|sf)|[mh]box)\s*\{([^{}]*)\}")
-SILENT = re.compile(r"\\(?:left|right|[Bb]igg?[lr]?|f?boxed|displaystyle)(?![a-z])|\\[()\[\]]")
-WRAPPED = re.compile(r"\A(?:\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}|\*\*(.*)\*\*)\Z", re.DOTALL)
+STYLE = re.compile(r"\\(?:text[a-z]{0,6}|math(?:rm|bf|it|sf)|[mh]box|ce)\s*\{([^{}]*)\}")
+SILENT = re.compile(r"\\(?:left|right|[Bb]igg?[lr]?|boxed|fbox|displaystyle)(?![a-z])|\\[()\[\]]")
+WRAPPED = re.compile(
+    r"\A(?:\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}|\*\*?(.*?)\*?\*)\Z", re.DOTALL
+)
 EDGES = " \t\r\n`\"'“”\u2018\u2019«»「」『』《》"
-NAME = re.compile(r"\A\\?[A-Za-z][\w\\{} ]*(?:\([^()=]*\))?=\s*(?=[^=]+\Z)")
+NAME = re.compile(r"\A(?!.*\bnot\b)\\?[A-Za-z][\w\\{} ]*(?:\([^()=]*\) *)?=\s*(?=[^=]+\Z)")
 # What has a value: digits, and "\cos \pi", "ln e"
 DIGIT = re.compile(rf"\d|\\[a-z]|π|(?<![A-Za-z])(?:{FUNCTIONS})(?![A-Za-z])")
+DOTS = re.compile(r"(?<=\d)\s?(?:[A-Za-z]\.)+[A-Za-z]\b\.?")
 CHOICE = re.compile(r"\(?\s*([A-Za-z])\s*[).:]?")
 
 
@@ -155,6 +158,7 @@ def clean(text: str) -> str:
         text = SILENT.sub("", STYLE.sub(r" \1 ", STYLE.sub(r" \1 ", text)))
         text = re.sub(r"\\[dtc]frac(?![a-z])", r"\\frac", re.sub(r"\\([%$#&_])", r"\1", text))
         text = re.sub(r"\s*\^\s*", "^", text)
+    text = DOTS.sub(lambda found: found[0].replace(".", ""), text)  # 5 p.m., 44 B.C.
     for _ in range(2):
         quoted = text.strip()[:1] in EDGES  # else a last ' is a prime: y', 5"
         edges = EDGES if quoted else EDGES.translate({ord(sign): None for sign in "'\""})
@@ -164,6 +168,7 @@ def clean(text: str) -> str:
 
 def squeeze(text: str) -> str:
     """In lower case, without the spaces that do not stand between two words or numbers."""
+    text = re.sub(r"([A-Z][a-z]?)_(?:(\d+)|\{(\d+)\})", r"\1\2\3", text)  # CO_2 is CO2
     text = re.sub(r"([_^])\{(\w)\}", r"\1\2", " ".join(text.split()))
     return re.sub(r"\s+(?!\w)|(?<!\w)\s+", "", text).casefold()
 
@@ -192,20 +197,33 @@ SCALES |= {
     "亿": 10**8,
 }
 SCALES |= {"億": 10**8, "천": 1000, "만": 10**4, "억": 10**8}
-SCALE = re.compile(rf"\s*({'|'.join(SCALES)})s?(?![a-z])")
-MEASURED = re.compile(r"(.*?\S)(\s+([A-Za-z]{2,})[\w^{}/.-]*(?:\s+[A-Za-z][\w^{}/.-]*)*)")
+SCALE = re.compile(rf"\s*({'|'.join(SCALES)})s?(?![a-z]|(?<=千)[米克])")
+MEASURED = re.compile(r"(.*?[^\s+*/=<>-])(\s+([A-Za-z]{2,})[\w^{}/.-]*(?:\s+[A-Za-z][\w^{}/.-]*)*)")
 UNIT = re.compile(r"(/?)((?:[^\W\d_]|[°%$¢€£¥₹₩'\x22-])+)\.?(?:\^?\{?(-?[1-4])\}?)?")
 UNITS = {
     name: names.split()[0]
     for names in """
         mm millimeter millimetre; cm centimeter centimetre 厘米; m meter metre 米; in inch inches ";
         km kilometer kilometre 公里 千米; ft foot feet '; yd yard; mi mile; mg milligram; g gram 克;
-        kg kilogram kgs kilo 公斤 千克; t tonne; lb pound; oz ounce; mL milliliter millilitre;
+        kg kilogram kgs kilo 公斤 千克; t tonne; lb pound; oz ounce; mL ml milliliter millilitre;
         L l liter litre; ms millisecond; s second sec 秒; min minute 分钟; h hour hr 小时;
         Hz hertz; km/h kph kmh; mi/h mph; N newton; J joule; W watt; kW kilowatt; V volt;
-        A ampere amp; Ω ohm; K kelvin; °C °celsius; °F °fahrenheit; ° degree deg 度; % percent pct;
+        A ampere amp; Ω ohm; K kelvin; C coulomb; T tesla; Pa pascal; eV electronvolt; mol mole;
+        °C °celsius; °F °fahrenheit; ° degree deg 度; % percent pct;
         $ us$ dollar usd; cent ¢; € euro eur; £ gbp; ¥ yuan yen rmb cny jpy 元 円; ₹ rupee rs inr;
-        ₩ won krw; AD CE; BC BCE; unit
+        ₩ won krw; AD CE ad ce; BC BCE bc bce; am; pm; unit;
+        yr year; wk week; mo month; pt point; qt quart
+    """.split(";")
+    for name in names.split()
+}
+SI = {  # kJ and kilojoules, mm and millimetres
+    (short if name == names.split()[0] else long) + name: short + names.split()[0]
+    for short, long in zip(
+        "kMGTmμnp", "kilo mega giga tera milli micro nano pico".split(), strict=True
+    )
+    for names in """
+        m meter metre; g gram; s second; L liter litre; Hz hertz; Pa pascal; J joule; W watt;
+        V volt; A ampere amp; N newton; Ω ohm; eV electronvolt; Wh; B byte; cal calorie; mol mole
     """.split(";")
     for name in names.split()
 }
@@ -213,8 +231,8 @@ DECADE = re.compile(r"\d{3}0'?s")  # the 1990s
 NO_UNIT = set(  # words that change the number before them
     "and or to not nor minus plus over out of by than half halves third quarter fourth fifth sixth "
     "seventh eighth ninth tenth eleventh twelfth hundredth thousandth millionth squared cubed "
-    "factorial divided times modulo pi tau infinity mil mille millone milliard тысяча тысячи тысяч "
-    "миллион миллиона миллионов alpha beta theta".split()
+    "factorial root at no below divided times modulo pi tau infinity mil mille millone milliard "
+    "тысяча тысячи тысяч миллион миллиона миллионов alpha beta theta".split()
 ).union(FUNCTIONS.split("|")) - {"sec"}
 TAKEN_BACK = set(  # words after a number that say that it may be another one
     "maybe perhaps possibly probably likely unlikely approximately approx roughly nearly almost "
@@ -234,7 +252,7 @@ def as_number(text: str) -> Fraction | None:
 
 def quantity(text: str) -> tuple[Fraction, str] | None:
     """(18, "cm") of "18 centimeters", a `clean` text; None where it is not one number."""
-    found = len(text) <= MAX_LENGTH and QUANTITY.fullmatch(FRACTION.sub(r" \1\2/\3\4", text))
+    found = len(text) <= MAX_LENGTH and QUANTITY.fullmatch(FRACTION.sub(r" \1\2/\3\4 ", text))
     if not found or bool(found["open"]) != bool(found["close"]) or DECADE.fullmatch(text):
         return None
     if found["open"] and "," in (found["decimal"] or ""):  # the point (100,200)
@@ -254,8 +272,10 @@ def quantity(text: str) -> tuple[Fraction, str] | None:
 
 def unit_of(text: str, unit: str) -> str | None:
     """What of " square centimeters tall" is "cm2 tall"; None of what is no unit."""
-    text = re.sub(r"\s*(?:°|\b(?:degree|deg)s?\b) ?", " °", text)
+    text = re.sub(r"\s*(?:°|\b(?:degree|deg)s?\b)\s*", " °", text)
     text = re.sub(r"\b(?:square|sq\.?) (\w+)", r"\1^2", re.sub(r"\bcubic (\w+)", r"\1^3", text))
+    text = re.sub(r"(\w) squared\b", r"\1^2", re.sub(r"(\w) cubed\b", r"\1^3", text))
+    text = re.sub(r"\bU\.?S\.? (?=dollars?\b)", "", text.replace("per cent", "percent"))
     beside = text[:1].isspace()
     if not TAKEN_BACK.isdisjoint(text.split()[-1:]):  # but "3 wrong answers" are 3
         return None
@@ -266,9 +286,11 @@ def unit_of(text: str, unit: str) -> str | None:
         per, word, power = found.groups(default="")
         lower = word.lower() if len(word) > 1 else word  # "M" is no meter
         name = UNITS.get(word) or UNITS.get(lower) or UNITS.get(lower.rstrip("s"))
+        if name is None and not power and (beside or len(word) > 2):  # "2nm" is a product
+            name = SI.get(word) or SI.get(lower.rstrip("s"))
         letter = not beside and re.fullmatch("[A-Za-z]", word) and word not in "mghsLWV"  # 2t
         if name is None or letter:  # any word in lower case after a space, or in another script
-            some_unit = beside and len(word) > 1 if word.isascii() else not GREEK.search(word)
+            some_unit = beside and len(word) > 2 if word.isascii() else not GREEK.search(word)
             if not some_unit or word != lower or power:
                 return None
             name = word.rstrip("s")
@@ -300,12 +322,23 @@ SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\U
 UNSPACED = re.compile(f"[{SPACELESS}]")  # Thai, Lao, Burmese, Khmer, Japanese, Chinese
 TOKEN = re.compile(rf"[{SPACELESS}]|[^\s{SPACELESS}]+")
 GREEK = re.compile("[\u0370-\u03ff]")
-PUNCTUATION = re.compile(r"((?<=\d)['.:/-](?=\d)|(?<=\w)-(?!\w))|[^\w\s]")
+PUNCTUATION = re.compile(r"((?<=\d)['.:/-](?=\d)|(?<=\w)-(?!\w)|(?<![^\s(=])-(?=\d|\w\b))|[^\w\s]")
+RANGE = re.compile(r"\d+(?:,\d{3})*\s*-\s*\d+(?:,\d{3})*")
+MONTHS = "january february march april may june july august september october november december"
+MONTHS = {name[:3]: name for name in MONTHS.split()}
+DATE = re.compile(  # "5th of May", "May 5th", "Sept. 1971"
+    r"\b(?:(\d\d?)(?:st|nd|rd|th)?(?: of)? )?"
+    rf"((?:{'|'.join(MONTHS)})[a-z]*)\.?(?:,? (\d+)(?:st|nd|rd|th)?)?(?![a-z])"
+)
 ARTICLE = re.compile(r"\b(?:(?:an|the)(?=\s+\S)|a(?=\s+\w\w))(?=\s)")
 NO_WORD = re.compile(
-    rf"\\(?:begin|end)\s*\{{[a-z]*\}}|\\[A-Za-z]+|(?<![A-Za-z])(?:{FUNCTIONS}|and|or|inf)(?![A-Za-z])"
+    r"\\(?:begin|end)\s*\{[a-z]*\}|\\[A-Za-z]+"
+    rf"|(?<![A-Za-z])(?:{FUNCTIONS}|and|or|[Ii]nf(?:inity)?)(?![A-Za-z])"
 )
-MATHS = re.compile(r"\\[A-Za-z]|[\^=<>+*|√π∞≤≥≠×÷±\u222a∩∈]|\d[a-z](?![a-z])")
+MATHS = re.compile(
+    r"\\[A-Za-z]|[\^=<>+*|√π∞≤≥≠×÷±\u222a∩∈]|[a-z]/\d"
+    r"|\d(?!st|nd|rd|th|[ap]m)[a-z]{1,3}(?![a-z])|\A-?[\d.]+ [a-z]{2}\Z"
+)
 
 
 def is_words(text: str) -> bool:
@@ -313,7 +346,7 @@ def is_words(text: str) -> bool:
     if as_number(text) is not None or quantity(clean(text)) is not None:
         return False
     text, _ = split_unit(clean(text))
-    if DECADE.fullmatch(text):
+    if DECADE.fullmatch(text) or RANGE.fullmatch(text):
         return True
     runs = re.findall(r"[^\W\d_]+", NO_WORD.sub(" ", text.replace(".", "")))
     if any(len(run) > 3 or not (run.isascii() or GREEK.fullmatch(run)) for run in runs):
@@ -329,7 +362,17 @@ def words(text: str) -> list[str]:
         kept = sign not in "^`~|" and unicodedata.category(sign)[0] in "MS"  # accents, symbols
         return sign if found[1] or kept or sign == "#" else "" if sign in ".'&" else " "
 
+    def date(found: re.Match) -> str:
+        day, month, other = found.groups()
+        name = MONTHS[month[:3]]
+        known = name.startswith(month) and (day or other)
+        return " ".join(filter(None, (day, name, other))) if known else found[0]
+
     text = unicodedata.normalize("NFKC", clean(text).casefold())
-    text = re.sub(r"(?<=\d)\s*-\s*(?=\d)", "-", text)
     text = re.sub(r"(?<![\d,])\d{1,3}(?:,\d{3})+(?![\d,])", lambda n: n[0].replace(",", ""), text)
+    text = re.sub(r"(?<=\d)(?:\s*-\s*|\s+(?:to|until)\s+)(?=\d)", "-", text)
+    text = re.sub(r"\bfrom (?=\d+-\d)", "", text)
+    text = DATE.sub(date, re.sub(r"(?<=\d)(?=[ap]m\b)", " ", text))
+    text = re.sub(r"(?<![\w'])([a-z])(?:\. ?| )(?=[a-z]\b)", r"\1", text)  # J. R. R. is JRR
+    text = text.replace(" & ", " and ")
     return TOKEN.findall(ARTICLE.sub(" ", PUNCTUATION.sub(keep, text)))

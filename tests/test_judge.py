@@ -39,7 +39,10 @@ x=63 for 63; 90° for 90; 18 cm for 18; -5. for -5; (5) for 5; −5 for -5; １�
 5m² for 5 m^2; 60 km/h for 60 kilometers per hour; 25℃ for 25 degrees Celsius; 90˚ for 90;
 1984年 for 1984; 18 лет for 18; 3만 for 30000; 3百万 for 3000000; 5 sec for 5 s; ​63 for 63;
 2 lakh for 200000; 50¢ for 50; 6" for 6 inches; 6' for 6 feet; '6' for 6; 1’234’567 for 1234567;
-3 incorrect answers for 3; 2 false alarms for 2
+3 incorrect answers for 3; 2 false alarms for 2; f(3) = 42 for 42; 4千米 for 4 km; 3千克 for 3 kg;
+25 cm squared for 25 cm^2; 9.8 meters per second squared for 9.8 m/s^2; 7pm for 7 p.m.;
+44 B.C. for 44 BC; 5 kJ for 5; 5 nanometers for 5 nm; 100 ml for 100 mL; 70 per cent for 70%;
+50 million US dollars for $50 million; *42* for 42; 37^\circ \text{C} for 37 °C
 """
 OTHER_NUMBER = r"""
 -5. for 5; (5) for -5; (1.5) for 15; 1,5 for 15; 1,23 for 123; 12,34 for 1234; 1.5 million for 1.5;
@@ -49,7 +52,9 @@ $5 for €5; 25°C for 25°F; 5个 for 5人; 2x for 2; 2t for 2; 1.5M for 1.5; 1
 10² for 102; 10⁵ for 105; 63_8 for 63; x1 for 1; 50% for 5; 0.3333 for 1/3; 1/0 for 0; 9e999 for 9;
 0 for none; 11 for Apollo 11; 3-1 for 1-3; 1030 for 10:30; 1987 for 2004-05-12; 510 for 5'10;
 100200 for (100,200); 2 pi for 2; 2 halves for 2; 3 hundredths for 3; 5 crore for 5; 3 тысячи for 3;
-63 maybe for 63; 63 approximately for 63; 63 probably not for 63; 63 wrong for 63
+63 maybe for 63; 63 approximately for 63; 63 probably not for 63; 63 wrong for 63;
+\frac{5}{3}6 for 5/36; \frac{1}{2}5 for 1/25; 2 xy for 2; 4 千米 for 4000; 5 GHz for 5 MHz;
+7 a.m. for 7 p.m.; x \not= 12 for 12; 12 at most for 12; 12 below zero for 12
 """
 
 
@@ -82,7 +87,12 @@ x<1 or 3<x for x<1 or x>3; x \leq 3 \text{ or } x \geqslant 5 for (-\infty,3]\cu
 x <= 3 or x >= 5 for x \ge 5 \text{ or } x \le 3; x ≤ 3 or x ≥ 5 for (-\infty,3]\cup[5,\infty);
 (-inf, 3] U [5, inf) for (-\infty,3]\cup[5,\infty); 1000, 2000 for 1,000, 2,000;
 1000\pi for 1,000\pi; 1200, 1500 for \$1,200, \$1,500; (0,1000) for (0, 1,000); y=2, x=3 for (3,2);
-x=2 and y=3 for (2,3); 2 or 3 for \{2,3\}
+x=2 and y=3 for (2,3); 2 or 3 for \{2,3\};
+1+i\sqrt{3} for 2e^{i\pi/3}; 3+4*i for 3+4i; \frac{1+3i}{2} for \frac12+\frac32 i; i^2 for -1;
+2i, -2i for z=2i \text{ or } z=-2i; \{(1,2),(3,4)\} for (3,4),(1,2); infinity for \infty;
+[3, infinity) for [3,\infty); +/- 2 for \pm 2; sqrt((x+1)(x+2)) for \sqrt{(x+1)(x+2)};
+\frac{\sin 60^\circ}{2} for \frac{\sqrt3}{4}; 2yx for 2 xy; 2ba for 2ab; CO_2 for CO2;
+C_6H_{12}O_6 for C6H12O6; bh/2 for \frac12 bh
 """
 UNEQUAL = r"""
 2+3 for 23; 10^5 for 105; 64=63 for 63; 2x+1=5 for 5; x>3 for x≥3; 1.41421356 for \sqrt{2};
@@ -94,6 +104,8 @@ y < 3 or y > 5 for x < 3 or x > 5; U2 for 2U; C++ for C; B for A; A, B for B; B.
 \frac{1}{2 for 0.5; 1/0 for \infty; 2.7.0 for 3.11.0; v1.1 for v1.10; 1.1.2004 for 1.10.2004;
 2<x<3 for \{2,3\}; 2<x<3 for 2,3; 2<x<3 for 2 or 3; 2 or 3 for (2,3); 0,1,2 for 1,000, 2,000;
 1,0 for 1,000\pi; y=2, x=3 for (2,3); f' for f; 5" for 5 feet; 1000 for (1,000);
+1-i\sqrt{3} for 2e^{i\pi/3}; |z+2i|=3 for |z-2i|=3; i for -i; \{(1,2),(4,3)\} for (1,2),(3,4);
+10\pi + ft for 10\pi; CO_3 for CO2; \sin 22.5^\circ for \sin 22.5; -\infty for infinity;
 \begin{pmatrix}1&2\\3&4\end{pmatrix} for \begin{pmatrix}1&2\\3&5\end{pmatrix}
 """
 
@@ -121,9 +133,13 @@ World War 1 for World War 2 = 2/3; 12 for 12 Angry Men = 1/2; 5 May 1998 for May
 1,234 soldiers of Rome for 1234 soldiers of Rome = 1; C# for C++ = 0; AB- for AB+ = 0;
 AC/DC for AC/DC = 1; Straße for STRASSE = 1; ﬁsh for Fish = 1; Café for Café = 1; Cafe for Café = 0;
 मंबई for मुंबई = 0; 《红楼梦》 for 红楼梦 = 1; 北京市 for 北京 = 4/5; 海上 for 上海 = 1/2;
-กรุงเทพ for กรุงเทพ = 1; 63 for sixty three = 0
+กรุงเทพ for กรุงเทพ = 1; 63 for sixty three = 0; May 5th, 1998 for May 5, 1998 = 1;
+4th of July for July 4 = 1; Sept. 1971 for September 1971 = 1; 3:15pm for 3:15 P.M. = 1;
+from 1939 to 1945 for 1939–1945 = 1; 1986-2013 for from 1986 until 2013 = 1; 1-2 for 2 to 1 = 0;
+JK Rowling for J. K. Rowling = 1; Ernst and Young for Ernst & Young = 1;
+3 and 7 points each for -3 and 7 points each = 4/5
 """
-UNORDERED = ("York New", "5 May 1998")
+UNORDERED = ("York New", "5 May 1998", "4th of July")
 
 
 @pytest.mark.parametrize(("prediction", "answer"), pairs(WORDS))
