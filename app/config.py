@@ -124,6 +124,8 @@ def check(config) -> None:
             raise UserError(f"{given}: choose one of {', '.join(legal['choices'])}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{given}: it must be a finite number")
+        if none and value == "":
+            raise UserError(f"{given}: leave it out, or say none")
         if isinstance(value, str) and not can_be_a_path(value):
             raise UserError(f"{given}: no path can hold such a character")
         for bound, (words, holds) in BOUNDS.items():

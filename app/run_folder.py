@@ -275,10 +275,8 @@ def resumed(values: dict) -> dict:
     """The settings of the run to go on with, and over them what was typed."""
     if values["resume"] and "output_dir" in values:
         raise UserError(f"--resume {values['resume']}: leave --output_dir out, or name no folder")
-    if values["resume"]:
-        folder = Path(values["resume"]).resolve()
-    else:
-        folder = newest_run(values.get("output_dir", Config.output_dir))
+    runs = values.get("output_dir", Config.output_dir)
+    folder = Path(values["resume"]).resolve() if values["resume"] else newest_run(runs)
     try:
         settings = json.loads((folder / "config.json").read_bytes())
         unknown = settings.keys() - {item.name for item in dataclasses.fields(Config)}

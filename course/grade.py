@@ -30,6 +30,8 @@ from pathlib import Path
 
 import torch
 
+from app.cli import exit_code
+from app.screen import plain
 from course.checking import Missing, Wrong
 
 HERE = Path(__file__).resolve().parent
@@ -207,14 +209,11 @@ def print_outcomes(number: str, folder: Path, outcomes: list[Outcome]) -> None:
         word = "holds" if outcome.points else "fails"
         print(f"  {word}  {outcome.points}/{outcome.of}  {outcome.holds}")
         for line in outcome.text.splitlines() if outcome.text != said else []:  # not ten times
-            print(f"              {line}")
+            print(f"              {plain(line)}")
         said = outcome.text
     points, of = sum(o.points for o in outcomes), sum(o.of for o in outcomes)
     print(f"  {points} of {of} points", flush=True)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(exit_code(lambda: main(sys.argv[1:])))

@@ -13,9 +13,9 @@ import dataclasses
 import re
 import sys
 from html import escape
-from pathlib import Path
 
 import arpo_mini
+from app.cli import exit_code, refuse_unwritable, write_text
 from app.config import Config
 from app.page.show import Shown, grow_trees, to_show
 from data.files import UserError
@@ -196,11 +196,12 @@ def main(args: list[str]) -> int:
     question = next((q for q in questions if q.text == wanted.question), None)
     if question is None:
         parser.error(f"--question {wanted.question}: it is none of {config.eval_path}")
+    refuse_unwritable("--output", wanted.output)
     agent = arpo_mini.load_agent(config)
     shown = grow_trees(agent, question, dict(reversed(configs.items())))  # GRPO first
-    Path(wanted.output).write_text(picture(shown), encoding="utf-8")
+    write_text("--output", wanted.output, picture(shown))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_code(lambda: main(sys.argv[1:])))

@@ -104,8 +104,10 @@ class Limits:
         while True:
             try:
                 return work(self.fitted(config))
-            except torch.OutOfMemoryError as error:
-                words = str(error).splitlines()[0]
+            except RuntimeError as error:  # a CPU's allocator has no error of its own
+                words = str(error).partition("\n")[0]
+                if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in words:
+                    raise
             undo()
             free_memory()  # here the frames of the failed attempt, and their tensors, are gone
             self.shrink(words)

@@ -103,7 +103,6 @@ def f1_score(prediction: str, answers: str | list[str]) -> float:
 
 # ---- evaluation (evaluation/src) ----------------------------------------------------------
 
-
 NONE = {"em": 0, "acc": 0, "f1": 0.0, "math_equal": 0}
 
 

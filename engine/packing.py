@@ -19,6 +19,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from advantage import Segment, shared_by
 from engine.memory import HEAD_BYTES
 
+MAX_GRAD_NORM = 1.0  # as in the released settings
+
 
 @dataclass
 class Row:
@@ -161,9 +163,6 @@ def token_logprobs(policy, batch: Batch, temperature: float) -> Tensor:
     chunks = zip(hidden.split(size), target.split(size), strict=True)
     logp = torch.cat([checkpoint(logp_of, h, y, use_reentrant=False) for h, y in chunks])  # (n,)
     return logp.new_zeros(batch.weight.shape).index_put((b, t), logp)
-
-
-MAX_GRAD_NORM = 1.0  # as in the released settings
 
 
 def take_step(policy, optimizer, total: float, rows: list[Row]) -> float | None:

@@ -59,6 +59,12 @@ def test_the_peak_is_the_sum_of_what_is_held_together():
     assert kept["update GiB"] > 5 * some["update GiB"]
 
 
+@pytest.mark.parametrize("text", ["null", '{"model_type": "t5"}', '{"model_type": ["a"]}'])
+def test_a_plan_of_no_causal_model_is_one_line(text, refused, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    refused(main(["plan", "--model_name", str(tmp_path)]), f"--model_name {tmp_path}: ")
+
+
 def test_plan_needs_no_weights_and_says_what_fits(capsys, tmp_path):
     path = tmp_path / "plan.json"
     args = ["--model_name", "Qwen/Qwen3-14B", "--lora_rank", "8", "--preset", "12gb"]

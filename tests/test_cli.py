@@ -58,6 +58,7 @@ BAD = {  # what is typed, and words of the complaint
     "show --example divisible --answer 4": ["--answer 4", "a --question"],
     "train --resume=--": ["--resume=--", "a value is missing"],
     "train --output_dir=": ["--output_dir : it must name a folder"],
+    "eval --adapter=": ["--adapter : leave it out, or say none"],
     "report": ["folders"],
     "report a b c d e f g h i": ["9 runs: at most 8"],
 }

@@ -10,8 +10,10 @@ import pytest
 from conftest import ROOT, python
 from nbclient import NotebookClient
 
+from app.cli import exit_code
 from app.page.show import Shown
 from course import grade
+from course.picture import main as draw
 from course.picture import picture
 
 SOLUTIONS, STUBS = ROOT / "course/solutions", ROOT / "course/exercises"
@@ -150,6 +152,11 @@ def test_the_command(tmp_path, monkeypatch, capsys, refused):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # which the command sets
     assert grade.main(["1", "--folder", str(tmp_path)]) == 0
     assert capsys.readouterr().out.endswith("10 of 10 points\n")
+    written(tmp_path, "2", "raise ValueError('\\x1b[2J')")
+    assert grade.main(["2", "--folder", str(tmp_path)]) == 1
+    assert "\x1b" not in capsys.readouterr().out
+    nowhere = ["--output", str(tmp_path / "no" / "x.svg")]
+    refused(exit_code(lambda: draw(nowhere)), "--output", "no/x.svg: No such file")
     for args, words in ((["9"], ["'9'", "'8', 'all'"]), (["1", "--folder", "no"], ["no is not a"])):
         with pytest.raises(SystemExit, match="2"):
             grade.main(args)

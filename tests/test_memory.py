@@ -145,6 +145,19 @@ def failing(real, *calls):
     return call
 
 
+def test_a_cpu_has_no_error_of_its_own():
+    """Its allocator raises a RuntimeError; any other one is not ours."""
+    limits, rows = Limits(in_use=("rollout_rows", 8)), []
+
+    def work(fitted):
+        rows.append(fitted.rollout_rows)
+        return torch.empty(2**60 if len(rows) == 1 else 1)
+
+    assert limits.retry(replace(TINY, rollout_rows=8), work).numel() == 1 and rows == [8, 4]
+    with pytest.raises(RuntimeError, match="shape"):
+        limits.retry(TINY, lambda fitted: torch.ones(2).view(3))
+
+
 def one_step(policy, config, before=lambda: None):
     """Figures but for seconds, paths, adapter and moments after two steps; `before` the second."""
     policy.limits = Limits()

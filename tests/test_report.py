@@ -44,6 +44,13 @@ def report(*folders, **flags):
     return text, json.loads(gzip.decompress(base64.b64decode(packed)))
 
 
+def test_a_folder_that_cannot_be_looked_into_is_one_line(refused, tmp_path):
+    circle = tmp_path / "circle"
+    circle.symlink_to(circle)
+    refused(main("report", circle), f"{circle}: ")
+    refused(main("report", tmp_path / ("x" * 5000)), "name too long")
+
+
 # ---- what is written -----------------------------------------------------------------------
 
 

@@ -181,5 +181,8 @@ def report(folders: list[Path]) -> str:
     """One page about one or more runs, laid over each other."""
     if len(folders) > MOST_RUNS:
         raise UserError(f"{len(folders)} runs: at most {MOST_RUNS} can be told apart")
-    runs = [read_run(f, name) for f, name in zip(folders, names_of(folders), strict=True)]
+    try:
+        runs = [read_run(f, name) for f, name in zip(folders, names_of(folders), strict=True)]
+    except (OSError, RuntimeError) as error:  # not ours to read, a name too long, links in a circle
+        raise UserError(f"{', '.join(map(str, folders))}: {reason(error)}") from None
     return page("arpo_mini: " + ", ".join(run.name for run in runs), runs)

@@ -44,7 +44,7 @@ def model_config(name: str) -> PretrainedConfig:
         raise UserError(f"--model_name {name}: choose one of {legal}, or a folder with config.json")
     try:
         return AutoConfig.from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # deliberately everything, as in `run`
         raise UserError(f"--model_name {name}: {reason(error)}") from None
 
 
@@ -115,8 +115,11 @@ def planned(shape: PretrainedConfig, counts: Counts, config: Config) -> dict:
 def run(config: Config, typed: dict) -> dict:
     """The plan of the settings as they are, and of each card's preset with what was typed."""
     shape = model_config(config.model_name)
-    counts = count(shape)
-    plans = {"as set": planned(shape, counts, config)}
+    try:
+        counts = count(shape)
+        plans = {"as set": planned(shape, counts, config)}
+    except Exception as error:  # deliberately everything: a config.json may hold anything
+        raise UserError(f"--model_name {config.model_name}: {reason(error)}") from None
     for card in CARDS:
         cap = {"memory_gb": PRESETS[card]["memory_gb"]}
         plans[card] = planned(shape, counts, Config(**{**PRESETS[card], **typed, **cap}))
