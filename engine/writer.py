@@ -63,8 +63,8 @@ class Writer:
         # Where several start from a node that is unread, one of them reads it for all.
         unread = Counter(node for node in nodes if node not in self.kv)
         first = {draft.parent: draft for draft in drafts if unread[draft.parent] > 1}
-        self.write(list(first.values()), limit=1, ended_may_leave=False)
-        self.write(drafts, limit=k, ended_may_leave=False)
+        self.write(list(first.values()), limit=1, begins=True)
+        self.write(drafts, limit=k, begins=True)
         for draft in drafts:
             if draft.entropy is None:  # the released code measures otherwise: engine/official.py
                 draft.entropy = normalised_entropy(draft.token_entropy, self.policy.vocab_size)
@@ -77,21 +77,21 @@ class Writer:
         """
         needed = {draft for draft in drafts if draft.stop in (None, "tool")}.union(places)
         self.kv = {segment: kv for segment, kv in self.kv.items() if segment in needed}
-        self.write(drafts, limit=self.config.max_segment_tokens, ended_may_leave=True)
+        self.write(drafts, limit=self.config.max_segment_tokens, begins=False)
 
     @torch.inference_mode()
-    def write(self, drafts: list[Segment], limit: int, ended_may_leave: bool) -> None:
+    def write(self, drafts: list[Segment], limit: int, begins: bool) -> None:
         """Until every draft is complete or has `limit` tokens; as many at once as there is room."""
         while rows := [d for d in drafts if d.stop is None and len(d.token_ids) < limit]:
-            self.generate(rows[: self.config.rollout_rows], limit, ended_may_leave)
+            self.generate(rows[: self.config.rollout_rows], limit, begins)
 
-    def generate(self, drafts: list[Segment], limit: int, ended_may_leave: bool) -> None:
+    def generate(self, drafts: list[Segment], limit: int, begins: bool) -> None:
         """One `generate` call: some more tokens for every draft, a row each."""
         R, V = len(drafts), self.policy.vocab_size
         paths = max(R, len(self.kv))  # those that wait take memory, too
         self.policy.limits.in_use = "rollout_rows", min(self.config.rollout_rows, paths)
         before = [len(draft.token_ids) for draft in drafts]
-        ends = SegmentEnd(self, drafts, limit, LEAVE if ended_may_leave else 1.0)
+        ends = SegmentEnd(self, drafts, limit, 1.0 if begins else LEAVE)
         steps = max(end - n for end, n in zip(ends.limits, before, strict=True))
         steps = min(steps, STEPS, max(1, SCORES_BYTES // (4 * R * V)))
         input_ids, mask, cache = self.batch(drafts, steps)  # (R, W), (R, C + W)
@@ -109,7 +109,7 @@ class Writer:
         # The cache has seen all but the token sampled last, and pads after the end of a row.
         own = torch.arange(S - 1) < torch.tensor(added)[:, None]  # (R, S - 1)
         seen = torch.cat([mask.bool(), own.to(mask.device)], dim=1)  # (R, C + W + S - 1)
-        self.store(drafts, seen, out.past_key_values, begins=not ended_may_leave)
+        self.store(drafts, seen, out.past_key_values, begins)
 
     def record(self, drafts, added: list[int], scores: tuple[Tensor, ...], sampled: Tensor) -> None:
         """Tell each draft what its new tokens were drawn with: log-prob and entropy, in nats."""

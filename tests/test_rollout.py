@@ -280,21 +280,21 @@ def test_what_was_forgotten_is_read_again_and_counted(tiny, watch):
 
 def test_a_call_takes_as_many_passes_as_its_longest_segment(tiny, monkeypatch):
     """The first k tokens, those of the forks, and what is then left of the longest one."""
-    write, taken = Writer.write, {False: [], True: []}  # ended_may_leave: while they are finished
+    write, taken = Writer.write, {True: [], False: []}  # begins: their first tokens
 
-    def counted(self, drafts, limit, ended_may_leave):
+    def counted(self, drafts, limit, begins):
         before, had = self.decode_steps, [len(draft.token_ids) for draft in drafts]
-        write(self, drafts, limit, ended_may_leave)
+        write(self, drafts, limit, begins)
         new = [len(d.token_ids) - n for d, n in zip(drafts, had, strict=True)]
-        taken[ended_may_leave].append(self.decode_steps - before)
-        assert taken[ended_may_leave][-1] == max(new, default=0)
+        taken[begins].append(self.decode_steps - before)
+        assert taken[begins][-1] == max(new, default=0)
 
     monkeypatch.setattr(Writer, "write", counted)
     monkeypatch.setattr(engine.writer, "STEPS", 4)
     config = replace(TINY, initial_rollouts=2, max_segment_tokens=30)
     roll_out(tiny, config, ECHO, TINY_QUESTIONS, seed=1)
-    assert max(taken[False]) == 3 < 5 < max(taken[True])
-    assert taken[False][0] == 1  # one of the paths reads the question for both
+    assert max(taken[True]) == 3 < 5 < max(taken[False])
+    assert taken[True][0] == 1  # one of the paths reads the question for both
 
 
 def test_no_more_scores_are_held_than_allowed(tiny, monkeypatch):
@@ -354,7 +354,7 @@ def scripted(monkeypatch):
         places[new] = (places.get(parent.parent, parent.token_ids), born[parent])
         return new
 
-    def generate(writer, drafts, limit, ended_may_leave):
+    def generate(writer, drafts, limit, begins):
         assert 0 < len(drafts) <= writer.config.rollout_rows
         for draft in drafts:
             draw = random.Random(f"{places[draft]} {len(draft.token_ids)}")
