@@ -313,7 +313,7 @@ def update(policy: Policy, optimizer, rows: list[Row], config: Config) -> dict:
             require_finite("the loss", loss, texts)
             policy.scaler.scale(loss).backward()  # scaled in float16 only, against underflow
             loss_sum, clipped_sum = loss_sum + loss.item(), clipped_sum + clipped.item()
-        norms.append(take_step(policy, optimizer, total, rows))  # None: skipped
+        norms.append(take_step(policy, optimizer, total, rows))  # scaled down to 1; None: skipped
     drift = torch.cat(drifts).abs().tolist() if drifts else []
     figures = {"loss": loss_sum / n, "clip_fraction": clipped_sum / (total * n)}
     figures |= {"grad_norm": norms[-1], "skipped_updates": norms.count(None)}

@@ -54,9 +54,8 @@ def same_expression(prediction: str, answer: str) -> bool:
     some = [text for text in texts if not re.search(r"[<>]|\\[lg]e ", text)]
     if len(some) == 1 and not re.search(r"[(\[]", some[0]):  # 2 < x < 3 is no {2, 3}
         return False
-    sets = [
-        r"\{" if " or " in text else re.match(r"\((?!.*\).*\()|\\\{|", text)[0] for text in some
-    ]
+    opens = re.compile(r"\((?!.*\).*\()|\\\{|")  # "(1,2),(3,4)" are two points, no pair
+    sets = [r"\{" if " or " in text else opens.match(text)[0] for text in some]
     if {*sets} == {"(", r"\{"}:  # a set is no pair
         return False
     # math-verify compares two unions of rays, but not one with intervals.
@@ -97,12 +96,8 @@ def as_latex(text: str) -> str:
     )
     text = re.sub(r"(?<=[)\]]) ?U ?(?=[(\[])", r"\\cup ", text)
     text = " ".join(text.translate(LATEX).replace("**", "^").split())
-    text = (
-        text.replace("<=", r"\le ")
-        .replace(">=", r"\ge ")
-        .replace("!=", r"\ne ")
-        .replace("+/-", r"\pm ")
-    )
+    for sign, command in (("<=", "le"), (">=", "ge"), ("!=", "ne"), ("+/-", "pm")):
+        text = text.replace(sign, rf"\{command} ")
     text = re.sub(r"\^(-\d+)", r"^{\1}", text)
     text = re.sub(r"(?:√|\\?\bsqrt) ?\(((?:[^()]|\([^()]*\))*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"(?:√|(?<!\\)\bsqrt) ?(\d+|[a-z](?![a-z]))", r"\\sqrt{\1}", text)

@@ -95,8 +95,10 @@ def test_what_it_takes_by_hand(results, tmp_path):
     assert found["h_minus_random"] is found["h_minus_default"] is None  # not run
     results["methods"]["grpo"]["runs"]["1"] = a_run([0.4, 0.9, 0.93], [0, 200, 300])
     assert verdict.summary(results)["calls_to_90_share_of_grpo"] == 0.25  # of seed 1 alone
-    verdict.write_summary(results, tmp_path)
-    written = json.loads((tmp_path / "summary.json").read_text())
+    folder = tmp_path / "second_world"  # it is not beside itself
+    folder.mkdir(), (folder / "results.json").write_text(json.dumps(results))
+    verdict.write_summary(results, folder)
+    written = json.loads((folder / "summary.json").read_text())
     assert written["final"] == pytest.approx(94.5) and written["second_world"]["final"] is None
 
 

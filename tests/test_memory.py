@@ -145,8 +145,7 @@ def failing(real, *calls):
     return call
 
 
-def test_a_cpu_has_no_error_of_its_own():
-    """Its allocator raises a RuntimeError; any other one is not ours."""
+def test_a_cpu_has_no_error_of_its_own():  # but a RuntimeError; any other is not ours
     limits, rows = Limits(in_use=("rollout_rows", 8)), []
 
     def work(fitted):
