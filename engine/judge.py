@@ -203,11 +203,10 @@ UNIT = re.compile(r"(/?)((?:[^\W\d_]|[°%$¢€£¥₹₩'\x22-])+)\.?(?:\^?\{?(
 UNITS = {
     name: names.split()[0]
     for names in """
-        mm millimeter millimetre; cm centimeter centimetre 厘米; m meter metre 米; in inch inches ";
-        km kilometer kilometre 公里 千米; ft foot feet '; yd yard; mi mile; mg milligram; g gram 克;
-        kg kilogram kgs kilo 公斤 千克; t tonne; lb pound; oz ounce; mL ml milliliter millilitre;
-        L l liter litre; ms millisecond; s second sec 秒; min minute 分钟; h hour hr 小时;
-        Hz hertz; km/h kph kmh; mi/h mph; N newton; J joule; W watt; kW kilowatt; V volt;
+        mm; cm centimeter centimetre 厘米; m meter metre 米; km 公里 千米; in inch inches "; mg;
+        ft foot feet '; yd yard; mi mile; g gram 克; kg kgs kilo 公斤 千克; t tonne; lb pound;
+        oz ounce; mL ml; L l liter litre; ms; s second sec 秒; min minute 分钟; h hour hr 小时;
+        Hz hertz; km/h kph kmh; mi/h mph; N newton; J joule; W watt; kW; V volt;
         A ampere amp; Ω ohm; K kelvin; C coulomb; T tesla; Pa pascal; eV electronvolt; mol mole;
         °C °celsius; °F °fahrenheit; ° degree deg 度; % percent pct;
         $ us$ dollar usd; cent ¢; € euro eur; £ gbp; ¥ yuan yen rmb cny jpy 元 円; ₹ rupee rs inr;
@@ -286,7 +285,7 @@ def unit_of(text: str, unit: str) -> str | None:
         per, word, power = found.groups(default="")
         lower = word.lower() if len(word) > 1 else word  # "M" is no meter
         name = UNITS.get(word) or UNITS.get(lower) or UNITS.get(lower.rstrip("s"))
-        if name is None and not power and (beside or len(word) > 2):  # "2nm" is a product
+        if name is None and (len(word) > 2 or (beside and not power)):  # "2nm" is a product
             name = SI.get(word) or SI.get(lower.rstrip("s"))
         letter = not beside and re.fullmatch("[A-Za-z]", word) and word not in "mghsLWV"  # 2t
         if name is None or letter:  # any word in lower case after a space, or in another script
