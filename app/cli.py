@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 import sys
@@ -231,7 +230,7 @@ def exit_code(work: Callable[[], int | None]) -> int:
     """How it ended: what it returns, or
 
     0    done                                  1    a number was inf or nan (FloatingPointError)
-    2    a UserError, or a full disk           130  Ctrl-C, 143 SIGTERM, 141 a closed pipe
+    2    a UserError, a file, a full disk      130  Ctrl-C, 143 SIGTERM, 141 a closed pipe
     """
     for stream in (sys.stdout, sys.stderr):  # a screen without a character shows its escape
         if hasattr(stream, "reconfigure"):
@@ -246,16 +245,13 @@ def exit_code(work: Callable[[], int | None]) -> int:
         return complain(f"error: {one_line(str(error))}", 1)
     except KeyboardInterrupt as stop:
         return complain("stopped", 143 if isinstance(stop, Terminated) else 130)
-    except OSError as error:
-        if error.filename is not None or error.errno not in SCREEN_GONE:
-            raise  # files are read and written with words of their own: this is a bug
-        leave(sys.stdout)
+    except OSError as error:  # of a file that has a name, else of the screen or a full disk
+        if error.filename is None:
+            leave(sys.stdout)
         if isinstance(error, BrokenPipeError):  # who read it wants no more
             return 141
-        return complain(f"error: cannot write to the screen: {reason(error)}", 2)
-
-
-SCREEN_GONE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EINVAL)  # last: Windows
+        where = "" if error.filename is None else f"{one_line(str(error.filename))}: "
+        return complain(f"error: {where}{reason(error)}", 2)
 
 
 def complain(words: str, code: int) -> int:

@@ -216,8 +216,8 @@ def test_the_question_to_show(few):
         (KeyboardInterrupt(), 130, "stopped"),
         (app.cli.Terminated(), 143, "stopped"),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, ""),
-        (OSError(errno.ENOSPC, "No space left"), 2, "error: cannot write to the screen: No space"),
-        (FileNotFoundError(errno.ENOENT, "No such file", "x"), None, ""),
+        (OSError(errno.ENOSPC, "No space left"), 2, "error: No space left"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "x"), 2, "error: x: No such file"),
         (ValueError("a bug"), None, ""),  # it keeps its traceback
     ],
 )
@@ -230,7 +230,7 @@ def test_exit_codes(error, code, words, capsys):
 SHELL = {  # command line after `python -c ..`: (exit codes of main, its stderr)
     "| head -0": (141, ""),
     "| head -1": (141, ""),
-    "> /dev/full": (2, "error: cannot write to the screen: No space left on device\n"),
+    "> /dev/full": (2, "error: No space left on device\n"),
     "2> /dev/full --nonsense": (2, ""),
 }
 
