@@ -439,7 +439,7 @@ def make_tools(config: Config) -> dict[str, toolbox.Tool]:
 
 def load_agent(config: Config, tools: dict | None = None, trainable: bool = False) -> Agent:
     """The model of the settings with its adapter, and the built-in tools or one's own."""
-    tools = tools or make_tools(config)
+    tools = make_tools(config) if tools is None else {tool.name: tool for tool in tools.values()}
     torch.manual_seed(config.seed)  # a new adapter has random weights
     return Agent(load_policy(config, tools, trainable), tools, config)
 

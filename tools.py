@@ -20,17 +20,21 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from decimal import Context
 from fractions import Fraction
-from functools import reduce
+from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
 
 import numpy as np
+from mpmath.ctx_mp import MPContext
+from mpmath.libmp import to_rational
 from tqdm import tqdm
 
 from data.files import Document, load_documents
 
-TAG = re.compile(r"<(/?)([A-Za-z_][A-Za-z0-9_-]{0,40})>")
+NAME = "[A-Za-z_][A-Za-z0-9_-]{0,40}"  # of a tool
+TAG = re.compile(f"<(/?)({NAME})>")
 RESERVED = ("think", "answer", "result")  # tags of the format; no tool may have these names
 
 
@@ -47,8 +51,8 @@ class Tool:
     description: str  # one line for the system prompt: what to write between the tags
 
     def __post_init__(self) -> None:
-        if not TAG.fullmatch(f"<{self.name}>") or self.name in RESERVED:
-            legal = f"letters, digits, _ and -, and none of {', '.join(RESERVED)}"
+        if not re.fullmatch(NAME, self.name) or self.name in RESERVED:
+            legal = f"a letter or _, up to 40 of a-z, A-Z, 0-9, _, -; not {', '.join(RESERVED)}"
             raise ValueError(f"{self.name!r} is not a name for a tool; legal: {legal}")
 
 
@@ -119,6 +123,10 @@ class Screen:
     """stdout or stderr for the tools, which may write to it but not close it."""
 
     stream: object
+
+    def __post_init__(self) -> None:
+        while isinstance(self.stream, Screen):  # a late call may have put an old one back
+            self.stream = self.stream.stream
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
@@ -229,8 +237,11 @@ def cut(text: str, max_chars: int) -> str:
 MAX_CHARS = 500  # of an expression
 MAX_BITS = 4096  # of every integer in a calculation
 MAX_DIGITS = 200  # of the result
-NOISE = 1e-15  # relative rounding error of a few operations on floats
-Number = int | Fraction | float  # only a float is inexact
+DIGITS = 100, 200  # of numbers that are not exact: what is shown must be the same with both
+CERTAIN = 50  # digits before the point that are surely right
+mp = MPContext()
+Number = int | Fraction | mp.mpf  # only the last is not exact
+ONE_AT_A_TIME = threading.Lock()  # calls run side by side, and `mp` has one number of digits
 NUMBER = r"(?:\d[\d_]*\.?|\.\d)[\d_]*(?:[eE][+-]?\d+)?"
 TOKEN = re.compile(rf"({NUMBER})|([A-Za-z_]\w*)|(\S)", re.ASCII)
 ADVICE = {  # pattern that is ambiguous or not allowed -> what to write instead
@@ -254,18 +265,24 @@ def calculate(expression: str) -> str:
     """The value of an arithmetic expression; ToolError, in words, where there is none.
 
     Python's rules hold: -2**2 is -4, // rounds down, log is natural, sin takes radians, round(2.5)
-    is 2. Integers, decimals and fractions are exact (0.1 + 0.2 - 0.3 is 0); roots etc. are floats.
+    is 2. Integers, decimals and fractions are exact (0.1 + 0.2 - 0.3 is 0); roots etc. are not.
     Shown are all digits of an integer, up to 15 of a decimal, ten of other numbers, such as 1/3.
     """
     try:
-        text = read_expression(expression)
-        return show(evaluate(ast.parse(text, mode="eval").body, text))
+        text, shown = read_expression(expression), set()
+        tree = ast.parse(text, mode="eval").body
+        with ONE_AT_A_TIME:
+            for mp.dps in DIGITS:
+                shown.add(show(evaluate(tree, text)))
     except ZeroDivisionError:
         raise ToolError("division by zero") from None
     except OverflowError:
         raise ToolError("the numbers become too large or too small") from None
     except (SyntaxError, RecursionError, MemoryError):
         raise ToolError("a number, a sign or a parenthesis is missing or too many") from None
+    if len(shown) > 1:
+        raise ToolError("too few digits are left where nearly equal numbers cancel")
+    return shown.pop()
 
 
 def read_expression(expression: str) -> str:
@@ -274,7 +291,7 @@ def read_expression(expression: str) -> str:
         raise ToolError(f"{len(expression)} characters are too many, {MAX_CHARS} are allowed")
     text = expression.translate(str.maketrans("\u00d7\u00f7\u2212", "*/-"))
     text = " ".join(text.split()).removesuffix("=").strip()  # 3 * 4 =
-    text = re.sub(r"\bmath\.(?=[a-z])", "", text)  # math.sqrt(2)
+    text = re.sub(r"(?<![\w.])math\.(?=[a-z])", "", text)  # math.sqrt(2)
     for pattern, advice in ADVICE.items():
         if found := re.search(pattern, text, re.ASCII):
             raise ToolError(advice.format(found[0]))
@@ -295,16 +312,16 @@ def evaluate(node: ast.AST, text: str) -> Number:
             if isinstance(value, float):  # as it was written: 0.1 is a tenth
                 value = Fraction(text[node.col_offset : node.end_col_offset].replace("_", ""))
         case ast.Name(id=name) if name in CONSTANTS:
-            value = CONSTANTS[name]
+            value = +CONSTANTS[name]  # with the digits of now
         case ast.UnaryOp(op=op, operand=operand):
             value = OPERATORS[type(op)](evaluate(operand, text))
         case ast.BinOp(left=left, op=op, right=right):
             a, b = evaluate(left, text), evaluate(right, text)
-            if float in (type(a), type(b)) and isinstance(op, ast.FloorDiv | ast.Mod):
-                raise ToolError("// and % need exact numbers; there is floor(x)")
+            if mp.mpf in (type(a), type(b)):
+                a, b = mp.convert(a), mp.convert(b)
+                if isinstance(op, ast.FloorDiv | ast.Mod):
+                    raise ToolError("// and % need exact numbers; there is floor(x)")
             value = OPERATORS[type(op)](a, b)
-            if a and b and not value and isinstance(op, ast.Mult | ast.Div | ast.Pow):
-                raise OverflowError  # too small for a float
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]):
             values = [evaluate(arg, text) for arg in args]
             try:
@@ -319,17 +336,19 @@ def evaluate(node: ast.AST, text: str) -> Number:
     return bounded(value)
 
 
-def bounded(value: Number | complex) -> Number:
-    """The value as an int if it is whole; raises where it is not real, or too long."""
-    if isinstance(value, complex):
-        raise ToolError("a root of a negative number is not a real number")
-    if isinstance(value, Fraction) and value.denominator.bit_length() > MAX_BITS // 8:
-        value = float(value) or math.inf  # longer ones take too long; 0: too small for a float
-    if isinstance(value, float):
-        if not math.isfinite(value):
+def bounded(value: Number | mp.mpc) -> Number:
+    """The value, exact where it is a short decimal; raises where it is not real, or too long."""
+    if isinstance(value, mp.mpc):
+        raise ToolError("the result is not a real number, as the root of a negative one")
+    if isinstance(value, Fraction) and value.denominator.bit_length() > MAX_BITS:
+        value = mp.convert(value)
+    if isinstance(value, mp.mpf):
+        if value and not sys.float_info.min <= abs(value) <= sys.float_info.max:
             raise OverflowError
-        near = abs(value) < 1e9 and abs(value - round(value)) <= NOISE * abs(value)
-        return round(value) if near else value  # 64 ** (1/3) is 3.9999999999999996
+        near = Fraction(int(mp.nint(value * 10**15)), 10**15)  # sqrt(0.25) is 0.5
+        if bool(near) != bool(value) or abs(value) > 10**CERTAIN or settled(value - near, value):
+            return value
+        value = near
     if value.numerator.bit_length() > MAX_BITS:
         raise OverflowError
     return value.numerator if value.denominator == 1 else value
@@ -337,39 +356,47 @@ def bounded(value: Number | complex) -> Number:
 
 def settled(value: Number, scale: Number) -> Number:
     """The value, but 0 if it is only rounding error compared with `scale`: sin(pi / 6) - 0.5."""
-    if isinstance(value, float) and abs(value) <= 1e-5 * abs(scale):
-        if abs(value) > NOISE * abs(scale):
-            raise ToolError("too few digits are left where nearly equal numbers cancel")
-        return 0
-    return value
+    error = abs(scale) * mp.mpf(10) ** (20 - mp.dps)  # of a few operations
+    return 0 if isinstance(value, mp.mpf) and abs(value) <= error else value
 
 
-def power(base: Number, exponent: Number) -> Number:
-    if isinstance(exponent, int) and not isinstance(base, float):
+def power(base: Number, exponent: Number) -> Number | mp.mpc:
+    if isinstance(exponent, int) and not isinstance(base, mp.mpf):
         bits = max(abs(base.numerator), base.denominator).bit_length() - 1
         if bits * abs(exponent) <= MAX_BITS:
             value = base ** abs(exponent)
             return value if exponent >= 0 else Fraction(1, value)
-    if 0.5 < base < 2 and abs(exponent) > 1000:  # (1 + 1/n)**n: the float of 1 + 1/n is too coarse
-        return math.exp(exponent * math.log1p(base - 1))
-    return float(base) ** float(exponent)
+        if isinstance(base, int):
+            raise OverflowError
+    return mp.power(base, exponent)
 
 
-def circular(function: Callable[[float], float], angle: Number) -> Number:
-    """sin or cos; a float of more than a million radians is too coarse for ten digits."""
-    return settled(function(angle if abs(angle) <= 10**6 else math.nan), angle)
+def circular(function: Callable, angle: Number) -> Number:
+    """sin or cos; 0 where that is what the rounding error of the angle leaves of 0: sin(pi)."""
+    return settled(function(known(angle)), angle if isinstance(angle, mp.mpf) else 0)
+
+
+def log(x: Number, *base: Number) -> Number:
+    if x <= 0:
+        raise ValueError
+    value = settled(mp.ln(x), 1)
+    return value / log(*base) if base else value
 
 
 def whole(value: Number) -> int:
     if not isinstance(value, int):
-        raise ToolError(f"{float(value):g} is not a whole number")
+        raise ToolError(f"{show(value)} is not a whole number")
     return value
 
 
+def exact(x: Number) -> Fraction:
+    return Fraction(*to_rational(x._mpf_)) if isinstance(x, mp.mpf) else Fraction(x)
+
+
 def known(x: Number) -> Number:
-    """x, but not a float so large that its last digits before the point are invented."""
-    if isinstance(x, float) and abs(x) >= 10**15:
-        raise ToolError("only the first 15 digits of so large a number are known")
+    """x, but no number so large that digits before the point are not known."""
+    if isinstance(x, mp.mpf) and abs(x) > 10**CERTAIN:
+        raise ToolError(f"only the first {CERTAIN} digits of so large a number are known")
     return x
 
 
@@ -383,25 +410,24 @@ def comb(n: Number, k: Number) -> int:
 
 OPERATORS = {
     ast.Add: lambda a, b: settled(a + b, a), ast.Sub: lambda a, b: settled(a - b, a),
-    ast.Div: lambda a, b: a / b if float in (type(a), type(b)) else Fraction(a, b),
+    ast.Div: lambda a, b: a / b if isinstance(a, mp.mpf) else Fraction(a, b),
     ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
     ast.Pow: power, ast.UAdd: operator.pos, ast.USub: operator.neg,
 }  # fmt: skip
 FUNCTIONS = {
-    "sqrt": math.sqrt, "abs": abs, "min": min, "max": max,
-    "floor": lambda x: math.floor(known(x)), "ceil": lambda x: math.ceil(known(x)),
-    "round": lambda x, digits=0: round(Fraction(known(x)), max(-2000, min(whole(digits), 2000))),
-    "gcd": lambda *values: math.gcd(*map(whole, values)),
-    "lcm": lambda *values: reduce(lambda a, b: bounded(math.lcm(a, b)), map(whole, values), 1),
+    "sqrt": mp.sqrt, "abs": abs, "min": partial(min, key=exact), "max": partial(max, key=exact),
+    "floor": lambda x: math.floor(exact(known(x))), "ceil": lambda x: math.ceil(exact(known(x))),
+    "round": lambda x, n=0: round(exact(known(x)), max(-2000, min(whole(n), 2000))),
+    "gcd": lambda a, *more: math.gcd(*map(whole, (a, *more))),
+    "lcm": lambda a, *more: math.lcm(*map(whole, (a, *more))),
     "factorial": lambda n: math.factorial(min(whole(n), 1000)),  # 1000! is too large already
-    "comb": comb, "exp": lambda x: math.exp(x) or math.inf,  # 0: too small for a float
-    "ln": lambda x: settled(math.log(x), 1), "log": lambda x, *b: settled(math.log(x, *b), 1),
-    "log2": lambda x: settled(math.log2(x), 1), "log10": lambda x: settled(math.log10(x), 1),
-    "sin": lambda x: circular(math.sin, x), "cos": lambda x: circular(math.cos, x),
-    "tan": lambda x: circular(math.sin, x) / circular(math.cos, x),
-    "asin": math.asin, "acos": math.acos, "atan": math.atan,
+    "comb": comb, "exp": mp.exp, "ln": lambda x: log(x), "log": log,
+    "log2": lambda x: log(x, 2), "log10": lambda x: log(x, 10),
+    "sin": lambda x: circular(mp.sin, x), "cos": lambda x: circular(mp.cos, x),
+    "tan": lambda x: circular(mp.sin, x) / circular(mp.cos, x),
+    "asin": mp.asin, "acos": mp.acos, "atan": mp.atan,
 }  # fmt: skip
-CONSTANTS = {"pi": math.pi, "e": math.e}
+CONSTANTS = {"pi": mp.pi, "e": mp.e}
 
 
 def show(value: Number) -> str:
@@ -409,13 +435,15 @@ def show(value: Number) -> str:
         if abs(value) >= 10**MAX_DIGITS:
             raise ToolError(f"the result has more than {MAX_DIGITS} digits")
         return str(value)
-    rounded = float(value)
-    if not 1e-9 <= abs(rounded) < 1e15:
-        return f"{rounded:.10g}"
-    digits = 15 if Fraction(f"{rounded:.15g}") == value else 10
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(rounded))))
-    text = f"{rounded:.{decimals}f}"  # not 'g', which writes 0.00002 as 2e-05
-    return text.rstrip("0").rstrip(".") if decimals else text
+    n, m = exact(value).as_integer_ratio()
+    decimal = Context(prec=15).divide(n, m)
+    if not sys.float_info.min <= abs(decimal) <= sys.float_info.max:
+        raise OverflowError
+    if not -9 <= decimal.adjusted() < 15:
+        return f"{float(decimal):.10g}"
+    if Fraction(decimal) != Fraction(n, m):  # all digits before the point
+        decimal = Context(prec=max(10, decimal.adjusted() + 1)).divide(n, m)
+    return f"{decimal.normalize():f}"  # not 'g', which writes 0.00002 as 2e-05
 
 
 # --- search ---------------------------------------------------------------------------------------
@@ -425,7 +453,9 @@ PART = 2**18  # terms counted at a time
 # Thai, Lao, Burmese, Khmer, Japanese, Chinese: no spaces; Korean: particles follow the word.
 SPACELESS = "\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0edf\u1000-\u1049\u1780-\u17d3\u3005-\u3007"
 SPACELESS += "\u3041-\u30fa\u30fc-\u31ff\u3400-\u9fff\U00020000-\U0003ffff\uac00-\ud7ff"
-INDIC = "\u0900-\u0963\u0966-\u0dff"  # whose vowel signs are no letters to \\w
+INDIC = "\u0780-\u07b1\u0900-\u0963\u0966-\u0dff"  # whose vowel signs are no letters to \\w
+# the dot of Istanbul's I, a soft hyphen, the vowel signs of Hebrew and Arabic
+SILENT = "[\u0307\u00ad\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0670]"
 WORD = re.compile(rf"([{SPACELESS}]+)|((?:[^\W_{SPACELESS}]|[{INDIC}])+)")
 
 
@@ -434,7 +464,7 @@ def terms(text: str, of_query: bool = False) -> list[str]:
     if text.isascii():
         return re.findall("[a-z0-9]+", text.lower())
     found = []
-    text = unicodedata.normalize("NFKC", text).casefold().replace("\u0307", "")  # of Istanbul's I
+    text = re.sub(SILENT, "", unicodedata.normalize("NFKC", text).casefold())
     for run, word in WORD.findall(text):
         found += [word] if word else run if len(run) == 1 or not of_query else []
         found += map("".join, pairwise(run))
@@ -501,7 +531,8 @@ class Search:
     def line(self, document: Document) -> str:
         n = self.max_chars  # more words than that do not fit: a document may be a book
         title, text = (" ".join(part.split(maxsplit=n)[:n]) for part in document)
-        return cut(text if text.startswith(title) else f"{title}: {text}", n)
+        titled = not title or re.match(rf"{re.escape(title)}(?![A-Za-z0-9])", text)
+        return cut(text if titled else f"{title}: {text}", n)
 
 
 def number_terms(documents: list[Document]) -> tuple[dict[str, int], np.ndarray, np.ndarray]:

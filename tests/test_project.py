@@ -26,7 +26,7 @@ OURS = {  # file or folder -> what it may import of our own; course, lab and tes
 }
 JUDGED = ["engine/judge", "engine/expressions", "engine/checks"]  # what is refused and accepted
 EVERYTHING = [*OURS, "course", "lab", "tests"]
-OTHERS = {"entropy": {"torch"}, "advantage": {"torch"}, "tools": {"numpy", "tqdm"}}
+OTHERS = {"entropy": {"torch"}, "advantage": {"torch"}, "tools": {"numpy", "mpmath", "tqdm"}}
 
 
 def sources(place):

@@ -238,3 +238,5 @@ def test_what_a_random_model_was_shown_is_what_its_adapter_says(tmp_path):
     one = Config(**loaded, temperature=0.0, group_size=1)
     _, ((reward,),) = load_agent(one, make_tools(one)).roll_out(load_questions(str(data)), one, 0)
     assert reward.total == 1.0
+    own = {"x": make_tools(one)["search"]}, {}
+    assert [list(load_agent(one, tools).tools) for tools in own] == [["search"], []]
