@@ -42,7 +42,7 @@ from torch.nn import Module
 from app.config import Config
 from app.page.read import LOGS, Line, lacks_figures, read_log
 from app.screen import console
-from data.files import UserError, reason
+from data.files import UserError, local_files, reason
 
 VERSION = "0.5"  # of arpo_mini; a change after which a step gives other numbers raises it
 KEEP = 2  # checkpoints, the newest
@@ -207,8 +207,8 @@ def version(package: str) -> str | None:
 
 
 def fingerprint_file(path: str) -> str | None:
-    with contextlib.suppress(OSError):  # who brings tools of his own may have no documents
-        return digest(Path(path).read_bytes())
+    with contextlib.suppress(OSError, UserError):  # with tools of one's own: no documents
+        return digest(b"".join(Path(file).read_bytes() for file in local_files(path)))
 
 
 def fingerprint_model(model: Module) -> str:

@@ -21,11 +21,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 MAX_LINE = 2**28  # bytes; a file without line ends would fill the memory
 DATA_FILE = re.compile(r"\.(parquet|jsonl?)(\.gz)?$")
 HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::([\w./-]+))?")
 BAD_ROW = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
-DECODER = json.JSONDecoder(parse_constant=lambda _: None)  # NaN is how pandas writes null
 
 
 class UserError(Exception):
@@ -51,6 +52,18 @@ def reason(error: Exception) -> str:
 # ---- rows ---------------------------------------------------------------------------------
 
 
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A row or an object in it: of a key that stands there twice, one value would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"of its {len(pairs)} keys only {len(found)} are different")
+    return found
+
+
+# NaN is how pandas writes null.
+DECODER = json.JSONDecoder(parse_constant=lambda _: None, object_pairs_hook=once)
+
+
 def read_rows(name: str, read: Callable[[Any], Any], legal: str) -> Iterator[tuple[str, Any]]:
     """(place, what `read` makes of the row there); its complaints get the place and `legal`."""
     for path in local_files(str(name)):
@@ -66,10 +79,11 @@ def read_rows(name: str, read: Callable[[Any], Any], legal: str) -> Iterator[tup
 
 
 def with_plain_keys(row: Any) -> dict[str, Any]:
-    """Keys as most files have them: "final_answer" for "Final answer"."""
+    """Keys as most files have them: "final_answer" for "Final answer"; none of an empty cell."""
     if not isinstance(row, dict):
         raise ValueError(f"a row has keys, this is a {type(row).__name__}")
-    return {key.lower().replace(" ", "_"): value for key, value in row.items()}
+    filled = ((key, value) for key, value in row.items() if value is not None and value == value)
+    return once([(key.lower().replace(" ", "_"), value) for key, value in filled])
 
 
 def rows_of(path: str) -> Iterator[tuple[str, Any]]:
@@ -115,9 +129,15 @@ def parquet_rows(path: str, file) -> Iterator[tuple[str, dict]]:
         how = "install it (pip install pyarrow) or convert the file to JSONL"
         raise UserError(f"{path}: reading parquet needs the package pyarrow; {how}") from None
     try:
-        batches = ParquetFile(file).iter_batches(batch_size=1024)
-        rows = (row for batch in batches for row in batch.to_pylist())
-        yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+        table = ParquetFile(file)
+        once([(name, None) for name in table.schema_arrow.names])
+        kinds = {"float": np.float32, "halffloat": np.float16}
+        narrow = [(c.name, kinds[str(c.type)]) for c in table.schema_arrow if str(c.type) in kinds]
+        rows = (row for batch in table.iter_batches(batch_size=1024) for row in batch.to_pylist())
+        for number, row in enumerate(rows, start=1):
+            for name, kind in narrow:  # 0.1, and not the double that is next to it
+                row[name] = None if row[name] is None else float(str(kind(row[name])))
+            yield f"row {number}", row
     except (OSError, ValueError, ArrowException) as error:
         raise UserError(f"cannot read {path}: {reason(error)}") from None
 
@@ -204,12 +224,13 @@ def load_documents(path: str) -> list[Document]:
 
 def read_document(row: dict) -> Document:
     title = row.get("title") or ""
-    text = row[next((key for key in TEXT_KEYS if row.get(key) is not None), "text")]
+    there = [key for key in TEXT_KEYS if key in row]
+    text = row[next((key for key in there if row[key]), there[0] if there else "text")]
     if isinstance(text, list):  # of paragraphs or sentences
         text = " ".join(text)
     if not isinstance(title, str) or not isinstance(text, str):
         raise ValueError("title and text are texts")
-    quoted = re.match(r'"(.+)"\n', text)  # Search-R1's contents: "Title", a line end, the text
+    quoted = re.match(r'"(.+)"\r?\n', text)  # Search-R1's contents: "Title", a line end, the text
     if quoted and not title:
         return Document(quoted[1].replace('""', '"'), text[quoted.end() :])
     return Document(title, text)

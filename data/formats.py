@@ -30,7 +30,11 @@ logger = logging.getLogger("arpo_mini")
 
 MAX_CHARS = 1_000_000  # a tokenizer takes seconds and gigabytes for ten times as many
 QUESTION_KEYS = ("question", "problem", "query", "prompt")
-ANSWER_KEYS = ("answer", "answers", "golden_answers", "final_answer", "expected_answer", "target")
+ANSWER_KEYS = ("final_answer", "expected_answer", "answer", "answers", "golden_answers")
+ANSWER_KEYS += ("possible_answers", "target")
+CHOICES = re.compile("(multiple_|answer_)?(choice|option|opt)s?(_list|_?[a-e1-5])?")
+A_CHOICE = re.compile(r"\d(\.0)?|[(\[]?[A-Ka-k][)\]]?[.:]?|[A-K]{2,5}|[A-K][.)] .*", re.DOTALL)
+NO_ANSWER = {"?", "<unk>", "no answer present.", "notfound", "proof"}  # of tests and of proofs
 QUESTION = (
     '{"question": "...", "answer": "..."} (or "problem", "prompt"; "answers", "golden_answers", '
     '"solution" with \\boxed{..}), {"prompt": [..], "reward_model": {"ground_truth": ..}}, '
@@ -122,6 +126,8 @@ def asked(row: dict) -> Any:
     """The question alone: a system prompt is left out, for ours says what our tools are."""
     # aime24 has "problem" beside "question"; the released evaluation asks the latter.
     text = row[next((key for key in QUESTION_KEYS if row.get(key) is not None), "question")]
+    if any(row.get(key) for key in ("image", "images", "file_name")):
+        raise ValueError("it asks about an image or a file, which is not read")
     if isinstance(text, list):
         users = [turn["content"] for turn in text if turn["role"] == "user"]
         if len(users) != 1:
@@ -129,26 +135,42 @@ def asked(row: dict) -> Any:
         (text,) = users
     extra = row.get("extra_info")  # it has the question without verl's "think step by step"
     bare = extra.get("question") if isinstance(extra, dict) else None
-    return bare if isinstance(bare, str) and bare and bare in text else text
+    if isinstance(bare, str) and bare and text.startswith(bare):
+        return bare
+    return f"{row['body']} {text}" if isinstance(row.get("body"), str) else text  # SVAMP
 
 
 def gold_answers(row: dict) -> list:
     """Whatever the row accepts, unchecked; KeyError where it holds no answer."""
-    key = next((key for key in ANSWER_KEYS if row.get(key) not in (None, [])), None)
-    found = row[key] if key else None
-    if not key and row.get("reward_model") is not None:
-        found = row["reward_model"]["ground_truth"]
-    elif not key:
-        solved = in_box(str(row.get("solution"))) is not None
-        found = row["solution" if solved else "answer"]
-    if isinstance(found, dict) and "target" in found:  # Search-R1
-        found = found["target"]
-    elif isinstance(found, dict) and "aliases" in found:  # TriviaQA
-        found = [found.get("value"), *found["aliases"]]
-    named = [re.fullmatch(r"\d|\(?[A-Ja-j]\)?[.:]?", str(each)) for each in as_list(found)]
-    if (row.get("choices") or row.get("options")) and any(named):
+    found = as_list(unpacked(answer_of(row)))
+    choices = {"a", "b"} <= row.keys() or any(CHOICES.fullmatch(k) and v for k, v in row.items())
+    if choices and any(A_CHOICE.fullmatch(str(each)) for each in found):
         raise ValueError("the answer names a choice: write the choices into the question")
-    return as_list(found) + as_list(row.get("answer_aliases") or [])  # 2Wiki, MuSiQue
+    aliases = as_list(row.get("answer_aliases") or [])  # 2Wiki, MuSiQue
+    return found + aliases + as_list(row.get("aliases") or [])
+
+
+def answer_of(row: dict) -> Any:
+    """What stands under the key that says most surely what is right."""
+    if "reward_model" in row:
+        return row["reward_model"]["ground_truth"]
+    key = next((key for key in ANSWER_KEYS if row.get(key) not in (None, [], "")), None)
+    if not key:
+        return row["answer" if in_box(str(row.get("solution"))) is None else "solution"]
+    lists = (row.get(key) for key in ("answers", "golden_answers"))  # of all that are right
+    return next((some for some in lists if row[key] in as_list(some)), row[key])
+
+
+def unpacked(found: Any) -> Any:
+    """One answer or a list of them, out of what a data set wraps them in."""
+    if isinstance(found, str) and isinstance(listed := from_json(found), dict | list):
+        texts = all(isinstance(each, str) for each in listed)  # "[0, 1]" is an interval
+        found = listed if isinstance(listed, dict) or texts else found
+    if isinstance(found, dict) and {*found} == {"target"}:  # Search-R1
+        return found["target"]
+    if isinstance(found, dict) and "aliases" in found:  # TriviaQA
+        return [found.get("value"), *(found["aliases"] or [])]
+    return found
 
 
 def as_list(value: Any) -> list:
@@ -162,15 +184,18 @@ def spellings(answer: str | Number) -> list[str]:
     if isinstance(answer, str):
         answer = gsm8k_answer(answer)
         held = in_box(answer)
+        if answer.strip().lower() in NO_ANSWER:
+            raise ValueError(f"the answer {answer!r} says that there is none")
         return [answer if held is None else held]
     if isinstance(answer, float) and not math.isfinite(answer):
         raise ValueError(f"{answer} is no answer")
-    return [str(answer)]
+    return [str(float(f"{answer:.15g}") if isinstance(answer, float) else answer)]
 
 
 def in_box(solution: str) -> str | None:
     r"""What `boxed` finds; MATH also has \boxed 2 and \fbox{2}."""
-    braced = re.sub(r"\\boxed *(-?[0-9.]*[0-9]|[A-Za-z]\b)", r"\\boxed{\1}", solution)
+    alone = r"\\boxed *(-?[0-9.]*[0-9]|[A-Za-z])(?=[\s$.;)\]]|,(?!\d)|\Z)"
+    braced = re.sub(r"\\boxed\s+\{", r"\\boxed{", re.sub(alone, r"\\boxed{\1}", solution))
     return boxed(braced.replace("\\fbox{", "\\boxed{"))
 
 
@@ -229,6 +254,8 @@ def read_demonstration(row: dict) -> Demonstration:
         shape = "a conversation is one human turn and one gpt turn, calls and results between"
         raise ValueError(f"{shape}; this is: {got}")
     texts[1:-1:2] = map(calling, texts[1:-1:2])
+    if not texts[0].strip() or max(map(len, texts)) > MAX_CHARS:
+        raise ValueError(f"a turn has at most {MAX_CHARS:,} characters, a question is not empty")
     if texts[-1].strip() or len(texts) == 2:  # nothing after a result: cut short, left to sft
         texts[-1] = answering(texts[-1])
     return Demonstration(texts[0], list(zip(authors[1:], texts[1:], strict=True)))
@@ -239,7 +266,8 @@ def turns_of(row: dict) -> list[dict]:
         return row["messages"] if row.get("messages") else row["conversations"]
     question = "\n".join(filter(None, (row["instruction"], row.get("input"))))  # Alpaca
     earlier = [{"from": "human"}, {"from": "gpt"}] * len(row.get("history") or [])
-    return [*earlier, {"from": "human", "value": question}, {"from": "gpt", "value": row["output"]}]
+    said = {"from": "gpt", "value": row.get("output")}
+    return [*earlier, {"from": "human", "value": question}, said]
 
 
 def author_and_text(turn: dict) -> tuple[str, str]:
@@ -256,8 +284,8 @@ def author_and_text(turn: dict) -> tuple[str, str]:
     if AUTHORS[role] == "tool":
         wrapped = WRAPPED.fullmatch(text)
         return "tool", wrapped[1] if wrapped else text
-    if turn.get("reasoning_content"):
-        text = f"<think>{turn['reasoning_content']}</think>{text}"
+    if thought := turn.get("reasoning_content") or turn.get("reasoning"):
+        text = f"<think>{thought}</think>{text}"
     if role in ("function_call", "tool_call"):
         text = spelled_call(text)
     text = re.sub("(?s)<tool_call>(.*)</tool_call>", lambda found: spelled_call(found[1]), text)
@@ -271,7 +299,8 @@ def spelled_call(calls: Any) -> str:
         (call,) = as_list(from_json(calls))
         call = call.get("function") or call  # as OpenAI has it
         name, text = call["name"], from_json(call["arguments"])
-        (text,) = text.values() if isinstance(text, dict) else [text]
+        given = text.values() if isinstance(text, dict) else [text]
+        (text,) = [value for value in given if value is not None]  # in tables all tools have all
     except BAD_ROW:
         name, text = "", None
     legal = re.fullmatch(r"(?!(think|answer|result)$)[\w-]+", str(name))
@@ -309,7 +338,7 @@ def answering(text: str) -> str:
     thought = f"{thought}{end}{before}" if tag else text
     answer = answer.partition("</answer>")[0]  # nothing is written after it
     if not tag or boxed(answer) is None:
-        held = answer.strip() if tag else boxed(text)
+        held = answer.strip() if tag else boxed(said)
         if not held:
             raise ValueError("the last turn holds no \\boxed{..} answer")
         answer = f"\\boxed{{{held}}}"

@@ -264,7 +264,7 @@ def read_system_prompt(path: str | None, tools: dict[str, toolbox.Tool]) -> str:
     """Ours, or that of the user's file, with the registered tools in the place of {tools}."""
     described = "\n".join(f"<{t.name}>{t.description}</{t.name}>" for t in tools.values())
     try:
-        text = SYSTEM_PROMPT if path is None else Path(path).read_text(encoding="utf-8").strip()
+        text = SYSTEM_PROMPT if path is None else Path(path).read_text("utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--system_prompt {path}: {reason(error)}") from None
     return text.replace("{tools}", described)

@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 
 from advantage import reward
+from app.run_folder import fingerprint_file
 from data.files import Document, UserError, load_documents, reason
 from data.formats import Question, load_demonstrations, load_questions
 
@@ -118,6 +119,7 @@ BROKEN = {
     "damaged gz": (gzip.compress(TWO, mtime=0)[:14] + b"\0" * 40, "cannot read"),
     "cut array": (ARRAY[:-20], "a JSON array, but no JSON"),
     "array of numbers": (b"[7]", "row 1: a row has keys, this is a int"),
+    "twice": (TWO + b'{"question": "a", "question": "b"}', "line 3: of its 2 keys only 1"),
     "deep": (TWO + b'{"a":' * 100_000, "line 3: nested too deeply"),
     "deep array": (b"[" * 100_000, "nested too deeply"),
     "no parquet": (b"PAR1 and nothing else", "cannot read"),
@@ -139,6 +141,9 @@ def test_folders_and_rows_of_parquet_are_one_line(tmp_path, monkeypatch):
         assert "cannot read" in refused(load_questions, write(tmp_path / "x.parquet", content))
     odd = write(tmp_path / "odd.parquet", [{"text": "a"}])
     assert "row 1: 'question' is missing" in refused(load_questions, odd)
+    tenth = {"question": ["q"], "answer": pyarrow.array([0.1], pyarrow.float32())}
+    pyarrow.parquet.write_table(pyarrow.table(tenth), tmp_path / "float.parquet")
+    assert load_questions(str(tmp_path / "float.parquet")) == [Question("q", ["0.1"])]
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert "pip install pyarrow" in refused(load_questions, odd)
     assert load_questions(str(FIXTURES / "plain.jsonl"))  # JSONL needs no pyarrow
@@ -204,5 +209,7 @@ def test_a_hub_data_set_by_its_id(name, found, hub):
 
 
 def test_a_local_file_wins(hub, tmp_path):
+    both = [fingerprint_file(f"openai/gsm8k:main/{split}") for split in ("test", "train")]
+    assert None not in both and both[0] != both[1]
     write(tmp_path / "openai" / "gsm8k", [ROW])
     assert load_questions("openai/gsm8k")[0].answers == ["4"]

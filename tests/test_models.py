@@ -217,11 +217,11 @@ def test_the_policy_hears_of_its_tools(tmp_path, caplog, template, folded):
 
 def test_a_tokenizer_made_for_the_tools_is_not_told_of_them_and_a_file_replaces_that(tmp_path):
     tools, path = dict.fromkeys(("search", "calculator"), ADDER["adder"]), tmp_path / "mine.txt"
-    path.write_text("Be brief. {tools}\nEnd with \\boxed{x}.\n")
+    path.write_text("Be brief. {tools}\nEnd with \\boxed{x}.\n", "utf-8-sig")
     assert load(tools=tools).frame[0] == "<|im_start|>user\n"
     assert "two numbers" in load(tools=ADDER).frame[0]
     assert (
-        "Be brief. <adder>two numbers</adder>\nEnd with \\boxed{x}.\n\n"
+        "user\nBe brief. <adder>two numbers</adder>\nEnd with \\boxed{x}.\n\n"
         in load(system_prompt=str(path)).frame[0]
     )
     with pytest.raises(UserError, match=r"^--system_prompt no/such\.txt: No such file"):
