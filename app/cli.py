@@ -162,7 +162,7 @@ def report_command(algorithm: Algorithm, folders: list[str], html: str | None) -
 
 COMMANDS = {  # name: (function, its flags beside those of Config)
     "train": (train_command, {
-        "--resume": {"nargs": "?", "const": "", "metavar": "DIR", "help":
+        "--resume": {"nargs": "?", "const": True, "metavar": "DIR", "help":
                      "go on with the run in this folder (default: the newest of --output_dir)"},
     }),
     "eval": (eval_command, {

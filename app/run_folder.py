@@ -65,7 +65,7 @@ class CannotWrite(UserError):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which stops a run as Ctrl-C does."""
+    """SIGTERM or SIGHUP, which stop a run as Ctrl-C does."""
 
 
 def terminate(signum: int, frame) -> None:
@@ -249,7 +249,7 @@ def new_folder(wanted: str) -> Path:
     """The folder itself, or its name with the first free number: no run overwrites another."""
     try:
         first = Path(wanted).resolve()
-        if not Path(wanted).name:  # "", ".", "/"
+        if Path(wanted).name in ("", ".."):  # also of ".", "/"
             raise ValueError("it must name a folder of the run's own")
         for number in itertools.count(1):
             folder = first if number == 1 else first.with_name(f"{first.name}-{number}")
@@ -273,10 +273,10 @@ def newest_run(output_dir: str) -> Path:
 
 def resumed(values: dict) -> dict:
     """The settings of the run to go on with, and over them what was typed."""
-    if values["resume"] and "output_dir" in values:
+    if values["resume"] is not True and "output_dir" in values:
         raise UserError(f"--resume {values['resume']}: leave --output_dir out, or name no folder")
     runs = values.get("output_dir", Config.output_dir)
-    folder = Path(values["resume"]).resolve() if values["resume"] else newest_run(runs)
+    folder = newest_run(runs) if values["resume"] is True else Path(values["resume"]).resolve()
     try:
         settings = json.loads((folder / "config.json").read_bytes())
         unknown = settings.keys() - {item.name for item in dataclasses.fields(Config)}
@@ -315,7 +315,7 @@ class RunFolder:
         self.logs: dict[str, list[Line]] = {name: [] for name in LOGS}
         self.metrics: list[dict] = []
         self.evaluations: list[dict] = []
-        self.lock = self.old_handler = None
+        self.lock, self.old_handlers = None, {}
 
     @property
     def step(self) -> int:
@@ -328,9 +328,11 @@ class RunFolder:
         return str(self.checkpoint["path"] / "adapter") if self.checkpoint else self.config.adapter
 
     def __enter__(self) -> RunFolder:
-        # Only the main thread gets signals, and not every system has this one.
-        if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGTERM"):
-            self.old_handler = signal.signal(signal.SIGTERM, terminate)
+        # Only the main thread gets signals, and not every system has these; nohup ignores one.
+        if threading.current_thread() is threading.main_thread():
+            numbers = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))
+            numbers = (n for n in numbers if n and signal.getsignal(n) != signal.SIG_IGN)
+            self.old_handlers = {n: signal.signal(n, terminate) for n in numbers}
         try:
             if self.folder:  # what is in it changes in `start`, when all is checked
                 self.hold() if self.writes else None
@@ -368,8 +370,8 @@ class RunFolder:
     def let_go(self) -> None:
         if self.lock:
             self.lock.release()
-        if self.old_handler is not None:
-            signal.signal(signal.SIGTERM, self.old_handler)
+        for number, handler in self.old_handlers.items():
+            signal.signal(number, handler)
 
     # ---- how it begins, or goes on ----
 
@@ -501,6 +503,7 @@ class RunFolder:
             return
         path = self.folder / "checkpoints" / f"step-{step:06d}"
         with writing(self.folder):
+            (self.folder / "config.json").stat()  # else it was moved away: no other one begins
             for folder in (path / "adapter", self.folder / "adapter"):
                 folder.mkdir(parents=True, exist_ok=True)
             if not (path / "checkpoint.json").exists():
@@ -517,7 +520,7 @@ class RunFolder:
             for folder in (path / "adapter", path, path.parent, self.folder):
                 sync_folder(folder)
             for old in self.checkpoints()[KEEP:]:
-                shutil.rmtree(old)
+                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
 
     def seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.started
@@ -530,7 +533,6 @@ class RunFolder:
         return (
             f"{self.seconds():.0f} seconds. Read {prefill:,} tokens of prompts and results; "
             f"reading the prefix again every turn: {reread / max(1, prefill):.1f} times as many.\n"
-            f"Trained on {train:,} tokens; every trajectory as a row of its own: "
-            f"{unpacked / max(1, train):.1f} times as many.\n"
+            f"Trained on {train:,} tokens; all trajectories, a row each, have {unpacked:,}.\n"
             f"Adapter, metrics and rollouts: {self.folder}"
         )

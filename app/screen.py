@@ -22,6 +22,8 @@ class Screen(Console):
 
 
 console = Screen(highlight=False)
+if console.width < 1:  # COLUMNS=0: nothing would be shown
+    console.width = 80
 
 # What a terminal obeys or cannot show: control characters, bidirectional ones, lone surrogates.
 UNPRINTABLE = re.compile(

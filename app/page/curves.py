@@ -143,7 +143,7 @@ def nice_ticks(values: list[float], form: str) -> list[float]:
         high = 0.01 if form.endswith("%") else 1
     if form == ".0%":
         low, high = min(low, 0), max(high, 1)
-    rough = (high - low) / 4.5
+    rough = max((high - low) / 4.5, 1e-300)
     unit = 10 ** math.floor(math.log10(rough))
     step = next(unit * m for m in (1, 2, 2.5, 5, 10) if unit * m >= rough)
     if form == ".0f":

@@ -23,7 +23,7 @@ addEventListener("DOMContentLoaded", async () => {
   const data = await unpack($("data").textContent);
   if (data.curves.steps.length) curves(data.curves, data.runs.map((run) => run.name));
   if (data.runs.some((run) => run.trees.length)) trees(data.runs);
-  else $("tree").replaceChildren(el("p", "note", "No tree has been recorded (see --record_every)."));
+  else $("tree").replaceChildren(el("p", "note", "No tree has been recorded."));
   addEventListener("beforeprint", () => all("details:not(.steps)").forEach((part) => (part.open = true)));
   document.documentElement.dataset.ready = "yes";
 });

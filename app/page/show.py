@@ -105,6 +105,8 @@ def question_to_show(
     """One's own question, an example, or the deep search among the questions of eval_path."""
     if example is not None and text is not None:
         raise UserError(f"--example {example} --question {text}: name one of the two")
+    if any(typed is not None and not typed.strip() for typed in (text, answer)):
+        raise UserError(f"--question {text!r} --answer {answer!r}: it must not be empty")
     if answer is not None and text is None:
         raise UserError(f"--answer {answer}: it goes with a --question")
     if example is not None:

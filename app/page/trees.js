@@ -144,7 +144,7 @@ function legend() {
 
 function trees(runs) {
   const state = new URLSearchParams(location.hash.slice(1)); // what is seen can be linked to
-  const linked = Object.fromEntries(state);
+  const linked = Object.fromEntries([...state].filter(([key, value]) => /^\d+$/.test(value) || ["fit", "shade"].includes(key)));
   const run = () => runs[$("run").value];
   const steps = () => [...new Set(run().trees.map((t) => t.step))];
   const ofStep = () => run().trees.filter((t) => t.step === steps()[$("step").value]);
@@ -239,7 +239,8 @@ function trees(runs) {
     A: most(recorded.flatMap((t) => t.leaves.map((leaf) => leaf.A))),
   };
   legend();
-  for (const radio of all("[name=shade]")) radio.checked = radio.value === (linked.shade ?? "entropy");
+  const shades = all("[name=shade]");
+  (shades.find((radio) => radio.value === linked.shade) ?? shades[0]).checked = true;
   $("fit").checked = linked.fit === "true";
   if (runs[linked.run]?.trees.length) $("run").value = linked.run;
   shade();

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from html import escape
 from unicodedata import category
 
@@ -11,10 +10,10 @@ AUTHORS = ("prompt", "policy", "tool")
 
 
 def number(value) -> float | None:
-    """The value if it is a number that a float can hold, else None: a gap and not nan."""
+    """The value if it is a number that a picture can hold, else None: a gap and not nan."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value if abs(value) <= sys.float_info.max else None
+    return value if abs(value) < 1e100 else None
 
 
 def words(value, form: str = ".4f") -> str:
