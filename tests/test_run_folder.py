@@ -110,9 +110,11 @@ def signalled(number):
 
 
 ctrl_c, sigterm, killed = map(signalled, (signal.SIGINT, signal.SIGTERM, signal.SIGKILL))
+sighup = signalled(getattr(signal, "SIGHUP", signal.SIGTERM))
 STOPS = {  # how it ends: what does it, the exit code
     "Ctrl-C": (ctrl_c, 130),
     "SIGTERM": (sigterm, 143),
+    "SIGHUP": (sighup, 143),
     "nan": (Mock(side_effect=FloatingPointError("step 4: the loss is nan")), 1),
     "lost device": (Mock(side_effect=RuntimeError("the device is lost")), None),
 }
@@ -143,6 +145,16 @@ def test_stopped_anywhere_and_resumed_it_equals_the_uninterrupted_run(
     assert resume(folder) == 0
     assert state_of(folder) == state_of(whole)
     assert len(state_of(folder)["state"]["scores"]) == 5  # STEPS_BACK, and not six
+
+
+def test_a_folder_that_was_moved_gets_no_other_in_its_place(few, tmp_path, monkeypatch, refused):
+    def moved_and_stopped():
+        (tmp_path / "run").rename(tmp_path / "moved")
+        ctrl_c()
+
+    spoil(monkeypatch, torch.optim.AdamW, "step", moved_and_stopped, done=3)
+    refused(train(tmp_path / "run", few), "cannot write to", "run: No such file")
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]
 
 
 def test_a_second_signal_does_not_wait(whole, few, tmp_path, monkeypatch, capsys):
@@ -190,11 +202,13 @@ def test_a_finished_run_can_be_extended_and_looked_at_again(whole, few, tmp_path
     assert state_of(whole)["state"]["limits"]["rollout_rows"] == 64
     folder = tmp_path / "run"
     assert train(folder, few, "--steps", "4", "--save_every", "9") == 0
-    before = state_of(folder)
+    before, old = state_of(folder), tmp_path / "old"
+    (folder / "checkpoints/step-000000").rename(old).joinpath("here").touch()
+    (folder / "checkpoints/step-000000").symlink_to(old)
     assert resume(folder) == 0  # it has nothing left to do, and shows its figures again
     assert "before (95 %)" in capsys.readouterr().out and state_of(folder) == before
     assert resume(folder, "--steps", "6", "--save_every", "5") == 0
-    assert checkpoints(folder) == ["step-000005", "step-000006"]
+    assert checkpoints(folder) == ["step-000005", "step-000006"] and (old / "here").exists()
     assert state_of(folder)[ADAPTER] == state_of(whole)[ADAPTER]
     assert json.loads((folder / "config.json").read_text())["steps"] == 6
 
