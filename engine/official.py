@@ -108,16 +108,15 @@ NONE = {"em": 0, "acc": 0, "f1": 0.0, "math_equal": 0}
 
 def official_judge(text: str, answers: list[str], is_math: bool) -> dict:
     """`judge` by the released code: `text` is the whole transcript, results included."""
-    answer = answers[0] if len(answers) == 1 else answers
-    return official_scores(official_prediction(text), text, answer, is_math)
+    return official_scores(official_prediction(text), text, answers, is_math)
 
 
-def official_scores(prediction: str, text: str, answer: str | list[str], is_math: bool) -> dict:
+def official_scores(prediction: str, text: str, answers: list[str], is_math: bool) -> dict:
     """Prediction, em, acc (the answer stands in the prediction), f1 and math_equal."""
     if not prediction:  # quirk: then whatever was said last is the answer
         prediction = "\n".join(text.replace("\n\n", "\n").strip().split("\n")[-5:])
-    scores = official_math if is_math else official_qa
-    return {"prediction": prediction, **(scores(prediction, answer) if prediction else NONE)}
+    scores = compare(prediction, answers, is_math) if prediction else NONE
+    return {"prediction": prediction, **scores}
 
 
 def official_prediction(text: str) -> str:
@@ -142,19 +141,11 @@ def last_boxed(text: str) -> str:
     return found + rest if found else ""
 
 
-def official_math(prediction: str, answer: str | list[str]) -> dict:
-    return best(prediction, [answer] if isinstance(answer, str) else answer, single_spaced)
-
-
-def official_qa(prediction: str, answers: str | list[str]) -> dict:
-    if isinstance(answers, str):  # quirk: a text in brackets is taken for a list
-        listed = answers.startswith("[")
-        answers = re.split(r",\s*", answers.strip("[]")) if listed else [answers]
-    return best(prediction, answers, without_articles)
-
-
-def best(prediction: str, answers: list[str], normalise) -> dict:
+def compare(prediction: str, answers: list[str], is_math: bool) -> dict:
     """The highest of each score over the answers."""
+    if not is_math and len(answers) == 1 and answers[0].startswith("["):
+        answers = re.split(r",\s*", answers[0].strip("[]"))  # quirk: it is taken for a list
+    normalise = single_spaced if is_math else without_articles
     p, scores = normalise(prediction.lower()), NONE
     for a in (normalise(answer.lower()) for answer in answers):
         now = {
