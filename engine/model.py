@@ -63,6 +63,7 @@ class Policy:
     frame: Sequence[str] = ("", "")  # the chat before and after a question
     limits: Limits = field(default_factory=Limits)  # how much of it is computed at once
     markers: set[int] = field(default_factory=set)  # what begins or ends something: tags and such
+    spelled: set[str] = field(default_factory=set)  # the same as text, token or not
 
     def __post_init__(self) -> None:
         self.lm = self.model.get_base_model()  # the adapter's layers sit inside it and stay live
@@ -79,11 +80,13 @@ class Policy:
         self.context = getattr(shape, "max_position_embeddings", None) or math.inf  # in tokens
 
     def prompt(self, question: str) -> list[int]:
-        question = toolbox.readable(question)
-        for i, token in self.tokenizer.added_tokens_decoder.items():
-            if i in self.markers:  # a question cannot end its own turn
-                question = question.replace(token.content, toolbox.broken(token.content))
+        question = self.harmless(toolbox.readable(question))  # it cannot end its own turn
         return self.encode(question.join(self.frame), self.frame, special=True)
+
+    def harmless(self, text: str) -> str:
+        for marker in self.spelled:
+            text = text.replace(marker, toolbox.broken(marker))
+        return text
 
     def encode(self, text: str, frame: Sequence[str] = (), special: bool = False) -> list[int]:
         """Token ids; the spelling of a special token is one only where it may be `special`.
@@ -102,6 +105,7 @@ class Policy:
 
     def encode_result(self, result: toolbox.ToolResult, most: int) -> list[int]:
         """A result in its tags, at most `most` tokens; " [cut]" stands where the rest was cut."""
+        result = dataclasses.replace(result, text=self.harmless(result.text))
         longest = min(len(result.text), CHARS_A_TOKEN * most)
         if longest == len(result.text):
             token_ids = self.encode(toolbox.result_text(result), RESULT_FRAME)
@@ -164,6 +168,9 @@ def load_policy(config, tools: dict[str, toolbox.Tool], trainable: bool) -> Poli
         policy = Policy(model, tokenizer, system_prompt, ends, pad_id, closers, frame)
         added = tokenizer.added_tokens_decoder.items()
         policy.markers.update(ends, (i for i, t in added if t.special or is_tag(t.content)))
+        policy.spelled.update(t.content for i, t in added if i in policy.markers)
+        words = " ".join(frame).replace(system_prompt, "")  # [INST] need not be a token
+        policy.spelled.update(re.findall(r"\[/?[A-Z_]+\]|<</?[A-Z_]+>>", words))
         doing = "compute trees with"
         require_same_logprobs(policy, config)
         policy.limits = fit(config, lm)

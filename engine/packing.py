@@ -7,7 +7,7 @@ a tree is cut at a fork because it is too large. At the end, the log-probs of a 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 
@@ -219,7 +219,7 @@ class NonFinite(FloatingPointError):
         return NonFinite(f"step {step}: {self}{where}{more}", self.rows)
 
 
-def require_finite(name: str, value: Tensor, rows: list[list[int]]) -> None:
+def require_finite(name: str, value: Tensor, rows: Iterable[list[int]]) -> None:
     """NonFinite unless all of `value` is finite; where its first dimension is `rows`, those."""
     finite = value.isfinite()
     if finite.all():

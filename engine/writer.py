@@ -221,6 +221,5 @@ class SegmentEnd(StoppingCriteria):
 
 def finite(drafts: list[Segment], input_ids: Tensor, scores: Tensor) -> Tensor:
     """Nothing is sampled from logits that are no numbers."""
-    if not scores.isfinite().all():
-        require_finite("a logit", scores, [draft.path_tokens() for draft in drafts])
+    require_finite("a logit", scores, (draft.path_tokens() for draft in drafts))
     return scores
