@@ -84,7 +84,7 @@ def train_step(
     Random draws depend only on seed and step. `scores`: of the last steps' results, for rule step.
     """
     started = time.perf_counter()
-    writer, seed = open_writer(policy, config), config.seed * 1_000_003 + step
+    writer, seed = Writer(policy, config), config.seed * 1_000_003 + step
     groups = rollout(writer, questions, config, tools, seed, scores)  # Q x M leaves in all
     asked = zip(questions, groups, strict=True)
     rewards = [[judge(policy, leaf, q, config) for leaf in leaves] for q, leaves in asked]  # Q x M
@@ -231,12 +231,6 @@ def call_tools(
             draft.stop = "length"
             leaves.append(draft)
     return results, leaves
-
-
-def open_writer(policy: Policy, config: Config) -> Writer:
-    """A writer that has read nothing yet."""
-    on_scores = official.add_entropy if config.branch_rule == "official" else None
-    return Writer(policy, config, on_scores)
 
 
 # ---- reward and credit ---------------------------------------------------------------------
@@ -409,7 +403,7 @@ class Agent:
 
         def work(fitted: Config):
             def of_some(some: list[Question], number: int):
-                writer = open_writer(self.policy, fitted)
+                writer = Writer(self.policy, fitted)
                 groups = rollout(writer, some, fitted, self.tools, number)
                 self.prefill_tokens = writer.prefill_tokens
                 asked = zip(some, groups, strict=True)

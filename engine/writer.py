@@ -12,7 +12,7 @@ not in there is unread, and is read when a segment that needs it is written.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from functools import partial
 
 import torch
@@ -22,6 +22,7 @@ from transformers import DynamicCache, GenerationConfig, StoppingCriteria
 
 from advantage import Segment
 from data.files import UserError
+from engine import official
 from engine.memory import SCORES_BYTES
 from engine.model import Policy
 from engine.packing import require_finite
@@ -42,8 +43,9 @@ class Writer:
     room, but for the last one of a node: every path that starts there needs its logits.
     """
 
-    def __init__(self, policy: Policy, config, on_scores: Callable | None = None):
-        self.policy, self.config, self.on_scores = policy, config, on_scores
+    def __init__(self, policy: Policy, config):
+        self.policy, self.config = policy, config
+        self.on_scores = official.add_entropy if config.branch_rule == "official" else None
         self.longest = min(config.max_total_tokens, policy.context)  # a trajectory, in tokens
         self.kv: dict[Segment, KV] = {}  # of the path to a segment; least recently used first
         self.prefill_tokens = self.decode_steps = 0
@@ -66,7 +68,7 @@ class Writer:
         self.write(list(first.values()), limit=1, begins=True)
         self.write(drafts, limit=k, begins=True)
         for draft in drafts:
-            if draft.entropy is None:  # the released code measures otherwise: engine/official.py
+            if draft.entropy is None:  # the released code measures otherwise: `on_scores`
                 draft.entropy = normalised_entropy(draft.token_entropy, self.policy.vocab_size)
         return drafts
 

@@ -30,9 +30,10 @@ from advantage import Segment
 from app.config import Config, option
 from app.evaluation import first_per_domain
 from app.screen import say
-from arpo_mini import Agent, Budget, grow, judge, load_agent, open_writer
+from arpo_mini import Agent, Budget, grow, judge, load_agent
 from data.files import UserError, read_rows
 from data.formats import Question, asked, domain_of, load_questions
+from engine.writer import Writer
 from lab.command import make_folder, parse, print_rows
 from lab.intervals import Estimate, bootstrap, spearman, t_interval
 from tools import ToolResult, policy_stop, read_call, run_calls
@@ -54,7 +55,7 @@ def continue_from(
         transformers.set_seed(seed)
         budgets = {node.path()[0]: Budget(0, random.Random(seed)) for node in nodes}  # no forks
         begun = [node for node in nodes for _ in range(k)]
-        return grow(open_writer(agent.policy, fitted), begun, budgets, fitted, agent.tools)
+        return grow(Writer(agent.policy, fitted), begun, budgets, fitted, agent.tools)
 
     known = {node: [] for node in nodes}
     for leaf in agent.policy.limits.retry(config, work):
@@ -129,7 +130,7 @@ def measure_forced(agent: Agent, questions: list[Forced], k: int, config: Config
 
     def work(fitted: Config) -> list[Segment]:
         transformers.set_seed(config.seed)
-        return open_writer(agent.policy, fitted).begin(nodes, fitted.entropy_tokens)
+        return Writer(agent.policy, fitted).begin(nodes, fitted.entropy_tokens)
 
     H = []
     for at in tqdm(range(0, len(questions), AT_ONCE), unit_scale=AT_ONCE, disable=None):
@@ -205,8 +206,10 @@ def study(args: list[str]) -> None:
     config, name = Config(**values, branch_rule="none"), own.name
     if own.forced:
         rows = [row for _, row in read_rows(own.forced, read_forced, FORCED)]
+        work, answer, columns = measure_forced, forced_answers, ("question", "start", "after")
     else:
         rows = load_questions(config.eval_path)
+        work, answer, columns = measure, answers, COLUMNS
     if not rows:
         raise UserError(f"--forced {own.forced} holds no questions; legal: {FORCED}")
     questions, agent = first_per_domain(rows, own.questions), load_agent(config)
@@ -214,13 +217,8 @@ def study(args: list[str]) -> None:
         name = Path(config.adapter).resolve().parent.name if config.adapter else "cold-start"
         name += "-forced" * bool(own.forced)
     path = make_folder(own.output_dir) / f"{name}.json"
-    asked = (agent, questions, own.continuations, config)
-    if own.forced:
-        nodes, columns = measure_forced(*asked), ("question", "start", "after")
-        found = forced_answers(nodes)
-    else:
-        nodes, columns = measure(*asked), COLUMNS
-        found = answers(nodes)
+    nodes = work(agent, questions, own.continuations, config)
+    found = answer(nodes)
     settings = {"questions": len(questions), "continuations": own.continuations}
     result = {"settings": {**settings, "seed": config.seed}, "answers": found, "columns": columns}
     result["nodes"] = [[round(value, 5) for value in row] for row in nodes]

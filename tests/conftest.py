@@ -26,7 +26,7 @@ import arpo_mini
 from advantage import Segment
 from app.config import Config
 from app.evaluation import first_per_domain
-from arpo_mini import make_tools, open_writer, rollout
+from arpo_mini import make_tools, rollout
 from data.formats import Question, load_questions
 from engine.memory import Limits
 from engine.model import Policy, load_policy
@@ -48,7 +48,7 @@ settings.load_profile("the same cases every time")
 
 
 def roll_out(policy, config, tools, questions, seed=0):
-    return rollout(open_writer(policy, config), questions, config, tools, seed)
+    return rollout(Writer(policy, config), questions, config, tools, seed)
 
 
 def with_random_adapter(policy):

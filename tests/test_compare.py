@@ -342,7 +342,7 @@ def test_a_control_spends_the_same_budget(tiny, control, monkeypatch):
     if control == "live":
         config = dataclasses.replace(config, branch_rule="none", initial_rollouts=2)
     getattr(controls, control)()
-    writer, scores = arpo_mini.open_writer(tiny, config), [[-1.0] * 50] * 2
+    writer, scores = arpo_mini.Writer(tiny, config), [[-1.0] * 50] * 2
     groups = arpo_mini.rollout(writer, TINY_QUESTIONS, config, ECHO, 3, scores)
     leaves = [leaf for group in groups for leaf in group]
     assert len(set(leaves)) == 8 and max(map(len, groups)) <= 8

@@ -14,7 +14,7 @@ import arpo_mini
 import engine.writer
 from advantage import Segment, shared_by
 from app.config import Config
-from arpo_mini import Budget, decide_forks, official, open_writer, rollout, spend_rest
+from arpo_mini import Budget, decide_forks, official, rollout, spend_rest
 from engine.packing import make_batch, make_row, token_logprobs
 from engine.writer import Writer
 from entropy import RULES, official_entropy
@@ -149,7 +149,7 @@ def test_a_step_has_one_budget(tiny, score, scores, at_once, most):
         TINY_QUESTIONS * 3,
         replace(STEP, branch_score=score, max_branches=2, max_leaves=most),
     )
-    groups = rollout(open_writer(tiny, config), questions, config, ECHO, 5, scores)
+    groups = rollout(Writer(tiny, config), questions, config, ECHO, 5, scores)
     sizes = [len(leaves) for leaves in groups]
     assert sum(sizes) == 4 * len(questions) and min(sizes) < 4 < max(sizes) <= (most or 8)
     decided = [s.decision for s in every_segment(groups) if s.decision]
@@ -254,7 +254,7 @@ def test_every_prompt_and_result_is_read_once(tiny, watch, rule):
     """But for the last token of a node: every path that starts there needs its logits."""
     computed, widths, wasted = watch
     config = replace(TINY, branch_rule=rule, max_segment_tokens=30)
-    writer = open_writer(tiny, config)
+    writer = Writer(tiny, config)
     groups = rollout(writer, TINY_QUESTIONS, config, ECHO, seed=1)
     starts, prefill = Counter(segment.parent for segment in policy_segments(groups)), 0
     for segment in every_segment(groups):
@@ -271,7 +271,7 @@ def test_every_prompt_and_result_is_read_once(tiny, watch, rule):
 def test_what_was_forgotten_is_read_again_and_counted(tiny, watch):
     computed, widths, _ = watch
     config = replace(TINY, rollout_rows=3, max_total_tokens=40)
-    writer = open_writer(tiny, config)
+    writer = Writer(tiny, config)
     rollout(writer, TINY_QUESTIONS, config, ECHO, seed=1)
     times = [n for (segment, _), n in computed.items() if segment.author != "policy"]
     assert writer.prefill_tokens == sum(times) > 1.3 * len(times) and max(widths) == 3
@@ -335,8 +335,8 @@ def test_only_paths_that_go_on_are_kept(tiny, monkeypatch):
 def test_the_cache_is_gone_before_the_update(tiny, monkeypatch):
     """Also of paths that end with a call too many, which the writer keeps."""
     config = replace(TINY, max_tool_calls=1)
-    writer = open_writer(tiny, config)
-    monkeypatch.setattr(arpo_mini, "open_writer", lambda policy, config: writer)
+    writer = Writer(tiny, config)
+    monkeypatch.setattr(arpo_mini, "Writer", lambda policy, config: writer)
     monkeypatch.setattr(arpo_mini, "update", lambda *args: {"cached": len(writer.kv)})
     figures, *_ = arpo_mini.train_step(tiny, None, TINY_QUESTIONS, config, ECHO, 1)
     assert figures["cached"] == 0 < figures["prefill_tokens"]

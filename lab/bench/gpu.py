@@ -19,9 +19,10 @@ import torch
 from app.cli import refuse_unwritable, write_text
 from app.config import PRESETS, Config
 from app.screen import say
-from arpo_mini import open_writer, rollout
+from arpo_mini import rollout
 from data.files import UserError
 from engine.memory import GIB, OutOfMemory, free_memory, weight_bytes
+from engine.writer import Writer
 
 from . import plan
 from .job import Size, clock, counted, forced, made_on, peak_bytes
@@ -119,7 +120,7 @@ def decoding(name: str, settings: dict, config: Config) -> dict:
     """What one token of all rows asks for: kernels launched, times that the CPU waits for it."""
     config = dataclasses.replace(config, **FEW | settings)
     job = forced(config, Size(1, 16, 16), plan.model_config(name))
-    writer = open_writer(job.agent.policy, job.agent.config)
+    writer = Writer(job.agent.policy, job.agent.config)
     with torch.profiler.profile() as seen:  # of the CPU, and of a GPU where there is one
         rollout(writer, job.asked(1), job.agent.config, job.agent.tools, seed=1)
     events = Counter(event.name for event in seen.events()).items()
