@@ -80,12 +80,15 @@ def grade(number: str, folder: Path, steps: int = STEPS) -> list[Outcome]:
 
 def load(path: Path, steps: int) -> types.ModuleType:
     """The student's file as a module: always from its source, never from a cache."""
-    if not path.exists():
-        raise Wrong(f"there is no {path.name} in {path.parent}")
+    if not path.is_file():
+        raise Wrong(f"there is no file {path.name} in {path.parent}")
     module = types.ModuleType("answer")
     sys.modules["answer"] = module  # dataclasses look up the module that they stand in
-    source = path.read_bytes()
-    if b"\0" in source:  # UTF-16, as some editors save; compile would name no line
+    try:
+        source = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        source = "\0"
+    if "\0" in source:  # UTF-16, as some editors save; compile would name no line
         raise Wrong(f"{path.name} is no UTF-8 text: save it as UTF-8")
     exec(compile(source, str(path), "exec"), vars(module))
     module.STEPS = steps
