@@ -26,13 +26,14 @@ import traceback
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from app.cli import exit_code
 from app.screen import plain
-from course.checking import Missing, Wrong
+from course.checking import KINDS, Missing, Wrong, watched
 
 HERE = Path(__file__).resolve().parent
 NAMES = {path.stem[2]: path.stem for path in sorted(HERE.glob("checks/ex?_*.py"))}  # "1": ex1_..
@@ -80,21 +81,27 @@ def grade(number: str, folder: Path, steps: int = STEPS) -> list[Outcome]:
 
 def load(path: Path, steps: int) -> types.ModuleType:
     """The student's file as a module: always from its source, never from a cache."""
-    if not path.exists():
-        raise Wrong(f"there is no {path.name} in {path.parent}")
+    if not path.is_file():
+        raise Wrong(f"there is no file {path.name} in {path.parent}")
     module = types.ModuleType("answer")
     sys.modules["answer"] = module  # dataclasses look up the module that they stand in
-    source = path.read_bytes()
-    if b"\0" in source:  # UTF-16, as some editors save; compile would name no line
+    try:
+        source = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        source = "\0"
+    if "\0" in source:  # UTF-16, as some editors save; compile would name no line
         raise Wrong(f"{path.name} is no UTF-8 text: save it as UTF-8")
     exec(compile(source, str(path), "exec"), vars(module))
-    module.STEPS = steps
+    names = vars(module) | {"STEPS": steps}
 
-    def missing(name: str):
-        raise Missing(f"there is no {name} in {path.name}")
+    def found(name: str):
+        if name not in names:
+            raise Missing(f"there is no {name} in {path.name}")
+        return partial(watched, name, names[name]) if name in KINDS else names[name]
 
-    module.__getattr__ = missing
-    return module
+    answer = types.ModuleType("answer")
+    answer.__getattr__ = found
+    return answer
 
 
 def apart(path: Path, steps: int, check: Callable, seconds: float) -> tuple[bool, str]:

@@ -39,7 +39,7 @@ def checks(number):
 
 def written(folder, number, text):
     path = folder / f"{grade.NAMES[number]}.py"
-    path.write_text(text)
+    path.write_text(text, errors="surrogateescape")
     return path
 
 
@@ -89,7 +89,7 @@ def test_a_typical_mistake_is_caught_by_the_check_for_it(
     assert text.count(right) == 1
     path = written(tmp_path, number, text.replace(right, wrong))
     holds, words = grade.judge(path, 1, checks(number)[name])
-    assert not holds and hint in words, words
+    assert holds == (hint == "holds") and (holds or hint in words), words
 
 
 DEF = "def token_entropy(logits):\n    "
@@ -98,12 +98,9 @@ DEF = "def token_entropy(logits):\n    "
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (DEF + "return", "it returned None"),
-        (DEF + "return logits.sum", "a number or a tensor is expected"),
         (DEF + "return 1 / 0", "line 2: ZeroDivisionError: division by zero"),
         (DEF + "raise SystemExit", "line 2: SystemExit"),
         (DEF + "import os; os._exit(0)", "ended the whole program"),
-        (DEF + "import os; os.kill(os.getpid(), 9)", "ended the whole program"),
         (DEF + "return token_entropy(logits)", "line 2: RecursionError"),
         (DEF + "input('?')", "line 2: EOFError"),
         (DEF + "x = []\n    while True:\n        x += [bytes(2**26)]", "line 4: MemoryError"),
@@ -112,6 +109,7 @@ DEF = "def token_entropy(logits):\n    "
         ("def token_entropy(:", "line 1: SyntaxError"),
         ("import nothing_of_that_name", "line 1: ModuleNotFoundError"),
         ("\0", "ex1_entropy.py is no UTF-8 text: save it as UTF-8"),
+        ("# caf\udce9", "ex1_entropy.py is no UTF-8 text: save it as UTF-8"),  # Latin-1
         ("", "there is no token_entropy in ex1_entropy.py"),
     ],
 )  # fmt: skip
@@ -123,8 +121,10 @@ def test_broken_code_costs_points_and_gives_one_line(tmp_path, text, words):
 
 
 def test_a_file_that_is_not_there_has_no_points(tmp_path):
-    outcomes = {(o.points, o.text) for o in grade.grade("3", tmp_path)}
-    assert outcomes == {(0, f"there is no ex3_group_advantages.py in {tmp_path}")}
+    (tmp_path / "ex1_entropy.py").mkdir()
+    for number in "13":
+        outcomes = {(o.points, o.text) for o in grade.grade(number, tmp_path)}
+        assert outcomes == {(0, f"there is no file {grade.NAMES[number]}.py in {tmp_path}")}
 
 
 @pytest.mark.slow

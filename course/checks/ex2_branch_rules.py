@@ -3,7 +3,7 @@
 import random
 
 import entropy
-from course.checking import check, is_number, require, same
+from course.checking import check, of_kind, require, same
 from entropy import Decision
 
 PUBLISHED = {"branch_probability": 0.5, "entropy_weight": 0.2, "entropy_threshold": 0.5}
@@ -12,8 +12,8 @@ ASKED = {**PUBLISHED, "entropy_sigma": 1.5, "max_branches": 4, "u": 0.3, "histor
 
 def decided(rule, H: float, H_initial: float, **changed) -> Decision:
     decision = rule(H, H_initial, **(ASKED | changed))
-    kind = type(decision).__name__
-    require(isinstance(decision, Decision), f"it returned {kind}, expected a Decision")
+    for name, kind in (("gain", float), ("probability", float), ("forks", int)):
+        of_kind(f"{name} is", getattr(decision, name), kind)
     return decision
 
 
@@ -59,9 +59,10 @@ def paper_by_hand(answer):
 
 @check(points=1)
 def strictly_above(answer):
-    """paper: no fork where H = H_initial, for P = tau is not above tau"""
-    forks = decided(answer.paper, 0.25, 0.25).forks
-    require(forks == 0, f"{forks} forks at gain 0: > and >= are not the same here")
+    """no fork in the paper's rule where H = H_initial, so P = tau; nor in random where u = p"""
+    for rule, case in ((answer.paper, "paper, gain 0"), (answer.random_control, "random, u = p")):
+        forks = decided(rule, 0.25, 0.25, u=0.5).forks
+        require(forks == 0, f"{case}: {forks} forks, but equal is neither above nor below")
 
 
 @check(points=1)
@@ -124,7 +125,6 @@ def threshold_of_the_gain(answer):
     hint = "solve alpha + beta * gain > tau for the gain"
     for alpha, beta, tau in ((0.5, 0.2, 0.5), (0.5, 20.0, 0.5), (0.4, 0.2, 0.5), (0.9, 2.0, 0.3)):
         gain = answer.gain_needed(alpha, beta, tau)
-        require(is_number(gain), f"it returned {type(gain).__name__}, expected a number")
         settings = {"branch_probability": alpha, "entropy_weight": beta, "entropy_threshold": tau}
         for nearby, forks in ((gain + 1e-6, True), (gain - 1e-6, False)):
             decision = decided(entropy.paper, nearby, 0.0, **settings)

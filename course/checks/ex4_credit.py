@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from advantage import Segment, clipped_objective, segment_advantages
-from course.checking import check, is_number, require, same
+from course.checking import check, require, same
 
 
 def small_tree() -> tuple[Segment, list[Segment]]:
@@ -33,8 +33,7 @@ def random_tree(rng: random.Random) -> list[Segment]:
     return leaves
 
 
-def of_segment(credit, segment: Segment):
-    require(isinstance(credit, dict), f"it returned {type(credit).__name__}, expected a dict")
+def of_segment(credit: dict[Segment, Tensor], segment: Segment) -> Tensor:
     require(segment in credit, "a policy segment is missing in the dict: its keys are Segments")
     return credit[segment]
 
@@ -105,7 +104,7 @@ def equal_sums(answer):
         for weight in (0.0, 0.3, 1.0):
             got = answer.credit(leaves, given, weight)
             for segment, own in soft.items():
-                total = torch.as_tensor(of_segment(got, segment)).sum()
+                total = of_segment(got, segment).sum()
                 same(total, own.sum(), f"w = {weight}: your proof says otherwise", tolerance=1e-4)
 
 
@@ -155,12 +154,10 @@ def summed_over_trajectories(answer):
         same(answer.objective(rho, given, low, high), wanted, case, mistakes, tolerance=1e-4)
 
 
-def gradients(case) -> tuple[float, float]:
+def gradients(case: tuple[float, list[float]]) -> tuple[float, float]:
     """By rho, of soft and of hard credit, for a segment that the trajectories of a case share."""
-    words = "expected (rho, list of advantages), such as (1.0, [1.0, -1.0])"
-    require(isinstance(case, tuple | list) and len(case) == 2, words)
     rho, given = float(case[0]), [float(a) for a in case[1]]
-    require(all(map(is_number, (rho, *given))) and rho > 0, "numbers, and rho above 0")
+    require(rho > 0 and torch.tensor([rho, *given]).isfinite().all(), "numbers, and rho above 0")
     require(len(given) > 1, "one trajectory shares nothing: give at least two advantages")
     shared = Segment("policy", [1])
     result = Segment("tool", [2], parent=shared)

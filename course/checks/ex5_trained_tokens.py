@@ -39,10 +39,10 @@ def random_leaf(rng: random.Random) -> Segment:
 
 
 def marked(answer) -> list[bool]:
-    """What it says of LEAF, as bools."""
+    """What it says of LEAF."""
     got = answer.trained_tokens(LEAF)
     same(len(got), LEAF.depth(), "one bool for each token of the path, the prompt's included")
-    return [bool(x) for x in got]
+    return got
 
 
 @check(points=1)
@@ -85,8 +85,8 @@ def author_not_id(answer):
     for _ in range(100):
         leaf = random_leaf(rng)
         wanted = [weight > 0 for weight in row_of(leaf).weight]
-        got = [bool(x) for x in answer.trained_tokens(leaf)]
-        require(got == wanted, f"authors {[s.author for s in leaf.path()]}: it is not the author's")
+        hint = f"authors {[s.author for s in leaf.path()]}: it is not the author's"
+        same(answer.trained_tokens(leaf), wanted, hint)
 
 
 def batch_of(leaves: list[Segment]) -> Batch:
@@ -101,15 +101,13 @@ def padding(answer):
         leaves = [LEAF, *(random_leaf(rng) for _ in range(n - 1))]
         batch = batch_of(leaves)
         got = answer.padded(leaves, EOS)
-        words = "two tensors, (ids, trained)"
-        require(isinstance(got, tuple | list) and len(got) == 2, f"expected {words}")
         left = {"these are filled up on the left: here it is the right": flush_right(leaves)}
         same(got[0], batch.input_ids, "the token ids of the trajectories", left if n > 1 else None)
         all_ones = {
             "the padding is trained, or the prompt, or a result": torch.ones(n, LEAF.depth())
         }
         hint = "which tokens are trained; padding never is"
-        same(got[1], (batch.weight > 0).double(), hint, all_ones)
+        same(got[1], batch.weight > 0, hint, all_ones)
 
 
 def flush_right(leaves: list[Segment]) -> Tensor:
@@ -124,10 +122,10 @@ def parts_of(leaves: list[Segment], advantages: list[float], sizes: list[int]):
     for size in sizes:
         batch = make_batch(rows[:size], EOS, "cpu")
         rows = rows[size:]
-        logp = torch.zeros(batch.weight.shape)  # unchanged, so the ratio is 1 and the loss is -A
-        wanted += policy_loss(logp, logp, batch, Config(), total)[0].item()
+        logp = torch.zeros(batch.weight.shape, requires_grad=True)  # the ratio is 1, the loss -A
+        wanted += policy_loss(logp, logp.detach(), batch, Config(), total)[0]
         trained = batch.weight > 0
-        parts.append((torch.where(trained, -batch.A_plus - batch.A_minus, 50.0), trained))
+        parts.append((torch.where(trained, logp - batch.A_plus - batch.A_minus, 50.0), trained))
     return parts, wanted
 
 

@@ -34,10 +34,7 @@ def settings(**changed) -> Config:
 
 def grown(answer, script: dict, config: Config) -> tuple[ScriptedWriter, list[Segment]]:
     writer = ScriptedWriter(script)
-    leaves = answer.grow(writer, Segment("prompt", [0]), config)
-    listed = isinstance(leaves, list) and all(isinstance(leaf, Segment) for leaf in leaves)
-    require(listed, f"it returned {type(leaves).__name__}, expected a list of Segments")
-    return writer, leaves
+    return writer, answer.grow(writer, Segment("prompt", [0]), config)
 
 
 def names(writer: ScriptedWriter, leaves: list[Segment]) -> list[str]:
@@ -128,9 +125,8 @@ def at_most_Z(answer):
         writer, leaves = grown(answer, script, config)
         forks = sum(n.startswith("0.") for n in names(writer, leaves)) - 1
         wanted = min(Z, config.group_size - 1)
-        require(
-            forks == wanted, f"{forks} forks at the result, expected {wanted} (Z = {Z}, 5 slots)"
-        )
+        hint = f"{forks} forks at the result, expected {wanted} (Z = {Z}, 5 slots)"
+        require(forks == wanted, hint)
 
 
 @check(points=1)
@@ -179,12 +175,8 @@ def like_the_project(answer):
             max_branches=rng.randint(0, 3),
             max_tool_calls=rng.randint(0, 4),
         )
-        got, wanted = (
-            names(*grown(answer, RandomScript(seed), config)),
-            oracle(RandomScript(seed), config),
-        )
+        got = names(*grown(answer, RandomScript(seed), config))
+        wanted = oracle(RandomScript(seed), config)
         sizes = f"M = {config.group_size}, N = {config.initial_rollouts}, Z = {config.max_branches}"
-        extra = sorted(set(got) - set(wanted))
-        require(
-            got == wanted, f"script {seed}, {sizes}: {len(extra)} leaves differ, as {extra[:1]}"
-        )
+        wrong = sorted(n for n in {*got, *wanted} if got.count(n) != wanted.count(n))
+        require(not wrong, f"script {seed}, {sizes}: {len(wrong)} leaves differ, as {wrong[:1]}")
