@@ -79,8 +79,10 @@ def test_a_degenerate_policy_is_judged_quickly():
 
 
 def test_the_last_box_up_to_the_brace_that_closes_it():
-    texts = ["\\boxed{a{b}c} {d}", "\\boxed{1} \\boxed{2}", "\\boxed{}", "\\boxed{1", "boxed{1}"]
-    assert [boxed(text) for text in texts] == ["a{b}c", "2", "", None, None]
+    held = {"\\boxed{a{b}c} {d}": "a{b}c", "\\boxed{1} \\boxed{2}": "2", "\\boxed{}": ""}
+    held |= {"\\boxed{[0,1\\}}": "[0,1\\}", "\\boxed{\\left\\{x\\\\}": "\\left\\{x\\\\"}
+    assert {text: boxed(text) for text in held} == held
+    assert boxed("\\boxed{1") is boxed("boxed{1}") is None
 
 
 @pytest.mark.parametrize("log_ratio, acts", [(0.5, True), (-0.5, True), (0.1, False)])
