@@ -79,10 +79,14 @@ def test_a_degenerate_policy_is_judged_quickly():
 
 
 def test_the_last_box_up_to_the_brace_that_closes_it():
-    held = {"\\boxed{a{b}c} {d}": "a{b}c", "\\boxed{1} \\boxed{2}": "2", "\\boxed{}": ""}
-    held |= {"\\boxed{[0,1\\}}": "[0,1\\}", "\\boxed{\\left\\{x\\\\}": "\\left\\{x\\\\"}
+    held = {r"\boxed{a{b}c} {d}": "a{b}c", r"\boxed{1} \boxed{2}": "2", r"\boxed{}": ""}
+    held |= {
+        r"\boxed{1\}}": r"1\}",
+        r"\boxed{\{x\\}": r"\{x\\",
+        r"\boxed{1": None,
+        "boxed{1}": None,
+    }
     assert {text: boxed(text) for text in held} == held
-    assert boxed("\\boxed{1") is boxed("boxed{1}") is None
 
 
 @pytest.mark.parametrize("log_ratio, acts", [(0.5, True), (-0.5, True), (0.1, False)])
