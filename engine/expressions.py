@@ -121,9 +121,8 @@ def as_latex(text: str) -> str:
     text = re.sub(r"(?:√|\\?\bsqrt) ?\(((?:[^()]|\([^()]*\))*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"(?:√|(?<!\\)\bsqrt) ?(\d+|[a-z](?![a-z]))", r"\\sqrt{\1}", text)
     text = re.sub(rf"(?<![\\A-Za-z])({FUNCTIONS})(?![A-Za-z])", r"\\\1 ", text)
-    # c > b > a is a < b < c
     if chain := re.fullmatch(r"([^<>,]+)(>|\\ge )( *[^<>, ]+ *)(>|\\ge )([^<>,]+)", text):
-        text = "".join(chain.groups()[::-1]).replace(">", "<").replace(r"\ge", r"\le")
+        text = "".join(chain.groups()[::-1]).replace(">", "<").replace(r"\ge", r"\le")  # c > b > a
     text = re.sub(r"(\w+) ?\\choose ?(\w+)", r"\\binom{\1}{\2}", text)
     return re.sub(r"(\^)?(\d*)\.(\d+)", exact, text)
 

@@ -219,7 +219,7 @@ UNITS = {
         °C °celsius; °F °fahrenheit; ° degree deg 度; % percent pct;
         $ us$ dollar usd; cent ¢; € euro eur; £ gbp; ¥ yuan yen rmb cny jpy 元 円; ₹ rupee rs inr;
         ₩ won krw; AD CE ad ce; BC BCE bc bce; am; pm; unit;
-        yr year; wk week; mo month; pt point; qt quart
+        yr year; wk week; mo month; pt point; qt quart; rad
     """.split(";")
     for name in names.split()
 }
@@ -241,7 +241,7 @@ NO_UNIT = re.compile(  # words that change the number before them
 )
 # Words that may be the last of a number: "5 red marbles" are 5, "5 maybe" and "5 mln" are not.
 NOUN = re.compile(
-    r"[a-z'-]{2,}s|people|children|(?:wo)?men"
+    r"[a-z'-]{3,}s|people|children|(?:wo)?men|feet|geese|mice|fish|sheep"
     r"|(?:(?![十百千万萬亿億兆半십백천만억조]|分之)[\u3005-\u30ff\u3400-\u9fff\uac00-\ud7a3])+"
 )
 
@@ -271,12 +271,12 @@ def quantity(text: str) -> tuple[Fraction, str] | None:
     rest, currency = found["unit"], UNITS.get((found["currency"] or "").lower(), "")
     if scale := SCALE.match(rest):
         value, rest = value * SCALES[scale[1]], rest[scale.end() :]
-    unit = unit_of(rest, currency)
+    unit = unit_of(rest, currency, singular=value <= 1)
     sign = -1 if found["sign"] + found["minus"] == "-" else 1
     return None if unit is None else (sign * value, unit)
 
 
-def unit_of(text: str, unit: str) -> str | None:
+def unit_of(text: str, unit: str, singular: bool = False) -> str | None:
     """What of " square centimeters tall" is "cm2"; None of what is no unit."""
     text = re.sub(r"\\mu ", "μ", text.replace(r"\Omega", "Ω"))
     text = re.sub(r"(?<=[A-Za-z]) ?(?:·|\\cdot) ?(?=[A-Za-z])", " ", text)  # N·m
@@ -292,21 +292,21 @@ def unit_of(text: str, unit: str) -> str | None:
             return None
         per, word, power = found.groups(default="")
         lower = word.lower() if len(word) > 1 else word  # "M" is no meter
-        name, singular = UNITS.get(word), lower.rstrip("s")
+        name, one = UNITS.get(word), lower.rstrip("s")
         if name is None and (len(word) > 2 or (beside and not power)):  # "2nm" is a product
-            name = SI.get(word if len(word) < 4 else singular)  # Nm is not nm
-        name = name or UNITS.get(lower) or UNITS.get(singular)
+            name = SI.get(word if len(word) < 4 else one)  # Nm is not nm
+        name = name or UNITS.get(lower) or UNITS.get(one)
         letter = not beside and re.fullmatch("[A-Za-z]", word) and word not in "mghsLWV"  # 2t
         known = name is not None and not letter
         if not known:  # any word in lower case after a space, or in another script
             joined = word.isascii() and not beside
             if joined or word != lower or power or NO_UNIT.fullmatch(word) or GREEK.search(word):
                 return None
-            name = singular
+            name = one
         if power.startswith("-"):  # h^{-1} is /h
             per, power = "/", power.lstrip("-1")
         unit, beside = f"{unit}{per or ' '}{name}{power}", True
-    return unit.strip() if known or per or NOUN.fullmatch(word) else None
+    return unit.strip() if known or per or NOUN.fullmatch(word + "s" * singular) else None
 
 
 def split_unit(text: str) -> tuple[str, str]:

@@ -40,8 +40,8 @@ x=63 for 63; 90° for 90; 18 cm for 18; (5) for 5; −5 for -5; １２３ for 12
 4千米 for 4 km; 25 cm squared for 25 cm^2; 9.8 meters per second squared for 9.8 m/s^2;
 7pm for 7 p.m.; 44 B.C. for 44 BC; 5 kJ for 5; 5 nanometers for 5 nm; 100 ml for 100 mL;
 50 million US dollars for $50 million; *42* for 42; 37^\circ \text{C} for 37 °C; 5 \Omega for 5 Ω;
-5\,\mu m for 5 μm; 60 km h^{-1} for 60 km/h; 5 N·m for 5 N m; 24 people for 24; 5 red marbles for 5;
-5백만 for 5000000; $5 each for $5
+5\,\mu m for 5 μm; 60 km h^{-1} for 60 km/h; 5 N·m for 5 N m; 24 people for 24; 1/2 cup for 1/2;
+5 red marbles for 5; 5백만 for 5000000; $5 each for $5
 """
 OTHER_NUMBER = r"""
 -5. for 5; (5) for -5; (1.5) for 15; 1,5 for 15; 12,34 for 1234; 1.5 million for 1.5; 63 64 for 63;
