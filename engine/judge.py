@@ -299,8 +299,8 @@ def unit_of(text: str, unit: str, singular: bool = False) -> str | None:
         letter = not beside and re.fullmatch("[A-Za-z]", word) and word not in "mghsLWV"  # 2t
         known = name is not None and not letter
         if not known:  # any word in lower case after a space, or in another script
-            joined = word.isascii() and not beside
-            if joined or word != lower or power or NO_UNIT.fullmatch(word) or GREEK.search(word):
+            product = word.isascii() and not (beside and len(word) > 2)  # 2xy, 2 x m
+            if product or word != lower or power or NO_UNIT.fullmatch(word) or GREEK.search(word):
                 return None
             name = one
         if power.startswith("-"):  # h^{-1} is /h

@@ -54,8 +54,8 @@ OTHER_NUMBER = r"""
 5 GHz for 5 MHz; 7 a.m. for 7 p.m.; x \not= 12 for 12; 12 below zero for 12; 5백만 for 5;
 3조 원 for 3; 5 quintillion for 5; 5 millones for 5; 500 млн for 500; 500 mln for 500;
 5分之一 for 5; 5半 for 5; 5 point five for 5; 5 thirtieths for 5; 63 _8 for 63; \text{63}_8 for 63;
-5 N for 5 N m; 5 Nm for 5 nm; 5 Mm for 5 mm; 5 GB for 5 Gb; \sqrt{x}=5 for 5; x \ne = 5 for 5;
-never = 5 for 5; 79 BC for 79
+5 N for 5 N m; 5 Nm for 5 nm; 5 Mm for 5 mm; 2 x m for 2; \sqrt{x}=5 for 5; x \ne = 5 for 5;
+never = 5 for 5; 79 BC for 79; 5 GB for 5 Gb
 """
 NUMBERS = pairs(SAME_NUMBER, 1) + pairs(OTHER_NUMBER, 0)
 
