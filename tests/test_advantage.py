@@ -80,12 +80,7 @@ def test_a_degenerate_policy_is_judged_quickly():
 
 def test_the_last_box_up_to_the_brace_that_closes_it():
     held = {r"\boxed{a{b}c} {d}": "a{b}c", r"\boxed{1} \boxed{2}": "2", r"\boxed{}": ""}
-    held |= {
-        r"\boxed{1\}}": r"1\}",
-        r"\boxed{\{x\\}": r"\{x\\",
-        r"\boxed{1": None,
-        "boxed{1}": None,
-    }
+    held |= {r"\boxed{1\}}": r"1\}", r"\boxed{\{\\}": r"\{\\", r"\boxed{1": None, "boxed{1}": None}
     assert {text: boxed(text) for text in held} == held
 
 
