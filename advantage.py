@@ -117,10 +117,10 @@ def boxed(text: str) -> str | None:
     r"""What the last \boxed{..} holds, up to the brace that closes it; None if there is none."""
     _, found, rest = text.rpartition("\\boxed{")
     depth = 1
-    for i, character in enumerate(rest if found else ""):
-        depth += (character == "{") - (character == "}")
+    for sign in re.finditer(r"\\.|[{}]", rest if found else "", re.DOTALL):  # \{ is no brace
+        depth += (sign[0] == "{") - (sign[0] == "}")
         if depth == 0:
-            return rest[:i]
+            return rest[: sign.start()]
     return None
 
 

@@ -24,21 +24,30 @@ MAX_WAIT = 5.0  # seconds for a pair where there is no fork
 MAX_MEMORY = 2**30  # bytes
 MAX_LENGTH = 150  # characters
 LOCK = threading.Lock()
+if hasattr(os, "register_at_fork"):  # another thread may hold it then
+    os.register_at_fork(after_in_child=lambda: globals().update(LOCK=threading.Lock()))
 FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|infty"
 TRIG = "sin|cos|tan|cot|sec|csc"
-COMMANDS = "pi infty le ge ne times cdot div pm cup cap in theta alpha beta emptyset".split()
-LATEX = str.maketrans(
-    {sign: rf"\{command} " for sign, command in zip("π∞≤≥≠×·÷±\u222a∩∈θαβ∅", COMMANDS, strict=True)}
-    | {"°": "", "$": ""}
-)
+SIGNS = "∞≤≥≠×·÷±\u222a∩∈∅≈∠→∂∇" + "".join(map(chr, range(0x3B1, 0x3CA)))
+COMMANDS = """
+    infty le ge ne times cdot div pm cup cap in emptyset approx angle to partial nabla
+    alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho
+    sigma sigma tau upsilon phi chi psi omega
+""".split()
+LATEX = {sign: rf"\{command} " for sign, command in zip(SIGNS, COMMANDS, strict=True)}
+LATEX |= {sign.upper(): rf"\{LATEX[sign][1:].capitalize()}" for sign in "γδθλξπσφψω"}
+LATEX = str.maketrans(LATEX | {"°": "", "$": ""})
 NO_EXPRESSION = re.compile(
-    r"(?<!_)\d\s+\d|\d_|\)\s*_|[\"'~#]|\\[lc]?dots"  # "63 64", 63_8: it joins or drops these
+    r"(?<!_)\d\s+\d|[\d)]\s*_|[\"'~#]|\\[lc]?dots"  # "63 64", 63_8: it joins or drops these
+    r"|\\(?:partial|nabla|angle|approx)(?![a-z])|\\infty ?\]|\[ ?-?\\infty|\(\d+\) ?=|=/"
+    r"|\\frac *\{? *d[^=]*?\{ *d *[a-z]"  # dy/dx: it takes y for a constant
     r"|(?<![\\A-Za-z])[A-Za-z]\d|\A\d+(?:\s*[-:/.]\s*\d+)+\Z"  # U2; a score, a time, a date
     r"|\^\{?(?:\d{5}|\d+\}?\^)|\d{4}!|!!|(?:[({]\s*){3}"  # would only take time
 )
+NO_LIST = re.compile(r"\\(?:pm|cup)|[()\[\]=;]|\b(?:and|or)\b")
 DOTTED = re.compile(r"\d\.\d+\.\d|(?<![\\A-Za-z])[A-Za-z]\d+\.\d")  # 3.11.0, v1.10: no products
-RAY = r"([a-z]) *(<|>|\\[lg]e) *([^<>=,]+?)"
-RAYS = re.compile(rf"{RAY} *(?:\bor|\\cup) +{RAY}")  # x <= 3 or x >= 5
+RAY = re.compile(r"\b([a-z]) *(<|>|\\[lg]e) *([^<>=,]+?) *(?=\bor\b|\\cup|\Z)")
+RAYS = re.compile(rf"{RAY.pattern}(?:or|\\cup) +{RAY.pattern}")  # x <= 3 or x >= 5
 
 
 def same_expression(prediction: str, answer: str) -> bool:
@@ -46,21 +55,38 @@ def same_expression(prediction: str, answer: str) -> bool:
     if max(len(prediction), len(answer)) > MAX_LENGTH or DOTTED.search(f"{prediction} {answer}"):
         return False
     texts = as_latex(prediction), as_latex(answer)
-    for text in texts:
-        if not text.isascii() or not text.isprintable() or NO_EXPRESSION.search(text):
-            return False
+    if any(not re.fullmatch("[ -~]*", text) or NO_EXPRESSION.search(text) for text in texts):
+        return False
     if texts[0] == texts[1]:
         return True
+    texts = capitals_apart(texts)
     some = [text for text in texts if not re.search(r"[<>]|\\[lg]e ", text)]
     if len(some) == 1 and not re.search(r"[(\[]", some[0]):  # 2 < x < 3 is no {2, 3}
         return False
     opens = re.compile(r"\((?!.*\).*\()|\\\{|")  # "(1,2),(3,4)" are two points, no pair
     sets = [r"\{" if " or " in text else opens.match(text)[0] for text in some]
-    if {*sets} == {"(", r"\{"}:  # a set is no pair
+    commas = {text.count(",") for text in some if not NO_LIST.search(text)}
+    if {*sets} == {"(", r"\{"} or len(commas) > 1:  # a set is no pair, and 5, 5 is not 5
         return False
     # math-verify compares two unions of rays, but not one with intervals.
     other = tuple(map(as_intervals, texts))
     return ask_worker(texts) or (sum(map(str.__ne__, texts, other)) == 1 and ask_worker(other))
+
+
+def two_cases(text: str) -> bool:
+    """Does a letter stand in both cases? Then R is not r."""
+    letters = {*"".join(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{1,3}(?![A-Za-z])", text))}
+    return not letters.isdisjoint(letter.lower() for letter in letters if letter.isupper())
+
+
+def capitals_apart(texts: tuple[str, str]) -> tuple[str, ...]:
+    r"""Another letter for R beside r, and for \Phi beside \phi: math-verify lower-cases."""
+    sign = re.compile(r"\\[A-Za-z]+|[A-Za-z]")
+    signs, both = set(sign.findall(" ".join(texts))), any(map(two_cases, texts))
+    free = iter(sorted({*"bcjkmnpqsuvwyz"} - {one.lower() for one in signs}))
+    upper = (one for one in sorted(signs) if one.lower() in signs - {one})
+    names = {one: next(free, one) for one in upper if both or len(one) > 1}
+    return tuple(sign.sub(lambda found: names.get(found[0], found[0]), text) for text in texts)
 
 
 def as_latex(text: str) -> str:
@@ -71,14 +97,10 @@ def as_latex(text: str) -> str:
         fraction = rf"\frac{{{int(whole + digits)}}}{{{10 ** len(digits)}}}"
         return f"^{{{fraction}}}" if power else fraction
 
-    def relation(found: re.Match) -> str:  # \leq and \leqslant are \le, \lt is <
-        letter, rest = found.groups()
-        return {"l": "<", "g": ">"}[letter] if rest == "t" else rf"\{letter}e "
-
     def repeating(found: re.Match) -> str:  # 0.1\overline{6} = (16 - 1) / 90
         whole, fixed, again = found.groups()
         tens, nines = 10 ** len(fixed), 10 ** len(again) - 1
-        return rf"\frac{{{int(whole + fixed + again) - int(whole + fixed)}}}{{{nines * tens}}}"
+        return rf"\frac{{{int(whole + fixed + again) - int(whole + fixed or 0)}}}{{{nines * tens}}}"
 
     # "1,000, 2" and "1,000x" have a number with a separator, "(1,000)" is a pair
     pair = "" if re.search(r",\s|;|\b(?:and|or)\b", text) else r"(?<![(\[])(?<!\\\{)"
@@ -87,38 +109,35 @@ def as_latex(text: str) -> str:
     values = re.split(r" *(?:, *(?:and )?| and ) *", text)
     if all(re.match(r"[a-z] *=", value) for value in values):  # y=3, x=2 is the pair (2,3)
         text = ",".join(sorted(values))
-    text = re.sub(r"(\d+)\.(\d*)\\(?:overline|bar|dot) ?\{(\d+)\}", repeating, text)
-    text = re.sub(
-        rf"({TRIG}) ?([({{])? ?(\d+(?:\.\d+)?) ?°(?(2) ?[)}}])", r"\1(\\frac{\3\\pi}{180})", text
-    )
-    text = re.sub(
-        r"(?:\A|(?<=[(\[,+-])) ?[+]?(?:[Ii]nf(?:inity)?|oo)(?![A-Za-z])", r"\\infty ", text
-    )
+    text = re.sub(r"\A\]", "(", re.sub(r"\[\Z", ")", text))  # ]1,2[ is (1,2)
+    text = re.sub(r"(\d*)\.(\d*)\\(?:overline|bar|dot) ?\{(\d+)\}", repeating, text)
+    text = re.sub(rf"({TRIG}) ?([({{])? ?([\d.]+)°(?(2) ?[)}}])", r"\1(\\frac{\3\\pi}{180})", text)
+    text = re.sub(r"(?<![^(\[,+-]) ?\+?(?:[Ii]nf(?:inity)?|oo)(?![A-Za-z])", r"\\infty ", text)
     text = re.sub(r"(?<=[)\]]) ?U ?(?=[(\[])", r"\\cup ", text)
     text = " ".join(text.translate(LATEX).replace("**", "^").split())
     for sign, command in (("<=", "le"), (">=", "ge"), ("!=", "ne"), ("+/-", "pm")):
         text = text.replace(sign, rf"\{command} ")
-    text = re.sub(r"\^(-\d+)", r"^{\1}", text)
+    text = re.sub(r"\^(-\d+)", r"^{\1}", re.sub(r"\^(?:T|\{T\})", "^{T_{0}}", text))  # no transpose
     text = re.sub(r"(?:√|\\?\bsqrt) ?\(((?:[^()]|\([^()]*\))*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"(?:√|(?<!\\)\bsqrt) ?(\d+|[a-z](?![a-z]))", r"\\sqrt{\1}", text)
     text = re.sub(rf"(?<![\\A-Za-z])({FUNCTIONS})(?![A-Za-z])", r"\\\1 ", text)
-    text = re.sub(r"\\([lg])(eq?|eqslant|t)(?![a-z])", relation, text)
-    return re.sub(r"(\^)?(\d*)\.(\d+)", exact, text.replace("varnothing", "emptyset"))
+    if chain := re.fullmatch(r"([^<>,]+)(>|\\ge )( *[^<>, ]+ *)(>|\\ge )([^<>,]+)", text):
+        text = "".join(chain.groups()[::-1]).replace(">", "<").replace(r"\ge", r"\le")  # c > b > a
+    text = re.sub(r"(\w+) ?\\choose ?(\w+)", r"\\binom{\1}{\2}", text)
+    return re.sub(r"(\^)?(\d*)\.(\d+)", exact, text)
 
 
 def as_intervals(text: str) -> str:
     """A union of two rays of one letter as intervals; any other text as it is."""
+
+    def interval(found: re.Match) -> str:
+        closed = "e" in found[2]
+        if found[2] in ("<", r"\le"):
+            return rf"(-\infty,{found[3]}{')]'[closed]}"
+        return rf"{'(['[closed]}{found[3]},\infty)"
+
     rays = RAYS.fullmatch(text)
-    if not rays or rays[1] != rays[4]:
-        return text
-    return r"\cup ".join(interval(*rays.groups()[i : i + 2]) for i in (1, 4))
-
-
-def interval(relation: str, end: str) -> str:
-    """What x may be where it stands in this relation to the end."""
-    if relation in ("<", r"\le"):
-        return rf"(-\infty,{end}{')' if relation == '<' else ']'}"
-    return rf"{'(' if relation == '>' else '['}{end},\infty)"
+    return RAY.sub(interval, text).replace("or", r"\cup") if rays and rays[1] == rays[4] else text
 
 
 def ask_worker(texts: tuple[str, str]) -> bool:

@@ -18,7 +18,7 @@ from difflib import SequenceMatcher
 from fractions import Fraction
 from functools import lru_cache
 
-from engine.expressions import FUNCTIONS, MAX_LENGTH, same_expression
+from engine.expressions import FUNCTIONS, MAX_LENGTH, same_expression, two_cases
 
 
 def judge_answer(prediction: str, answers: list[str]) -> float:
@@ -90,7 +90,10 @@ def math_equal(prediction: str, answer: str) -> bool:
         p, a = NAME.sub("", p), NAME.sub("", a)
     quantities = quantity(p), quantity(a)
     if None not in quantities:
-        return same_quantity(*quantities)
+        (x, unit), (y, other) = sorted(quantities, key=lambda pair: pair[1])
+        if unit == "":
+            return (x == y and other != "BC") or (other == "%" and x == y / 100)
+        return x == y and unit == other
     choices = CHOICE.fullmatch(p), CHOICE.fullmatch(a)
     if None not in choices:  # "(B)" for "B"
         return choices[0][1].lower() == choices[1][1].lower()
@@ -129,11 +132,16 @@ SIGNS = str.maketrans(
 )
 STYLE = re.compile(r"\\(?:text[a-z]{0,6}|math(?:rm|bf|it|sf)|[mh]box|ce)\s*\{([^{}]*)\}")
 SILENT = re.compile(r"\\(?:left|right|[Bb]igg?[lr]?|boxed|fbox|displaystyle)(?![a-z])|\\[()\[\]]")
-WRAPPED = re.compile(
-    r"\A(?:\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}|\*\*?(.*?)\*?\*)\Z", re.DOTALL
-)
+WRAPPED = re.compile(r"(?s)\A(?:\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}|\*\*?(.*?)\*?\*)\Z")
 EDGES = " \t\r\n`\"'“”\u2018\u2019«»「」『』《》"
-NAME = re.compile(r"\A(?!.*\bnot\b)\\?[A-Za-z][\w\\{} ]*(?:\([^()=]*\) *)?=\s*(?=[^=]+\Z)")
+NO_NAME = rf"\b(?:not|never|false|minus)\b|\\(?:frac|neq?)\b|(?<![a-z])(?:{FUNCTIONS})(?![a-z])"
+NAME = re.compile(
+    rf"\A(?![^=]*(?:{NO_NAME}))\\?[A-Za-z][\w\\{{}} ]*'*(?:\([^()=]*\) *)?=\s*(?=[^=]+\Z)"
+)
+SAME = {"lbrace": r"\{", "rbrace": r"\}", "langle": "(", "rangle": ")", "mid": "|", "vert": "|"}
+SAME |= {"rightarrow": r"\to", "lt": "<", "gt": ">", "varnothing": r"\emptyset", "degree": "°"}
+SAME |= dict.fromkeys(("dfrac", "tfrac", "cfrac"), r"\frac") | dict.fromkeys(("quad", "qquad"), " ")
+SAME |= {f"{one}e{end}": rf"\{one}e " for one in "lg" for end in ("", "q", "qslant")}
 # What has a value: digits, and "\cos \pi", "ln e"
 DIGIT = re.compile(rf"\d|\\[a-z]|π|(?<![A-Za-z])(?:{FUNCTIONS})(?![A-Za-z])")
 DOTS = re.compile(r"(?<=\d)\s?(?:[A-Za-z]\.)+[A-Za-z]\b\.?")
@@ -149,15 +157,16 @@ def clean(text: str) -> str:
         text = re.sub("[\u00ad\u200b\u200e\u200f\u2060\ufeff]", "", text)  # they are not seen
         text = re.sub("[⁰ⁱ⁴-⁹⁺⁻ⁿ¹²³]+", r"^{\g<0>}", text)  # 10² is not 102
         text = unicodedata.normalize("NFKC", text).translate(SIGNS)
-    if re.search(r"[\\$^~{]", text):
+    text = re.sub(r"\b(\d{4})/(\d\d)/(\d\d)\b", r"\1-\2-\3", text)  # a date
+    if re.search(r"[\\$^_~{]", text):
         text = re.sub(r"(?<=\d)(?:,?\\[,;:! ]|\{,\})(?=\d{3}(?!\d))", ",", text)  # 1\,000
         if len(re.findall(r"(?<!\\)\$", text)) > 1:  # around mathematics: no currency
             text = re.sub(r"(?<!\\)\$", "", text)
-        text = re.sub(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree(?![a-z])", "°", text)
-        text = re.sub(r"(?<!\\)\\[,;:!> ]|(?<=\S)~|\\q?quad(?![a-z])", " ", text)
+        text = re.sub(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})", "°", text)
+        text = re.sub(r"(?<!\\)\\[,;:!> ]|(?<=\S)~", " ", text)
         text = SILENT.sub("", STYLE.sub(r" \1 ", STYLE.sub(r" \1 ", text)))
-        text = re.sub(r"\\[dtc]frac(?![a-z])", r"\\frac", re.sub(r"\\([%$#&_])", r"\1", text))
-        text = re.sub(r"\s*\^\s*", "^", text)
+        text = re.sub(r"\\([a-z]+)", lambda found: SAME.get(found[1], found[0]), text)
+        text = re.sub(r"\s*([_^])\s*", r"\1", re.sub(r"\\([%$#&_])", r"\1", text))
     text = DOTS.sub(lambda found: found[0].replace(".", ""), text)  # 5 p.m., 44 B.C.
     for _ in range(2):
         quoted = text.strip()[:1] in EDGES  # else a last ' is a prime: y', 5"
@@ -167,10 +176,13 @@ def clean(text: str) -> str:
 
 
 def squeeze(text: str) -> str:
-    """In lower case, without the spaces that do not stand between two words or numbers."""
+    """Without spaces, but for those between words or numbers; X is x, but not beside x."""
     text = re.sub(r"([A-Z][a-z]?)_(?:(\d+)|\{(\d+)\})", r"\1\2\3", text)  # CO_2 is CO2
+    text = re.sub(r"\^\{?(\d?[+-])\}?\Z", r"\1", text)  # Na^+ is Na+
     text = re.sub(r"([_^])\{(\w)\}", r"\1\2", " ".join(text.split()))
-    return re.sub(r"\s+(?!\w)|(?<!\w)\s+", "", text).casefold()
+    text = re.sub(r"\s+(?!\w)|(?<!\w)\s+", "", text)
+    lower = re.sub(r"(\\[A-Za-z]+)|[^\\]+", lambda part: part[1] or part[0].casefold(), text)
+    return text if two_cases(text) else lower
 
 
 # ---- numbers ------------------------------------------------------------------------------
@@ -185,18 +197,14 @@ QUANTITY = re.compile(
     r"(?:\s*(?P<close>\)))?(?P<unit>.*)",
     re.DOTALL,
 )
-SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "dozen": 12}
-SCALES |= {"trillion": 10**12, "quadrillion": 10**15, "lakh": 10**5, "crore": 10**7}
-SCALES |= {
-    "百万": 10**6,
-    "千万": 10**7,
-    "百": 100,
-    "千": 1000,
-    "万": 10**4,
-    "萬": 10**4,
-    "亿": 10**8,
+SCALES = {"dozen": 12} | {
+    word: 10 ** int(line.split()[0])
+    for line in """
+        6 million 百万 백만; 7 crore 千万 천만; 2 hundred 百 백; 3 thousand 千 천; 4 万 萬 만;
+        5 lakh; 8 亿 億 억; 9 billion; 12 trillion 兆 조; 15 quadrillion; 18 quintillion
+    """.split(";")
+    for word in line.split()[1:]
 }
-SCALES |= {"億": 10**8, "천": 1000, "만": 10**4, "억": 10**8}
 SCALE = re.compile(rf"\s*({'|'.join(SCALES)})s?(?![a-z]|(?<=千)[米克])")
 MEASURED = re.compile(r"(.*?[^\s+*/=<>-])(\s+([A-Za-z]{2,})[\w^{}/.-]*(?:\s+[A-Za-z][\w^{}/.-]*)*)")
 UNIT = re.compile(r"(/?)((?:[^\W\d_]|[°%$¢€£¥₹₩'\x22-])+)\.?(?:\^?\{?(-?[1-4])\}?)?")
@@ -206,12 +214,12 @@ UNITS = {
         mm; cm centimeter centimetre 厘米; m meter metre 米; km 公里 千米; in inch inches "; mg;
         ft foot feet '; yd yard; mi mile; g gram 克; kg kgs kilo 公斤 千克; t tonne; lb pound;
         oz ounce; mL ml; L l liter litre; ms; s second sec 秒; min minute 分钟; h hour hr 小时;
-        Hz hertz; km/h kph kmh; mi/h mph; N newton; J joule; W watt; kW; V volt;
+        Hz hertz; km/h kph kmh; mi/h mph; N newton; Nm; J joule; W watt; kW; V volt;
         A ampere amp; Ω ohm; K kelvin; C coulomb; T tesla; Pa pascal; eV electronvolt; mol mole;
         °C °celsius; °F °fahrenheit; ° degree deg 度; % percent pct;
         $ us$ dollar usd; cent ¢; € euro eur; £ gbp; ¥ yuan yen rmb cny jpy 元 円; ₹ rupee rs inr;
         ₩ won krw; AD CE ad ce; BC BCE bc bce; am; pm; unit;
-        yr year; wk week; mo month; pt point; qt quart
+        yr year; wk week; mo month; pt point; qt quart; rad
     """.split(";")
     for name in names.split()
 }
@@ -221,21 +229,20 @@ SI = {  # kJ and kilojoules, mm and millimetres
         "kMGTmμnp", "kilo mega giga tera milli micro nano pico".split(), strict=True
     )
     for names in """
-        m meter metre; g gram; s second; L liter litre; Hz hertz; Pa pascal; J joule; W watt;
-        V volt; A ampere amp; N newton; Ω ohm; eV electronvolt; Wh; B byte; cal calorie; mol mole
+        m meter metre; g gram; s second; L liter litre; Hz hertz; Pa pascal; J joule; W watt; Wh;
+        V volt; A ampere amp; N newton; Ω ohm; eV electronvolt; B byte; b bit; cal calorie; mol mole
     """.split(";")
     for name in names.split()
 }
 DECADE = re.compile(r"\d{3}0'?s")  # the 1990s
-NO_UNIT = set(  # words that change the number before them
-    "and or to not nor minus plus over out of by than half halves third quarter fourth fifth sixth "
-    "seventh eighth ninth tenth eleventh twelfth hundredth thousandth millionth squared cubed "
-    "factorial root at no below divided times modulo pi tau infinity mil mille millone milliard "
-    "тысяча тысячи тысяч миллион миллиона миллионов alpha beta theta".split()
-).union(FUNCTIONS.split("|")) - {"sec"}
-TAKEN_BACK = set(  # words after a number that say that it may be another one
-    "maybe perhaps possibly probably likely unlikely approximately approx roughly nearly almost "
-    "unknown unsure uncertain wrong incorrect false impossible guess".split()
+NO_UNIT = re.compile(  # words that change the number before them
+    r"and|or|to|not?|nor|minus|plus|over|out|of|by|than|times|pi|cos|perhaps|guess|less|versus"
+    r"|halves|(?:half|third|quarter|ten|\w+(?:th|illi?on|illiard))(?:e?s)?"
+)
+# Words that may be the last of a number: "5 red marbles" are 5, "5 maybe" and "5 mln" are not.
+NOUN = re.compile(
+    r"[a-z'-]{3,}s|people|children|(?:wo)?men|feet|geese|mice|fish|sheep"
+    r"|(?:(?![十百千万萬亿億兆半십백천만억조]|分之)[\u3005-\u30ff\u3400-\u9fff\uac00-\ud7a3])+"
 )
 
 
@@ -264,37 +271,42 @@ def quantity(text: str) -> tuple[Fraction, str] | None:
     rest, currency = found["unit"], UNITS.get((found["currency"] or "").lower(), "")
     if scale := SCALE.match(rest):
         value, rest = value * SCALES[scale[1]], rest[scale.end() :]
-    unit = unit_of(rest, currency)
+    unit = unit_of(rest, currency, singular=value <= 1)
     sign = -1 if found["sign"] + found["minus"] == "-" else 1
     return None if unit is None else (sign * value, unit)
 
 
-def unit_of(text: str, unit: str) -> str | None:
-    """What of " square centimeters tall" is "cm2 tall"; None of what is no unit."""
+def unit_of(text: str, unit: str, singular: bool = False) -> str | None:
+    """What of " square centimeters tall" is "cm2"; None of what is no unit."""
+    text = re.sub(r"\\mu ", "μ", text.replace(r"\Omega", "Ω"))
+    text = re.sub(r"(?<=[A-Za-z]) ?(?:·|\\cdot) ?(?=[A-Za-z])", " ", text)  # N·m
     text = re.sub(r"\s*(?:°|\b(?:degree|deg)s?\b)\s*", " °", text)
     text = re.sub(r"\b(?:square|sq\.?) (\w+)", r"\1^2", re.sub(r"\bcubic (\w+)", r"\1^3", text))
     text = re.sub(r"(\w) squared\b", r"\1^2", re.sub(r"(\w) cubed\b", r"\1^3", text))
     text = re.sub(r"\bU\.?S\.? (?=dollars?\b)", "", text.replace("per cent", "percent"))
-    beside = text[:1].isspace()
-    if not TAKEN_BACK.isdisjoint(text.split()[-1:]):  # but "3 wrong answers" are 3
-        return None
+    text = re.sub(r" (?:old|tall|high|long|wide|deep|each|left|total|in total)\Z", "", text)
+    beside, per, word, known = text[:1].isspace(), "", "", True
     for token in re.sub(r"\s*(?:/|\bper\b)\s*", " /", text).split():
         found = UNIT.fullmatch(token)
-        if not found or {found[2], found[2].rstrip("s")} & NO_UNIT:
+        if not found:
             return None
         per, word, power = found.groups(default="")
         lower = word.lower() if len(word) > 1 else word  # "M" is no meter
-        name = UNITS.get(word) or UNITS.get(lower) or UNITS.get(lower.rstrip("s"))
+        name, one = UNITS.get(word), lower.rstrip("s")
         if name is None and (len(word) > 2 or (beside and not power)):  # "2nm" is a product
-            name = SI.get(word) or SI.get(lower.rstrip("s"))
+            name = SI.get(word if len(word) < 4 else one)  # Nm is not nm
+        name = name or UNITS.get(lower) or UNITS.get(one)
         letter = not beside and re.fullmatch("[A-Za-z]", word) and word not in "mghsLWV"  # 2t
-        if name is None or letter:  # any word in lower case after a space, or in another script
-            some_unit = beside and len(word) > 2 if word.isascii() else not GREEK.search(word)
-            if not some_unit or word != lower or power:
+        known = name is not None and not letter
+        if not known:  # any word in lower case after a space, or in another script
+            product = word.isascii() and not (beside and len(word) > 2)  # 2xy, 2 x m
+            if product or word != lower or power or NO_UNIT.fullmatch(word) or GREEK.search(word):
                 return None
-            name = word.rstrip("s")
+            name = one
+        if power.startswith("-"):  # h^{-1} is /h
+            per, power = "/", power.lstrip("-1")
         unit, beside = f"{unit}{per or ' '}{name}{power}", True
-    return unit.strip()
+    return unit.strip() if known or per or NOUN.fullmatch(word + "s" * singular) else None
 
 
 def split_unit(text: str) -> tuple[str, str]:
@@ -308,13 +320,6 @@ def split_unit(text: str) -> tuple[str, str]:
     return (text, "") if unit is None else (found[1], unit)
 
 
-def same_quantity(a: tuple[Fraction, str], b: tuple[Fraction, str]) -> bool:
-    (x, short), (y, long) = sorted((a, b), key=lambda pair: len(pair[1]))
-    if short == "":
-        return x == y or (long == "%" and x == y / 100)
-    return x == y and f"{long} ".startswith(f"{short} ")  # "18 years old" for "18 years"
-
-
 # ---- words --------------------------------------------------------------------------------
 
 SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
@@ -326,8 +331,8 @@ RANGE = re.compile(r"\d+(?:,\d{3})*\s*-\s*\d+(?:,\d{3})*")
 MONTHS = "january february march april may june july august september october november december"
 MONTHS = {name[:3]: name for name in MONTHS.split()}
 DATE = re.compile(  # "5th of May", "May 5th", "Sept. 1971"
-    r"\b(?:(\d\d?)(?:st|nd|rd|th)?(?: of)? )?"
-    rf"((?:{'|'.join(MONTHS)})[a-z]*)\.?(?:,? (\d+)(?:st|nd|rd|th)?)?(?![a-z])"
+    r"\b(?:0?(\d\d?)(?:st|nd|rd|th)?(?: of)? )?"
+    rf"((?:{'|'.join(MONTHS)})[a-z]*)\.?(?:,? 0?(\d+)(?:st|nd|rd|th)?)?(?![a-z])"
 )
 ARTICLE = re.compile(r"\b(?:(?:an|the)(?=\s+\S)|a(?=\s+\w\w))(?=\s)")
 NO_WORD = re.compile(

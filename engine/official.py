@@ -12,7 +12,7 @@ import string
 
 from torch import Tensor
 
-from advantage import Reward, Segment, boxed, total_reward
+from advantage import Reward, Segment, total_reward
 from engine.judge import overlap
 from entropy import official_entropy
 
@@ -56,8 +56,7 @@ def official_reward(transcript: str, answers: str | list[str]) -> Reward:
 def official_answer(text: str) -> str | None:
     """What stands in the answer tags; None where the format is broken."""
     # quirk: tags are counted, not paired: </think> may come first, any text follow the answer
-    tags = ("<think>", "</think>", "<answer>", "</answer>")
-    opened, closed, *answers = (text.count(tag) for tag in tags)
+    opened, closed, *answers = map(text.count, "<think> </think> <answer> </answer>".split())
     if opened == 0 or opened != closed or answers != [1, 1]:
         return None
     for tool in ("search", "python"):
@@ -75,7 +74,8 @@ def official_answer(text: str) -> str | None:
 def official_boxed(text: str) -> str | None:
     if "\\boxed " in text:  # quirk: it runs to the next $, and beats every \boxed{..}
         return text.rpartition("\\boxed ")[2].partition("$")[0]
-    return boxed(text[text.rfind("\\boxed") :])  # quirk: a last \boxed without { hides them
+    box = last_boxed(text)  # quirk: a last \boxed without { hides them, and \{ is a brace
+    return box[7:-1] if box[:7] == "\\boxed{" and box.count("{") == box.count("}") else None
 
 
 def normalize_answer(text: str) -> str:

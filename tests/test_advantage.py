@@ -79,8 +79,9 @@ def test_a_degenerate_policy_is_judged_quickly():
 
 
 def test_the_last_box_up_to_the_brace_that_closes_it():
-    texts = ["\\boxed{a{b}c} {d}", "\\boxed{1} \\boxed{2}", "\\boxed{}", "\\boxed{1", "boxed{1}"]
-    assert [boxed(text) for text in texts] == ["a{b}c", "2", "", None, None]
+    held = {r"\boxed{a{b}c} {d}": "a{b}c", r"\boxed{1} \boxed{2}": "2", r"\boxed{}": ""}
+    held |= {r"\boxed{1\}}": r"1\}", r"\boxed{\{\\}": r"\{\\", r"\boxed{1": None, "boxed{1}": None}
+    assert {text: boxed(text) for text in held} == held
 
 
 @pytest.mark.parametrize("log_ratio, acts", [(0.5, True), (-0.5, True), (0.1, False)])

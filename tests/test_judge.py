@@ -18,58 +18,53 @@ from engine import expressions, judge
 from engine.judge import as_number, clean, exact_match, f1_score, judge_answer, math_equal
 
 
-def pairs(table):
-    """("63 cm", "63") of "63 cm for 63;" and so on."""
+def pairs(table, *score):
+    """("63 cm", "63", *score) of "63 cm for 63;" and so on."""
     lines = map(str.strip, table.split(";"))
-    return [pytest.param(*line.rsplit(" for ", 1), id=line) for line in lines]
+    return [pytest.param(*line.rsplit(" for ", 1), *score, id=line) for line in lines]
 
 
 # ---- numbers: the same value, in either direction, or nothing -------------------------------
 
 SAME_NUMBER = r"""
-x=63 for 63; 90° for 90; 18 cm for 18; -5. for -5; (5) for 5; −5 for -5; １２３ for 123;
-1,234 for 1234; 1 234 567 for 1234567; 1\,000 for 1000; 1,\!000 for 1000; 1{,}234.5 for 1,234.5;
-.5 for 0.5; 2.0 for 2; 1E3 for 1,000; 3 \times 10^8 m/s for 3e8; 3·10^2 for 300;
-1.5 million for 1,500,000; $1.5 million for 1,500,000 dollars; 3 thousand for 3,000;
-5万元 for 50000; 3/4 for 0.75; \dfrac{3}{4} for 0.75; -\frac34 for -0.75; 1\frac{1}{2} for 3/2;
-2½ for 2.5; ¾ for 0.75; $\frac{1}{2}$ for 1/2; \(63\) for 63; **63** for 63; `63` for 63;
-\text{63 cm} for 63; answer = 63 for 63; 50% for 50; 50\% for 0.5; 50 percent for 50%;
-\$20 for 20 dollars; 20€ for €20; ¥161.27 for 161.27元; 18 metres for 18 m; 18 KG for 18 kilograms;
-3 apple for 3 apples; 18 years old for 18 years; 25 \text{ cm}^2 for 25 square centimeters;
-5m² for 5 m^2; 60 km/h for 60 kilometers per hour; 25℃ for 25 degrees Celsius; 90˚ for 90;
-1984年 for 1984; 18 лет for 18; 3만 for 30000; 3百万 for 3000000; 5 sec for 5 s; ​63 for 63;
-2 lakh for 200000; 50¢ for 50; 6" for 6 inches; 6' for 6 feet; '6' for 6; 1’234’567 for 1234567;
-3 incorrect answers for 3; 2 false alarms for 2; f(3) = 42 for 42; 4千米 for 4 km; 3千克 for 3 kg;
+x=63 for 63; 90° for 90; 18 cm for 18; (5) for 5; −5 for -5; １２３ for 123; 1,234 for 1234;
+1 234 567 for 1234567; 1,\!000 for 1000; 1{,}234.5 for 1,234.5; 3 \times 10^8 m/s for 3e8;
+3·10^2 for 300; 1.5 million for 1,500,000; $1.5 million for 1,500,000 dollars; 5万元 for 50000;
+\dfrac{3}{4} for 0.75; -\frac34 for -0.75; 1\frac{1}{2} for 3/2; 2½ for 2.5; \(63\) for 63;
+**63** for 63; `63` for 63; \text{63 cm} for 63; answer = 63 for 63; 50% for 50; 50\% for 0.5;
+\$20 for 20 dollars; 20€ for €20; ¥161.27 for 161.27元; 18 KG for 18 kilograms;
+18 years old for 18 years; 25 \text{ cm}^2 for 25 square centimeters; 5m² for 5 m^2;
+60 km/h for 60 kilometers per hour; 25℃ for 25 degrees Celsius; 90˚ for 90; 1984年 for 1984;
+3만 for 30000; ​63 for 63; 2 lakh for 200000; 50¢ for 50; 6" for 6 inches; 6' for 6 feet; '6' for 6;
+1’234’567 for 1234567; 3 incorrect answers for 3; f(3) = 42 for 42; 4千米 for 4 km;
 25 cm squared for 25 cm^2; 9.8 meters per second squared for 9.8 m/s^2; 7pm for 7 p.m.;
-44 B.C. for 44 BC; 5 kJ for 5; 5 nanometers for 5 nm; 100 ml for 100 mL; 70 per cent for 70%;
-50 million US dollars for $50 million; *42* for 42; 37^\circ \text{C} for 37 °C
+44 B.C. for 44 BC; 5 kJ for 5; 5 nanometers for 5 nm; 100 ml for 100 mL;
+50 million US dollars for $50 million; *42* for 42; 37^\circ \text{C} for 37 °C; 5 \Omega for 5 Ω;
+5\,\mu m for 5 μm; 60 km h^{-1} for 60 km/h; 5 N·m for 5 N m; 24 people for 24; 1/2 cup for 1/2;
+5 red marbles for 5; 5백만 for 5000000; $5 each for $5
 """
 OTHER_NUMBER = r"""
--5. for 5; (5) for -5; (1.5) for 15; 1,5 for 15; 1,23 for 123; 12,34 for 1234; 1.5 million for 1.5;
-63 64 for 63; 63 or 64 for 63; 63/64 for 63; 6 3 for 63; 63±1 for 63; about 63 for 63; ~63 for 63;
-2 thirds for 2; 18 cm for 18 m; 18 km for 18 km/h; 18 hours for 18 minutes; 5 cm^2 for 5 cm^3;
-$5 for €5; 25°C for 25°F; 5个 for 5人; 2x for 2; 2t for 2; 1.5M for 1.5; 1990s for 1990; 1st for 1;
-10² for 102; 10⁵ for 105; 63_8 for 63; x1 for 1; 50% for 5; 0.3333 for 1/3; 1/0 for 0; 9e999 for 9;
-0 for none; 11 for Apollo 11; 3-1 for 1-3; 1030 for 10:30; 1987 for 2004-05-12; 510 for 5'10;
-100200 for (100,200); 2 pi for 2; 2 halves for 2; 3 hundredths for 3; 5 crore for 5; 3 тысячи for 3;
-63 maybe for 63; 63 approximately for 63; 63 probably not for 63; 63 wrong for 63;
+-5. for 5; (5) for -5; (1.5) for 15; 1,5 for 15; 12,34 for 1234; 1.5 million for 1.5; 63 64 for 63;
+63 or 64 for 63; 63/64 for 63; 6 3 for 63; 63±1 for 63; about 63 for 63; ~63 for 63; 18 cm for 18 m;
+5 cm^2 for 5 cm^3; $5 for €5; 25°C for 25°F; 5个 for 5人; 2x for 2; 2t for 2; 1.5M for 1.5;
+1990s for 1990; 1st for 1; 10² for 102; 10⁵ for 105; x1 for 1; 50% for 5; 0.3333 for 1/3; 1/0 for 0;
+9e999 for 9; 0 for none; 11 for Apollo 11; 3-1 for 1-3; 1030 for 10:30; 1987 for 2004-05-12;
+510 for 5'10; 100200 for (100,200); 2 pi for 2; 2 halves for 2; 63 maybe for 63;
 \frac{5}{3}6 for 5/36; \frac{1}{2}5 for 1/25; 2 xy for 2; 4 千米 for 4000; 5 GHz for 5 MHz;
-7 a.m. for 7 p.m.; x \not= 12 for 12; 12 at most for 12; 12 below zero for 12
+7 a.m. for 7 p.m.; x \not= 12 for 12; 12 below zero for 12; 5백만 for 5; 3조 원 for 3;
+5 quintillion for 5; 5 millones for 5; 500 млн for 500; 500 mln for 500; 5分之一 for 5; 5半 for 5;
+5 point five for 5; 5 thirtieths for 5; 63 _8 for 63; \text{63}_8 for 63; 5 N for 5 N m;
+5 Nm for 5 nm; 5 Mm for 5 mm; 2 x m for 2; \sqrt{x}=5 for 5; x \ne = 5 for 5; never = 5 for 5;
+79 BC for 79; 5 GB for 5 Gb
 """
+NUMBERS = pairs(SAME_NUMBER, 1) + pairs(OTHER_NUMBER, 0)
 
 
-@pytest.mark.parametrize(("prediction", "answer"), pairs(SAME_NUMBER))
-def test_the_same_number(prediction, answer):
+@pytest.mark.parametrize(("prediction", "answer", "score"), NUMBERS)
+def test_numbers(prediction, answer, score):
+    assert judge_answer(prediction, [answer]) == (2 / 3 if answer == "Apollo 11" else score)
     for one, other in [(prediction, answer), (answer, prediction)]:
-        assert judge_answer(one, [other]) == 1
-        assert exact_match(one, other) and math_equal(one, other)
-
-
-@pytest.mark.parametrize(("prediction", "answer"), pairs(OTHER_NUMBER))
-def test_another_number(prediction, answer):
-    assert judge_answer(prediction, [answer]) == (2 / 3 if answer == "Apollo 11" else 0)
-    for one, other in [(prediction, answer), (answer, prediction)]:
-        assert not exact_match(one, other) and not math_equal(one, other)
+        assert exact_match(one, other) == math_equal(one, other) == score
 
 
 # ---- expressions: math-verify ---------------------------------------------------------------
@@ -77,48 +72,50 @@ def test_another_number(prediction, answer):
 EQUAL = r"""
 (1,2) for (1, 2); 2,1 for 1,2; \{1,2\} for \{2,1\}; 10^5 for 100000; 2+3=5 for 5; 5! for 120;
 √12 for 2\sqrt3; sqrt(12) for 2*sqrt(3); 2π for 2\pi; x²-1 for (x-1)(x+1); x**2 for x^2;
-0.5x for \frac{x}{2}; 1.1^2 for 1.21; 3<x for x>3; x>=3 for [3,\infty);
-x=1 \text{ or } x=2 for 2, 1; y=2x+1 for 2x+1; \varnothing for ∅; A and C for C, A; \ln e for 1;
-cos π for -1; 10^{-3} for 1e-3; \log_2 8 for 3; 6÷3 for 2; 2x+y-4=0 for y=4-2x; x_1=2 for 2;
-10\pi \text{ cm}^2 for 10\pi; 12\sqrt3 inches for 12\sqrt{3} in; 16_{8} for 16_8; c) for C;
-\textbf{(C)} for C; 0.\overline{3} for 1/3; 0.1\overline{6} for \frac{1}{6}; \sin 30^\circ for 1/2;
-cos(60°) for 0.5; x > 3/2 or x < -0.5 for (-\infty,-\frac12)\cup(\frac32,\infty);
-x<1 or 3<x for x<1 or x>3; x \leq 3 \text{ or } x \geqslant 5 for (-\infty,3]\cup[5,\infty);
-x <= 3 or x >= 5 for x \ge 5 \text{ or } x \le 3; x ≤ 3 or x ≥ 5 for (-\infty,3]\cup[5,\infty);
-(-inf, 3] U [5, inf) for (-\infty,3]\cup[5,\infty); 1000, 2000 for 1,000, 2,000;
-1000\pi for 1,000\pi; 1200, 1500 for \$1,200, \$1,500; (0,1000) for (0, 1,000); y=2, x=3 for (3,2);
-x=2 and y=3 for (2,3); 2 or 3 for \{2,3\};
-1+i\sqrt{3} for 2e^{i\pi/3}; 3+4*i for 3+4i; \frac{1+3i}{2} for \frac12+\frac32 i; i^2 for -1;
-2i, -2i for z=2i \text{ or } z=-2i; \{(1,2),(3,4)\} for (3,4),(1,2); infinity for \infty;
-[3, infinity) for [3,\infty); +/- 2 for \pm 2; sqrt((x+1)(x+2)) for \sqrt{(x+1)(x+2)};
-\frac{\sin 60^\circ}{2} for \frac{\sqrt3}{4}; 2yx for 2 xy; 2ba for 2ab; CO_2 for CO2;
-C_6H_{12}O_6 for C6H12O6; bh/2 for \frac12 bh
+0.5x for \frac{x}{2}; 1.1^2 for 1.21; 3<x for x>3; x>=3 for [3,\infty); y=2x+1 for 2x+1;
+\varnothing for ∅; A and C for C, A; \ln e for 1; cos π for -1; \log_2 8 for 3; 6÷3 for 2;
+2x+y-4=0 for y=4-2x; x_1=2 for 2; 10\pi \text{ cm}^2 for 10\pi; 12\sqrt3 inches for 12\sqrt{3} in;
+16_{8} for 16_8; c) for C; \textbf{(C)} for C; 0.1\overline{6} for \frac{1}{6};
+x > 3/2 or x < -0.5 for (-\infty,-\frac12)\cup(\frac32,\infty); x<1 or 3<x for x<1 or x>3;
+x \leq 3 \text{ or } x \geqslant 5 for (-\infty,3]\cup[5,\infty);
+x <= 3 or x >= 5 for x \ge 5 \text{ or } x \le 3;
+(-inf, 3] U [5, inf) for (-\infty,3]\cup[5,\infty); 1000\pi for 1,000\pi;
+1200, 1500 for \$1,200, \$1,500; (0,1000) for (0, 1,000); y=2, x=3 for (3,2); x=2 and y=3 for (2,3);
+2 or 3 for \{2,3\}; 1+i\sqrt{3} for 2e^{i\pi/3}; 3+4*i for 3+4i;
+\frac{1+3i}{2} for \frac12+\frac32 i; i^2 for -1; 2i, -2i for z=2i \text{ or } z=-2i;
+\{(1,2),(3,4)\} for (3,4),(1,2); infinity for \infty; +/- 2 for \pm 2;
+sqrt((x+1)(x+2)) for \sqrt{(x+1)(x+2)}; \frac{\sin 60^\circ}{2} for \frac{\sqrt3}{4}; 2ba for 2ab;
+CO_2 for CO2; C_6H_{12}O_6 for C6H12O6; bh/2 for \frac12 bh; 1+X^2 for x^2+1;
+\pi(R-r)(R+r) for \pi(R^2-r^2); \text{CO}_2 for CO_2; σ² for \sigma^2; 2Γ for \Gamma\cdot 2;
+2x for f'(x)=2x; \lbrace 1,2\rbrace for \{2,1\}; P(A\mid B) for P(A|B); p\rightarrow q for p\to q;
+{n \choose k} for \binom{n}{k}; c>b>a for a<b<c; 1 \ge k > -1 for -1<k\leq 1;
+\langle 2,1\rangle for (2,1); ]-\infty,3[ for (-\infty,3); .\overline{3} for 1/3; Na+ for Na^+;
+1998/05/12 for 1998-05-12; 1, 2, and 3 for 3,2,1; d/2 for \frac{d}{2}
 """
 UNEQUAL = r"""
-2+3 for 23; 10^5 for 105; 64=63 for 63; 2x+1=5 for 5; x>3 for x≥3; 1.41421356 for \sqrt{2};
-3.14 for \pi; 2^{-70} for 2^{-71}; e^{-50} for e^{-60}; 10\pi over h for 10\pi;
-6\cdot3 km for 18 cm; x-1 for x 1; y=63 for x=63; (2,1) for (1,2); [1,2] for (1,2);
-\{1,2\} for (1,2); 1,2,3 for 1,2; x=1 for x=1 \text{ or } x=2; 0.\overline{3} for 0.3;
-\sin 30 for 1/2; (-\infty,3) for (-\infty,3]; x < 3 or y > 5 for x < 3 or x > 5;
-y < 3 or y > 5 for x < 3 or x > 5; U2 for 2U; C++ for C; B for A; A, B for B; B. Paris for B;
-\frac{1}{2 for 0.5; 1/0 for \infty; 2.7.0 for 3.11.0; v1.1 for v1.10; 1.1.2004 for 1.10.2004;
-2<x<3 for \{2,3\}; 2<x<3 for 2,3; 2<x<3 for 2 or 3; 2 or 3 for (2,3); 0,1,2 for 1,000, 2,000;
-1,0 for 1,000\pi; y=2, x=3 for (2,3); f' for f; 5" for 5 feet; 1000 for (1,000);
+2+3 for 23; 64=63 for 63; 2x+1=5 for 5; x>3 for x≥3; 1.41421356 for \sqrt{2}; 3.14 for \pi;
+2^{-70} for 2^{-71}; 10\pi over h for 10\pi; 6\cdot3 km for 18 cm; x-1 for x 1; y=63 for x=63;
+(2,1) for (1,2); [1,2] for (1,2); \{1,2\} for (1,2); 1,2,3 for 1,2; x=1 for x=1 \text{ or } x=2;
+0.\overline{3} for 0.3; \sin 30 for 1/2; (-\infty,3) for (-\infty,3];
+x < 3 or y > 5 for x < 3 or x > 5; y < 3 or y > 5 for x < 3 or x > 5; U2 for 2U; C++ for C; B for A;
+A, B for B; B. Paris for B; \frac{1}{2 for 0.5; 1/0 for \infty; 2.7.0 for 3.11.0; v1.1 for v1.10;
+1.1.2004 for 1.10.2004; 2<x<3 for \{2,3\}; 2<x<3 for 2 or 3; 2 or 3 for (2,3);
+0,1,2 for 1,000, 2,000; y=2, x=3 for (2,3); f' for f; 5" for 5 feet; 1000 for (1,000);
 1-i\sqrt{3} for 2e^{i\pi/3}; |z+2i|=3 for |z-2i|=3; i for -i; \{(1,2),(4,3)\} for (1,2),(3,4);
 10\pi + ft for 10\pi; CO_3 for CO2; \sin 22.5^\circ for \sin 22.5; -\infty for infinity;
-\begin{pmatrix}1&2\\3&4\end{pmatrix} for \begin{pmatrix}1&2\\3&5\end{pmatrix}
+\begin{pmatrix}1&2\\3&4\end{pmatrix} for \begin{pmatrix}1&2\\3&5\end{pmatrix}; 1 for \frac{R}{r};
+2N for N+n; (r,r) for (R,r); X>x for x>X; \phi-\Phi for \Phi-\phi; \gamma for \Gamma; 10 for 10^T;
+X^2 for X^TX; 0 for \frac{d^{2}y}{dx^{2}}; 0=2x for \frac{dy}{dx}=2x;
+0 for \frac{\partial u}{\partial t}; 2,3 for 2, 2, 3; 1,-2,1 for 1,-2; 5 for 5, 5;
+10\approx 9 for 10; \angle ACB for \angle ABC; (3,\infty] for (3,\infty); x =/= 5 for x = 5;
+f(2)=5 for f(3)=5
 """
+EXPRESSIONS = pairs(EQUAL, 1) + pairs(UNEQUAL, 0)
 
 
-@pytest.mark.parametrize(("prediction", "answer"), pairs(EQUAL))
-def test_equal_expressions(prediction, answer):
-    assert judge_answer(prediction, [answer]) == 1
-    assert exact_match(prediction, answer)
-
-
-@pytest.mark.parametrize(("prediction", "answer"), pairs(UNEQUAL))
-def test_unequal_expressions(prediction, answer):
-    assert judge_answer(prediction, [answer]) == 0
+@pytest.mark.parametrize(("prediction", "answer", "score"), EXPRESSIONS)
+def test_expressions(prediction, answer, score):
+    assert judge_answer(prediction, [answer]) == exact_match(prediction, answer) == score
 
 
 # ---- words: F1 ------------------------------------------------------------------------------
@@ -137,7 +134,7 @@ AC/DC for AC/DC = 1; Straße for STRASSE = 1; ﬁsh for Fish = 1; Café for Caf�
 4th of July for July 4 = 1; Sept. 1971 for September 1971 = 1; 3:15pm for 3:15 P.M. = 1;
 from 1939 to 1945 for 1939–1945 = 1; 1986-2013 for from 1986 until 2013 = 1; 1-2 for 2 to 1 = 0;
 JK Rowling for J. K. Rowling = 1; Ernst and Young for Ernst & Young = 1;
-3 and 7 points each for -3 and 7 points each = 4/5
+3 and 7 points each for -3 and 7 points each = 4/5; May 05, 1998 for May 5, 1998 = 1
 """
 UNORDERED = ("York New", "5 May 1998", "4th of July")
 
@@ -220,9 +217,12 @@ def test_hostile_answers_take_bounded_time_in_any_thread():
     assert expressions.start_worker(os.getpid()) is worker and worker.poll() is None
 
 
-def test_a_worker_that_was_killed_is_started_again():
+def test_a_worker_is_started_again_and_a_child_waits_for_no_thread():
     expressions.start_worker(os.getpid()).kill()
     assert judge_answer("3<x", ["x>3"]) == 1
+    with expressions.LOCK:
+        child = os.fork() or os._exit(expressions.LOCK.locked())
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_without_math_verify_one_line_says_what_to_install(monkeypatch):

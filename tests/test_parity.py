@@ -66,6 +66,7 @@ def test_reward_units():
     # Quirks that no vector covers.
     assert official.official_boxed("\\boxed{7} and \\boxed 8") == "8"
     assert official.official_boxed("\\boxed{7} and \\boxed") is None
+    assert official.official_boxed("\\boxed{[0,1\\}}") == "[0,1\\"
     assert not official.official_answer("<think></think><answer>\\boxed 8 \\boxed{7</answer>")
 
 
