@@ -239,10 +239,12 @@ NO_UNIT = re.compile(  # words that change the number before them
     r"and|or|to|not?|nor|minus|plus|over|out|of|by|than|times|pi|cos|perhaps|guess|less|versus"
     r"|halves|(?:half|third|quarter|ten|\w+(?:th|illi?on|illiard))(?:e?s)?"
 )
+AFTER = "old|tall|high|long|wide|deep|thick|away|apart|later|ago|each|left|more|(?:in )?total"
 # Words that may be the last of a number: "5 red marbles" are 5, "5 maybe" and "5 mln" are not.
 NOUN = re.compile(
     r"[a-z'-]{3,}s|people|children|(?:wo)?men|feet|geese|mice|fish|sheep"
     r"|(?:(?![十百千万萬亿億兆半십백천만억조]|分之)[\u3005-\u30ff\u3400-\u9fff\uac00-\ud7a3])+"
+    r"|(?!мл[нр]|милл|тыс|трил|трлн)[\u0430-\u044f\u0451]+"
 )
 
 
@@ -284,7 +286,7 @@ def unit_of(text: str, unit: str, singular: bool = False) -> str | None:
     text = re.sub(r"\b(?:square|sq\.?) (\w+)", r"\1^2", re.sub(r"\bcubic (\w+)", r"\1^3", text))
     text = re.sub(r"(\w) squared\b", r"\1^2", re.sub(r"(\w) cubed\b", r"\1^3", text))
     text = re.sub(r"\bU\.?S\.? (?=dollars?\b)", "", text.replace("per cent", "percent"))
-    text = re.sub(r" (?:old|tall|high|long|wide|deep|each|left|total|in total)\Z", "", text)
+    text = re.sub(rf" (?:{AFTER})\Z", "", text)
     beside, per, word, known = text[:1].isspace(), "", "", True
     for token in re.sub(r"\s*(?:/|\bper\b)\s*", " /", text).split():
         found = UNIT.fullmatch(token)
@@ -306,7 +308,8 @@ def unit_of(text: str, unit: str, singular: bool = False) -> str | None:
         if power.startswith("-"):  # h^{-1} is /h
             per, power = "/", power.lstrip("-1")
         unit, beside = f"{unit}{per or ' '}{name}{power}", True
-    return unit.strip() if known or per or NOUN.fullmatch(word + "s" * singular) else None
+    nouns = (word, f"{word}s") if singular else (word,)
+    return unit.strip() if known or per or any(map(NOUN.fullmatch, nouns)) else None
 
 
 def split_unit(text: str) -> tuple[str, str]:

@@ -35,6 +35,7 @@ x=63 for 63; 90° for 90; 18 cm for 18; (5) for 5; −5 for -5; １２３ for 12
 \$20 for 20 dollars; 20€ for €20; ¥161.27 for 161.27元; 18 KG for 18 kilograms;
 18 years old for 18 years; 25 \text{ cm}^2 for 25 square centimeters; 5m² for 5 m^2;
 60 km/h for 60 kilometers per hour; 25℃ for 25 degrees Celsius; 90˚ for 90; 1984年 for 1984;
+18 лет for 18; 5 km away for 5 km;
 3만 for 30000; ​63 for 63; 2 lakh for 200000; 50¢ for 50; 6" for 6 inches; 6' for 6 feet; '6' for 6;
 1’234’567 for 1234567; 3 incorrect answers for 3; f(3) = 42 for 42; 4千米 for 4 km;
 25 cm squared for 25 cm^2; 9.8 meters per second squared for 9.8 m/s^2; 7pm for 7 p.m.;
