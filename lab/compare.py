@@ -36,7 +36,7 @@ from app import cli
 from app.config import Config, check_training, option
 from app.run_folder import VERSION
 from app.screen import say
-from data.files import BAD_ROW, UserError, reason
+from data.files import BAD_ROW, UserError, local_files, reason
 from data.formats import load_questions
 from lab import controls, forking, verdict
 from lab.command import TRAIN, exit_code, parse
@@ -148,6 +148,8 @@ def fingerprints(settings: dict) -> dict[str, str]:
     for name in PATHS:
         path = ROOT / (settings[name] or "no such path")
         files = sorted(path.iterdir()) if path.is_dir() else [path]
+        if name.endswith("_path") and not path.exists():  # a data set of the hub
+            files = [Path(file) for file in local_files(settings[name])]
         contents = [file.name.encode() + file.read_bytes() for file in files if file.is_file()]
         if contents:
             found[name] = hashlib.sha256(b"".join(contents)).hexdigest()[:12]
@@ -225,8 +227,10 @@ def start(settings: dict, slot: Path, threads: int) -> subprocess.Popen:
     if changed:
         raise UserError(f"changed since the comparison began: {', '.join(changed)}")
     with locked(slot):
-        if not (settings_in(slot) == settings and (slot / "run" / "checkpoints").is_dir()):
-            shutil.rmtree(slot / "run", ignore_errors=True)  # nothing in it to go on with
+        if (slot / "run" / "checkpoints").is_dir():  # it goes on from there
+            refuse_changed(slot, settings_in(slot) or {}, settings)
+        else:
+            shutil.rmtree(slot / "run", ignore_errors=True)
             (slot / "final.json").unlink(missing_ok=True)  # of what was trained there before
         (slot / "settings.json").write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
     # Threads that wait by spinning slow down every other process on their cores, 5 to 50 times.
@@ -258,6 +262,7 @@ def play(slot: Path) -> int:
             return code
         del values["dataset_path"]  # there, what is evaluated on
         values |= {"adapter": folder / "adapter", "samples": settings["final_samples"]}
+        values["temperature"] = 1.0  # as the evaluations on the way, whatever trains
         return arpo("eval", **values, json=slot / "final.json")
 
 
@@ -284,7 +289,7 @@ class Comparison:
 
     def __init__(self, folder: Path, settings: dict | None = None):
         """Those in the folder; with `settings`, only what was made with the same, or new ones."""
-        self.folder, self.path = folder, folder / "results.json"
+        self.folder, self.path = folder.resolve(), folder / "results.json"
         self.results: dict = {"settings": settings, "methods": {}}
         self.failed: dict[Run, str] = {}
         if settings and not self.path.exists():
@@ -292,10 +297,10 @@ class Comparison:
         try:
             self.results = json.loads(self.path.read_text(encoding="utf-8"))
             before, methods = self.results["settings"], self.results["methods"]
-            whole = [verdict.row(self.results, method) for method in methods]
-            if not (whole or settings):
+            verdict.check(self.results)
+            if not (methods or settings):
                 raise ValueError("it holds no runs")
-        except (OSError, ArithmeticError, LookupError, *BAD_ROW) as error:
+        except (OSError, *BAD_ROW) as error:
             words = f"cannot use {self.path}: {reason(error)}; choose another --output_dir"
             raise UserError(words) from None
         refuse_changed(self.path, before, settings or before)
@@ -368,12 +373,16 @@ class Comparison:
         return said
 
     def report(self, methods: list[str]) -> None:
-        """The table, on the screen and in the folder, and the figures: of what has results."""
-        methods = [name for name in methods if name in self.results["methods"]]
+        """The table on the screen, and the figures; the table of all methods in the folder."""
+        stored = [name for name in METHODS if name in self.results["methods"]]
+        methods = [name for name in stored if name in methods]
         if not methods:
             return
-        verdict.show(self.results, methods, self.folder / "table.md")
-        verdict.write_summary(self.results, self.folder)
+        second = self.folder.parent / "second_world"
+        beside = self.folder != second and (second / "results.json").exists()
+        world = Comparison(second).results if beside else {"methods": {}}
+        verdict.show(self.results, methods)
+        verdict.write(self.results, stored, world, self.folder)
         say(f"{self.folder}: results.json, table.md, summary.json")
         try:
             from lab import figures
@@ -417,12 +426,19 @@ def compare(args: list[str]) -> int:
     return 1 if comparison.failed else 0
 
 
+def draw(args: list[str]) -> None:
+    words = "The table and the figures of results.json again."
+    parser = cli.Parser(prog="lab.compare draw", description=words, allow_abbrev=False)
+    parser.add_argument("folder", nargs="?", default=RESULTS, help="with a results.json")
+    Comparison(Path(parser.parse(args)["folder"])).report([*METHODS])
+
+
 def main(args: list[str]) -> int:
     command, *rest = args or [""]
     if command == "run" and len(rest) == 1:  # what a comparison starts for each run
         return exit_code(lambda: play(Path(rest[0])))
-    if command == "draw" and len(rest) < 2:
-        return exit_code(lambda: Comparison(Path(*rest or [RESULTS])).report([*METHODS]))
+    if command == "draw":
+        return exit_code(lambda: draw(rest))
     if command == "entropy":
         return exit_code(lambda: forking.study(rest))
     return exit_code(lambda: compare(args))

@@ -38,7 +38,7 @@ def sigma() -> None:
 
 
 def shuffled() -> None:
-    """Forks afterwards, by the entropies of the step's tool results, each at another result."""
+    """Forks afterwards, by the step's entropies, dealt anew: a result seldom gets its own."""
     after()
 
     def spend(budget: Budget, config) -> list[Segment]:
@@ -66,7 +66,9 @@ def oracle() -> None:
     def spend(budget: Budget, config) -> list[Segment]:
         results = [node for node in budget.places if node.decision]
         if budget.slots and results and budget.most:
-            budget.places |= spreads(budget, results, config, **now)
+            budget.rng.shuffle(results)  # few spreads are possible: equal ones in any order
+            found = spreads(budget, results, config, **now)
+            budget.places = dict.fromkeys(results) | budget.places | found
         return spend_rest(budget, config)
 
     arpo_mini.rollout, arpo_mini.spend_rest = watched, spend
@@ -91,7 +93,7 @@ def spreads(budget: Budget, results, config, writer, questions, tools) -> dict[S
 
 
 def live() -> None:
-    """GRPO that asks twice, and again where the two rewards differ: no group is dead by luck."""
+    """GRPO that asks twice, then those whose two rewards differ, up to max_leaves (8) each."""
 
     def rollout(writer, questions, config, tools, seed, scores=()):
         transformers.set_seed(seed % 2**32)

@@ -209,11 +209,14 @@ def study(args: list[str]) -> None:
         rows = load_questions(config.eval_path)
     if not rows:
         raise UserError(f"--forced {own.forced} holds no questions; legal: {FORCED}")
-    questions, agent = first_per_domain(rows, own.questions), load_agent(config)
     if name is None:
         name = Path(config.adapter).resolve().parent.name if config.adapter else "cold-start"
         name += "-forced" * bool(own.forced)
-    path = make_folder(own.output_dir) / f"{name}.json"
+    path = Path(own.output_dir, f"{name}.json")
+    if path.exists():
+        raise UserError(f"{path} is there already; choose another --name or remove it")
+    questions, agent = first_per_domain(rows, own.questions), load_agent(config)
+    make_folder(own.output_dir)
     asked = (agent, questions, own.continuations, config)
     if own.forced:
         nodes, columns = measure_forced(*asked), ("question", "start", "after")
