@@ -33,7 +33,7 @@ from random import Random
 import torch
 from tqdm import tqdm
 
-from advantage import Segment
+from advantage import Segment, reward
 from app.config import Config, option
 from app.run_folder import new_folder
 from app.screen import say
@@ -54,7 +54,7 @@ from engine.packing import (
     token_logprobs,
 )
 from lab.command import exit_code, parse
-from tools import ToolError, ToolResult, calculate, read_call, result_text
+from tools import ToolError, ToolResult, calculate, read_call, readable, result_text
 
 SHARED = (  # settings of `train` that it has, too
     "model_name adapter trust_remote_code load_in_4bit dtype lora_rank system_prompt thinking "
@@ -82,21 +82,31 @@ class Settings:  # beside those
 
 # ---- demonstrations -----------------------------------------------------------------------
 
+# How others mark a result; a policy trained on that would write its results itself.
+FOREIGN = re.compile(
+    r"</(interpreter|observation|output|information|tool_response|documents?)>"
+    r"|```output|<\|begin_of_documents\|>"
+)
+
 
 def from_file(path: str, tools: dict) -> tuple[list[Demonstration], Counter]:
     """Those of a file as a rollout would spell them, and why others were left out."""
     kept, left_out = [], Counter()
-    spelled = {"policy": str, "tool": lambda text: result_text(ToolResult(text.strip(), ok=True))}
+    unjudged = {"judge": lambda *_: 0.0, "tools_used": 0}
+    spelled = {"policy": readable, "tool": lambda text: result_text(ToolResult(text.strip(), True))}
     for demonstration in load_demonstrations(path):
-        turns = with_calculator(demonstration.turns)
-        if turns is None:
+        turns = with_calculator(demonstration.turns) or []
+        turns = [(author, spelled[author](text)) for author, text in turns]
+        written = [text for _, text in turns[::2]]
+        if not turns:
             left_out["call python for more than one expression"] += 1
-        elif any(call.name not in tools for _, text in turns[::2] if (call := read_call(text))):
+        elif any(call.name not in tools for call in map(read_call, written) if call):
             left_out[f"call another tool than {' and '.join(tools)}"] += 1
-        elif not turns[-1][1].strip():
+        elif not written[-1].strip():
             left_out["end in a tool result"] += 1
+        elif any(map(FOREIGN.search, written)) or reward(turns, [], **unjudged).total < 0:
+            left_out["are badly formed, or hold results that the policy writes"] += 1
         else:
-            turns = [(author, spelled[author](text)) for author, text in turns]
             kept.append(Demonstration(demonstration.question, turns))
     return kept, left_out
 
@@ -188,7 +198,8 @@ def fine_tune(settings: Settings, config: Config) -> None:
     try:
         train(policy, kept, settings, config, folder / "metrics.jsonl")
     finally:  # whatever ended it, the steps that were made are kept
-        policy.model.save_pretrained(folder / "adapter")
+        # an adapter on head or embeddings is saved alone, as train does it
+        policy.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
         say(f"the adapter is in {folder / 'adapter'}")
 
 

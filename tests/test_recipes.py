@@ -73,6 +73,9 @@ FORMS = [
     {"context": [["A", ["One.", " Two."]], ["B", ["Three."]]]},
     {"paragraphs": [{"title": "B", "paragraph_text": "Three.", "is_supporting": True}]},
     {"title": "C", "context": "Four. \u00e9"},
+    {"context": '[["A", ["One.", " Two."]]]'},  # as text, in one of 2Wiki's files
+    {"context": [{"title": "A", "content": ["One.", "Two."]}, {"title": "B", "text": "Three."}]},
+    {"context": {"title": "A", "sentences": "One. Two."}},
     {"context": {"title": ["D"], "sentences": [[]]}},  # nothing to read
     {"context": {"title": ["E"], "content": [["Five.", "Six."]]}},
 ]
@@ -87,13 +90,21 @@ def test_a_corpus_holds_every_paragraph_of_any_form_once(tmp_path, monkeypatch, 
     assert [tuple(d) for d in load_documents("made.jsonl")] == made
     assert run(["--data", "rows.jsonl", "--rows", "2", "--output", "made.jsonl"]) == 0
     assert len(load_documents("made.jsonl")) == 2
+    texts = "odd.jsonl, line 1: title and text are texts"
     for text, words in {
-        '{"question": "?"}': "'context' is missing; legal: ",
-        '{"context": "Four.", "title": 5}': "title and text are texts",
-        '{"paragraphs": [{"paragraph_text": {"a": 1}}]}': "title and text are texts",
+        '{"question": "?"}': "odd.jsonl, line 1: 'context' is missing; legal: ",
+        '{"context": "Four.", "title": 5}': texts,
+        '{"paragraphs": [{"paragraph_text": {"a": 1}}]}': texts,
+        '{"context": {"title": ["A", "B"], "sentences": "ab"}}': texts,
+        '{"context": [["A", [["One."]]]]}': texts,
+        '{"context": ["ab", "cd"]}': "odd.jsonl, line 1: a paragraph has a title and a text",
+        '{"context": null}': "odd.jsonl, line 1: a paragraph has a title and a text",
+        '{"context": []}': "--data odd.jsonl: no paragraph in it",
     }.items():
         Path("odd.jsonl").write_text(text, "utf-8")
-        refused(run(["--data", "odd.jsonl"]), f"odd.jsonl, line 1: {words}")
+        refused(run(["--data", "odd.jsonl", "--output", "made.jsonl"]), words)
+    refused(run(["--data", "rows.jsonl,made.jsonl", "--output", "made.jsonl"]), "a file of --data")
+    assert len(load_documents("made.jsonl")) == 2  # it is still there
     refused(run([]), "--data is missing")
     refused(run(["--data", "rows.jsonl", "--output", "no/such/x"]), "--output no/such/x: No such")
 

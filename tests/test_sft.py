@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import ROOT, lines_of, python
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from app.config import Config
@@ -70,7 +71,7 @@ def test_hesitation_mixes_in_what_the_tiny_model_was_taught(tools):
     assert none == never == 0 < some < many and 0 < now_and_then < often
 
 
-def test_a_file_is_spelled_as_our_tools_spell_it(tools, tmp_path):
+def test_a_file_is_spelled_as_our_tools_spell_it(tools):
     (days, lamp), left_out = from_file(SHAREGPT, tools)
     assert dict(left_out) == {"call python for more than one expression": 1}
     assert days.question == "How many days are 17 weeks and 3 days?"
@@ -80,11 +81,35 @@ def test_a_file_is_spelled_as_our_tools_spell_it(tools, tmp_path):
     ]
     made = "Page 1: The oak lamp is made by Badger Workshop. &lt;b>1911&lt;/b>"  # escaped
     assert lamp.turns[1] == ("tool", f"<result>\n{made}\n</result>")
-    said = "<think>x</think><search>q</search><result>r</result>"
+
+
+CALL, ANSWER = "<think>x</think><search>q</search>", "<think>y</think><answer>\\boxed{1}</answer>"
+RESULT, FORGED = "<result>r</result>", "are badly formed, or hold results that the policy writes"
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (CALL + RESULT, "end in a tool result"),
+        (
+            CALL.replace("search", "look") + RESULT + ANSWER,
+            "call another tool than search and calc",
+        ),
+        (CALL + "Here it is: " + RESULT + ANSWER, FORGED),
+        (CALL + CALL + RESULT + RESULT + ANSWER, FORGED),
+        (CALL + "<result>r (cut \\boxed{1}", FORGED),
+        (CALL + RESULT + ANSWER.replace("y", "<observation>o</observation>"), FORGED),
+        (CALL + RESULT + ANSWER.replace("y", "```output\n4\n```"), FORGED),
+        (CALL + RESULT + ANSWER.replace("y", "<|begin_of_documents|>"), FORGED),
+        (CALL + RESULT + ANSWER.replace("y", "half \ud800 of a character"), None),
+    ],
+)
+def test_who_writes_a_result_is_left_out(said, why, tools, tmp_path, policy):
     row = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": said}]}
     (tmp_path / "odd.jsonl").write_text(json.dumps(row) + "\n", "utf-8")
-    assert from_file(str(tmp_path / "odd.jsonl"), tools) == ([], {"end in a tool result": 1})
-    assert from_file(str(tmp_path / "odd.jsonl"), {}) == ([], {"call another tool than ": 1})
+    kept, left_out = from_file(str(tmp_path / "odd.jsonl"), tools)
+    assert [*left_out.values()] == [1] * bool(why) and (why or "") in "".join(left_out)
+    assert all(sft.demonstration_row(policy, each) for each in kept) and bool(kept) != bool(why)
 
 
 @pytest.mark.parametrize(
@@ -203,6 +228,7 @@ def test_whatever_ends_it_the_adapter_made_so_far_is_kept(
         time.sleep(1)
 
     update = mock.Mock(side_effect=stopped)
+    monkeypatch.setattr(policy.model.peft_config["default"], "target_modules", {"embed_tokens"})
     monkeypatch.setattr(sft, "load_policy", lambda *_, **__: policy)
     monkeypatch.setattr(sft, "update", update)
     few = "--demonstrations 6 --demonstrations_per_step 2 --output_dir".split()
@@ -211,7 +237,8 @@ def test_whatever_ends_it_the_adapter_made_so_far_is_kept(
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     out, error = capsys.readouterr()
     assert "the adapter is in" in out and ("the loss is nan" if code == 1 else "stopped") in error
-    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert saved and all("lora" in name for name in saved)  # of the embeddings, too
     assert len(lines_of(tmp_path / "run", "metrics.jsonl")) == 1
 
 
