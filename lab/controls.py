@@ -15,6 +15,7 @@ import transformers
 import arpo_mini
 from advantage import Segment
 from arpo_mini import Budget, grow, judge, spend_rest
+from lab.forking import continued
 
 CONTINUATIONS = 4  # of a tool result, from which the oracle knows how much their rewards differ
 SIGMA = 1.0  # k of the threshold mean + k * std
@@ -78,18 +79,17 @@ def spreads(budget: Budget, results, config, writer, questions, tools) -> dict[S
     """Tool result -> variance of the rewards of what goes on from there."""
     roots = [node for node in budget.places if node.author == "prompt"]  # as they were asked
     asked = dict(zip(roots, questions, strict=True))
-    begun = [node for node in results for _ in range(CONTINUATIONS)]
     # A slot that nobody may take: nothing forks, and what the results share stays in the cache.
     kept = Budget(1, random.Random(0), most=0, places=dict(budget.places))
-    own = dict.fromkeys(asked, kept)
-    before = writer.prefill_tokens
-    rewards = {node: [] for node in results}
-    for leaf in grow(writer, begun, own, config, tools):
-        # results may stand on one path: a leaf belongs to the last of them
-        node = next(segment for segment in reversed(leaf.path()) if segment in rewards)
-        rewards[node].append(judge(writer.policy, leaf, asked[leaf.path()[0]], config).total)
+    own, before = dict.fromkeys(asked, kept), writer.prefill_tokens
+    found = continued(writer, results, CONTINUATIONS, own, config, tools)
     writer.prefill_tokens = before
+    rewards = {n: rewards_of(writer, some, asked, config) for n, some in found.items()}
     return {node: statistics.pvariance(some) for node, some in rewards.items()}
+
+
+def rewards_of(writer, leaves, asked, config) -> list[float]:
+    return [judge(writer.policy, x, asked[x.path()[0]], config).total for x in leaves]
 
 
 def live() -> None:
@@ -102,21 +102,16 @@ def live() -> None:
         N, left = config.initial_rollouts, len(roots) * config.group_size
         # A slot that nobody may take: nothing forks, and the prompts stay in the cache.
         budgets = {root: Budget(1, random.Random(0), most=0) for root in roots}
-        leaves = grow(writer, [root for root in roots for _ in range(N)], budgets, config, tools)
-        rewards = {root: set() for root in roots}
-        for leaf in leaves:
-            root = leaf.path()[0]
-            rewards[root].add(judge(writer.policy, leaf, asked[root], config).total)
-        first = sorted(roots, key=lambda root: len(rewards[root]) == 1)
+        groups = continued(writer, roots, N, budgets, config, tools)
+        differ = [r for r in roots if len({*rewards_of(writer, groups[r], asked, config)}) > 1]
         given = Counter(dict.fromkeys(roots, N))
+        most = config.max_leaves or 2 * config.group_size
         while sum(given.values()) < left:
-            some = [root for root in first if len(rewards[root]) > 1]
-            most = config.max_leaves or 2 * config.group_size
-            some = [root for root in some or roots if given[root] < most] or roots
-            root = min(some, key=lambda root: given[root])
-            given[root] += 1
+            some = [root for root in differ or roots if given[root] < most] or roots
+            given[min(some, key=given.get)] += 1
         more = [root for root in roots for _ in range(given[root] - N)]
-        leaves += grow(writer, more, budgets, config, tools)
-        return [[leaf for leaf in leaves if leaf.path()[0] is root] for root in roots]
+        for leaf in grow(writer, more, budgets, config, tools):
+            groups[leaf.path()[0]].append(leaf)
+        return list(groups.values())
 
     arpo_mini.rollout = rollout

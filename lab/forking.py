@@ -33,6 +33,7 @@ from app.screen import say
 from arpo_mini import Agent, Budget, grow, judge, load_agent, open_writer
 from data.files import UserError, read_rows
 from data.formats import Question, asked, domain_of, load_questions
+from engine.writer import Writer
 from lab.command import make_folder, parse, print_rows
 from lab.intervals import Estimate, bootstrap, spearman, t_interval
 from tools import ToolResult, policy_stop, read_call, run_calls
@@ -45,22 +46,27 @@ COLUMNS = ("question", "call", "H", "H_initial", "spread")  # of a tool result
 # ---- rolling out --------------------------------------------------------------------------
 
 
+def continued(writer: Writer, nodes, k: int, budgets, config, tools) -> dict[Segment, list]:
+    """Node (prompt or tool result) -> the leaves of k paths that go on from it, without forks."""
+    found = {node: [] for node in nodes}
+    for leaf in grow(writer, [node for node in nodes for _ in range(k)], budgets, config, tools):
+        # nodes may stand on one path: a leaf belongs to the last of them
+        found[[segment for segment in leaf.path() if segment in found][-1]].append(leaf)
+    return found
+
+
 def continue_from(
     agent: Agent, nodes: list[Segment], k: int, config: Config, seed: int
 ) -> list[list[Segment]]:
-    """k independent continuations of every prompt or tool result to their ends: k leaves each."""
+    """The k leaves that go on from each prompt or tool result."""
 
-    def work(fitted: Config) -> list[Segment]:
+    def work(fitted: Config) -> dict[Segment, list]:
         transformers.set_seed(seed)
         budgets = {node.path()[0]: Budget(0, random.Random(seed)) for node in nodes}  # no forks
-        begun = [node for node in nodes for _ in range(k)]
-        return grow(open_writer(agent.policy, fitted), begun, budgets, fitted, agent.tools)
+        writer = open_writer(agent.policy, fitted)
+        return continued(writer, nodes, k, budgets, fitted, agent.tools)
 
-    known = {node: [] for node in nodes}
-    for leaf in agent.policy.limits.retry(config, work):
-        # nodes may stand on one path: a leaf belongs to the last of them
-        known[[segment for segment in leaf.path() if segment in known][-1]].append(leaf)
-    return list(known.values())
+    return [*agent.policy.limits.retry(config, work).values()]
 
 
 def spread_of(agent: Agent, leaves: list[Segment], question: Question, config: Config) -> float:

@@ -229,6 +229,8 @@ def test_whatever_ends_it_the_adapter_made_so_far_is_kept(
 
     update = mock.Mock(side_effect=stopped)
     monkeypatch.setattr(policy.model.peft_config["default"], "target_modules", {"embed_tokens"})
+    embeddings = policy.lm.get_input_embeddings()
+    monkeypatch.setattr(embeddings, "base_layer", torch.nn.Embedding(1, 1), raising=False)
     monkeypatch.setattr(sft, "load_policy", lambda *_, **__: policy)
     monkeypatch.setattr(sft, "update", update)
     few = "--demonstrations 6 --demonstrations_per_step 2 --output_dir".split()
