@@ -34,7 +34,7 @@ from tqdm import tqdm
 import arpo_mini
 from app import cli
 from app.config import Config, check_training, option
-from app.run_folder import VERSION
+from app.run_folder import VERSION, put
 from app.screen import say
 from data.files import BAD_ROW, UserError, local_files, reason
 from data.formats import load_questions
@@ -100,10 +100,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {  # a question each, and a figure each
 # the points of a curve are comparable.
 DEFAULTS = {"eval_every": 5, "eval_part": 100_000}
 PATHS = "model_name adapter system_prompt dataset_path eval_path documents_path".split()
-OF_THE_RUNS = set(
-    "seed output_dir initial_rollouts branch_rule max_branches branch_score max_leaves "
-    "questions_per_step group_size".split()
-)
+OF_THE_RUNS = {"seed", "output_dir", "branch_score", *STEP, *GRPO, *DEFAULT}
 
 
 def choose(text: str) -> list[str]:
@@ -335,9 +332,7 @@ class Comparison:
         """Whole or not at all; a line for each list of numbers."""
         text = json.dumps(self.results, indent=1)
         text = re.sub(r"\[[^\[\]{}]*\]", lambda x: json.dumps(json.loads(x[0])), text)
-        draft = self.path.with_suffix(".tmp")
-        draft.write_text(text + "\n", encoding="utf-8")
-        draft.replace(self.path)
+        put(self.path, text.encode() + b"\n")
 
     def train(self, runs: list[Run], jobs: int) -> None:
         """Every run that is not finished, `jobs` of them at a time."""
@@ -427,8 +422,8 @@ def compare(args: list[str]) -> int:
 
 
 def draw(args: list[str]) -> None:
-    words = "The table and the figures of results.json again."
-    parser = cli.Parser(prog="lab.compare draw", description=words, allow_abbrev=False)
+    """The table and the figures of results.json again."""
+    parser = cli.Parser(prog="lab.compare draw", description=draw.__doc__)
     parser.add_argument("folder", nargs="?", default=RESULTS, help="with a results.json")
     Comparison(Path(parser.parse(args)["folder"])).report([*METHODS])
 

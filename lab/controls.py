@@ -14,8 +14,8 @@ import transformers
 
 import arpo_mini
 from advantage import Segment
-from arpo_mini import Budget, grow, judge, spend_rest
-from lab.forking import continued
+from arpo_mini import Budget, grow, spend_rest
+from lab.forking import continued, rewards
 
 CONTINUATIONS = 4  # of a tool result, from which the oracle knows how much their rewards differ
 SIGMA = 1.0  # k of the threshold mean + k * std
@@ -84,12 +84,8 @@ def spreads(budget: Budget, results, config, writer, questions, tools) -> dict[S
     own, before = dict.fromkeys(asked, kept), writer.prefill_tokens
     found = continued(writer, results, CONTINUATIONS, own, config, tools)
     writer.prefill_tokens = before
-    rewards = {n: rewards_of(writer, some, asked, config) for n, some in found.items()}
-    return {node: statistics.pvariance(some) for node, some in rewards.items()}
-
-
-def rewards_of(writer, leaves, asked, config) -> list[float]:
-    return [judge(writer.policy, x, asked[x.path()[0]], config).total for x in leaves]
+    said = {node: (leaves, asked[node.path()[0]], config) for node, leaves in found.items()}
+    return {n: statistics.pvariance(rewards(writer.policy, *some)) for n, some in said.items()}
 
 
 def live() -> None:
@@ -103,7 +99,8 @@ def live() -> None:
         # A slot that nobody may take: nothing forks, and the prompts stay in the cache.
         budgets = {root: Budget(1, random.Random(0), most=0) for root in roots}
         groups = continued(writer, roots, N, budgets, config, tools)
-        differ = [r for r in roots if len({*rewards_of(writer, groups[r], asked, config)}) > 1]
+        won = {r: {*rewards(writer.policy, groups[r], q, config)} for r, q in asked.items()}
+        differ = [root for root in roots if len(won[root]) > 1]
         given = Counter(dict.fromkeys(roots, N))
         most = config.max_leaves or 2 * config.group_size
         while sum(given.values()) < left:

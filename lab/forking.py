@@ -33,6 +33,7 @@ from app.screen import say
 from arpo_mini import Agent, Budget, grow, judge, load_agent, open_writer
 from data.files import UserError, read_rows
 from data.formats import Question, asked, domain_of, load_questions
+from engine.model import Policy
 from engine.writer import Writer
 from lab.command import make_folder, parse, print_rows
 from lab.intervals import Estimate, bootstrap, spearman, t_interval
@@ -55,9 +56,7 @@ def continued(writer: Writer, nodes, k: int, budgets, config, tools) -> dict[Seg
     return found
 
 
-def continue_from(
-    agent: Agent, nodes: list[Segment], k: int, config: Config, seed: int
-) -> list[list[Segment]]:
+def continue_from(agent: Agent, nodes, k: int, config: Config, seed: int) -> list[list[Segment]]:
     """The k leaves that go on from each prompt or tool result."""
 
     def work(fitted: Config) -> dict[Segment, list]:
@@ -69,9 +68,8 @@ def continue_from(
     return [*agent.policy.limits.retry(config, work).values()]
 
 
-def spread_of(agent: Agent, leaves: list[Segment], question: Question, config: Config) -> float:
-    """Variance of the rewards (with n - 1)."""
-    return statistics.variance(judge(agent.policy, x, question, config).total for x in leaves)
+def rewards(policy: Policy, leaves: list[Segment], question: Question, config) -> list[float]:
+    return [judge(policy, leaf, question, config).total for leaf in leaves]
 
 
 def measure(agent: Agent, questions: list[Question], k: int, config: Config) -> list[list]:
@@ -89,7 +87,8 @@ def measure(agent: Agent, questions: list[Question], k: int, config: Config) -> 
         forks = continue_from(agent, list(results), k, config, seed + 1)
         for (node, (i, *seen)), leaves in zip(results.items(), forks, strict=True):
             call = sum(segment.author == "tool" for segment in node.path())
-            nodes.append([i, call, *seen, spread_of(agent, leaves, questions[i], config)])
+            spread = statistics.variance(rewards(agent.policy, leaves, questions[i], config))
+            nodes.append([i, call, *seen, spread])
     return nodes
 
 

@@ -7,10 +7,9 @@ The loss is next-token prediction on what the policy writes; prompts and tool re
 read. Without --data the demonstrations are the mini-world's, always right. The adapter is a
 starting point: `arpo_mini.py train --adapter DIR/adapter`.
 
-A demonstration is spelled as a rollout would spell it: the prompt that train and eval use (the
-file's own system prompt is left out, its tools are others), and results between <result> tags. The
-released data calls <python>: code that is one expression becomes a <calculator> call, others are
-left out, and so are calls of tools that we do not have.
+A demonstration is spelled as a rollout would spell it: with the prompt of train and eval, not that
+of the file, and results between <result> tags. The released data calls <python>: code that is one
+expression becomes a <calculator> call. Left out are others, and whatever `from_file` names.
 
 Demonstrations that all go on in one way after a tool result teach a policy to be surer there than
 at the start (a 135M model: at 16 of 16 questions), and the gain is never above 0. --hesitation
@@ -35,7 +34,7 @@ from tqdm import tqdm
 
 from advantage import Segment, reward
 from app.config import Config, option
-from app.run_folder import new_folder
+from app.run_folder import new_folder, put, to_json
 from app.screen import say
 from arpo_mini import make_tools
 from data.demonstrator import demonstrations_of_the_world
@@ -193,8 +192,7 @@ def fine_tune(settings: Settings, config: Config) -> None:
     folder = new_folder(config.output_dir)
     say(f"{folder}: {len(kept)} demonstrations{whys and f'; left out: {whys}'}")
     shared = {name: getattr(config, name) for name in SHARED}
-    text = json.dumps(shared | dataclasses.asdict(settings), indent=2)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    put(folder / "config.json", to_json(shared | dataclasses.asdict(settings)))
     try:
         train(policy, kept, settings, config, folder / "metrics.jsonl")
     finally:  # whatever ended it, the steps that were made are kept

@@ -14,21 +14,14 @@ from statistics import fmean
 from lab.command import print_rows
 from lab.intervals import Estimate, paired, t_interval
 
-COLUMNS = (  # of the points of a run
-    "step sampled tool_calls generated_tokens prefill_tokens seconds live_groups"
-).split()
+COLUMNS = "step sampled tool_calls generated_tokens prefill_tokens seconds live_groups".split()
 BASELINE = "grpo"
 TARGETS = (0.85, 0.9)  # accuracies: what does it take to get there?
 LAST = 5  # evaluations: their mean swings less than the final accuracy does
 OURS, BESIDE = "step", {"random": "step-random", "default": "arpo-1-of-8-z4", "grpo": "grpo"}
-MORE = (  # differences in the table beside those
-    ("step-after", "step-after-random"),
-    ("step-after", "step-shuffled"),
-    ("step", "step-after"),
-    ("step", "16x4"),
-    ("step", "grpo-live"),
-    ("step-oracle", "step-after"),
-)
+MORE = [("step-after", theirs) for theirs in ("step-after-random", "step-shuffled")]  # in the table
+MORE += [("step", theirs) for theirs in ("step-after", "16x4", "grpo-live")]
+MORE += [("step-oracle", "step-after")]
 
 
 def check(results: dict) -> None:
@@ -40,12 +33,12 @@ def check(results: dict) -> None:
             raise ValueError(f"{name} has no overrides or no runs")
         for seed, run in method["runs"].items():
             steps, right, *_ = columns = [run["points"][each] for each in COLUMNS]
-            shares = [run["wish_rate"], *right]
-            numbers = all(0 <= n < math.inf for n in sum(columns, shares)) and max(shares) <= 1
-            equal = len({*map(len, columns)}) == 1 and steps == sorted({*steps}) and steps[1:]
-            if not (numbers and equal and re.fullmatch("0|[1-9][0-9]*", seed)):
-                words = "columns of equal length, shares in [0, 1], a seed such as 3"
-                raise ValueError(f"{name}, seed {seed}: not what a run leaves ({words})")
+            numbers, shares = sum(columns, [run["wish_rate"]]), [run["wish_rate"], *right]
+            whole = len({*map(len, columns)}) == 1 and steps == sorted({*steps}) and steps[1:]
+            whole = whole and all(0 <= n < math.inf for n in numbers) and max(shares) <= 1
+            if not whole or not re.fullmatch("0|[1-9][0-9]*", seed):
+                words = "a seed is 0, 1, .., columns have one length, shares are in [0, 1]"
+                raise ValueError(f"{name}, seed {seed}: {words}")
 
 
 def column(run: dict, name: str) -> list[float]:

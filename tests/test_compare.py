@@ -347,7 +347,7 @@ def test_every_method_is_a_legal_training():
 )
 def test_a_control_spends_the_same_budget(tiny, control, monkeypatch):
     judged = itertools.count()
-    monkeypatch.setattr(controls, "judge", lambda *_: Reward(next(judged) % 2, 1.0, True, 1))
+    monkeypatch.setattr(forking, "judge", lambda *_: Reward(next(judged) % 2, 1.0, True, 1))
     for name in ("rollout", "running_threshold", "spend_rest"):  # put back at the end
         monkeypatch.setattr(arpo_mini, name, getattr(arpo_mini, name))
     config = dataclasses.replace(TINY, **{**compare.STEP, "questions_per_step": 2})
@@ -533,7 +533,7 @@ def test_two_methods_two_seeds_two_steps(tmp_path):
             assert run["points"]["step"] == [0, 1, 2] and run["points"]["tool_calls"][-1] > 0
             assert (run["wish_rate"] == 0) == (method["overrides"] == compare.GRPO)
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"table.md", "accuracy-chosen.png"} <= names and "results.tmp" not in names
+    assert {"table.md", "accuracy-chosen.png"} <= names and "results.json.tmp" not in names
 
 
 @pytest.mark.slow
