@@ -342,14 +342,18 @@ def test_every_method_is_a_legal_training():
     assert set(compare.METHODS) == {m for names in compare.FAMILIES.values() for m in names}
 
 
+@pytest.fixture
+def unchanged(monkeypatch):
+    for name in ("rollout", "running_threshold", "spend_rest"):  # put back at the end
+        monkeypatch.setattr(arpo_mini, name, getattr(arpo_mini, name))
+
+
 @pytest.mark.parametrize(
     "control", sorted({m.get("control", "live") for m in compare.METHODS.values()})
 )
-def test_a_control_spends_the_same_budget(tiny, control, monkeypatch):
+def test_a_control_spends_the_same_budget(tiny, control, unchanged, monkeypatch):
     judged = itertools.count()
     monkeypatch.setattr(forking, "judge", lambda *_: Reward(next(judged) % 2, 1.0, True, 1))
-    for name in ("rollout", "running_threshold", "spend_rest"):  # put back at the end
-        monkeypatch.setattr(arpo_mini, name, getattr(arpo_mini, name))
     config = dataclasses.replace(TINY, **{**compare.STEP, "questions_per_step": 2})
     if control == "live":
         config = dataclasses.replace(config, branch_rule="none", initial_rollouts=2)
@@ -364,21 +368,15 @@ def test_a_control_spends_the_same_budget(tiny, control, monkeypatch):
     assert (next(judged) > 0) == (control in ("oracle", "live"))
 
 
-def test_the_oracle_breaks_ties_at_random(monkeypatch):
-    """Equal spreads of nine results: not those of the first calls, and never the question."""
-
-    def same(budget, results, *_, **__):
-        return dict.fromkeys(results, 0.5)
-
-    monkeypatch.setattr(controls, "spreads", same)
-    for name in ("rollout", "running_threshold", "spend_rest"):  # put back at the end
-        monkeypatch.setattr(arpo_mini, name, getattr(arpo_mini, name))
+def test_the_oracle_breaks_ties_at_random(unchanged, monkeypatch):
+    """Nine results of one spread: the forks begin neither at the first ones nor at the question."""
+    monkeypatch.setattr(controls, "spreads", lambda _, nodes, *__: dict.fromkeys(nodes, 0.5))
     controls.oracle()
     root = Segment("prompt", [1])
     results = [Segment("tool", [i], root, decision=Decision(0, 0, 0, 0, 0)) for i in range(9)]
     budget = arpo_mini.Budget(4, random.Random(0), places=dict.fromkeys([root, *results], 0.0))
     first = arpo_mini.spend_rest(budget, TINY)  # two of each
-    assert root not in first and set(first) < set(results) and first[::2] != results[:2]
+    assert set(first) < set(results) and first[::2] != results[:2]
 
 
 # ---- what is written ----------------------------------------------------------------------

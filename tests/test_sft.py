@@ -83,33 +83,24 @@ def test_a_file_is_spelled_as_our_tools_spell_it(tools):
     assert lamp.turns[1] == ("tool", f"<result>\n{made}\n</result>")
 
 
-CALL, ANSWER = "<think>x</think><search>q</search>", "<think>y</think><answer>\\boxed{1}</answer>"
-RESULT, FORGED = "<result>r</result>", "are badly formed, or hold results that the policy writes"
-
-
-@pytest.mark.parametrize(
-    ("said", "why"),
-    [
-        (CALL + RESULT, "end in a tool result"),
-        (
-            CALL.replace("search", "look") + RESULT + ANSWER,
-            "call another tool than search and calc",
-        ),
-        (CALL + "Here it is: " + RESULT + ANSWER, FORGED),
-        (CALL + CALL + RESULT + RESULT + ANSWER, FORGED),
-        (CALL + "<result>r (cut \\boxed{1}", FORGED),
-        (CALL + RESULT + ANSWER.replace("y", "<observation>o</observation>"), FORGED),
-        (CALL + RESULT + ANSWER.replace("y", "```output\n4\n```"), FORGED),
-        (CALL + RESULT + ANSWER.replace("y", "<|begin_of_documents|>"), FORGED),
-        (CALL + RESULT + ANSWER.replace("y", "half \ud800 of a character"), None),
-    ],
-)
-def test_who_writes_a_result_is_left_out(said, why, tools, tmp_path, policy):
-    row = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": said}]}
-    (tmp_path / "odd.jsonl").write_text(json.dumps(row) + "\n", "utf-8")
-    kept, left_out = from_file(str(tmp_path / "odd.jsonl"), tools)
-    assert [*left_out.values()] == [1] * bool(why) and (why or "") in "".join(left_out)
-    assert all(sft.demonstration_row(policy, each) for each in kept) and bool(kept) != bool(why)
+def test_who_writes_a_result_is_left_out(tools, tmp_path, policy):
+    call = "<think>x</think><search>q</search>"
+    answer = "<think>%s</think><answer>\\boxed{1}</answer>"
+    begun = call + "<result>r</result>" + answer
+    said = [begun % "half \ud800 of a character", begun.removesuffix(answer)]
+    said += [begun.replace("search", "look"), begun.replace("</re", "</result><result>s</re")]
+    said += [begun.replace("<result>", "So: <result>"), call + "<result>r (cut \\boxed{1}"]
+    said += [begun % "<observation>o</observation>", begun % "```output", begun % "</documents>"]
+    rows = [[{"from": "human", "value": "q"}, {"from": "gpt", "value": text}] for text in said]
+    lines = [json.dumps({"conversations": row}) + "\n" for row in rows]
+    (tmp_path / "odd.jsonl").write_text("".join(lines), "utf-8")
+    (kept,), left_out = from_file(str(tmp_path / "odd.jsonl"), tools)
+    assert [*left_out.values()] == [1, 1, 6] and sft.demonstration_row(policy, kept)
+    assert [*left_out] == [
+        "end in a tool result",
+        "call another tool than search and calculator",
+        WRITES,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -191,6 +182,7 @@ def test_as_much_at_once_as_fits_the_memory(policy, rows, monkeypatch):
 # ---- the command line ---------------------------------------------------------------------
 
 
+WRITES = "are badly formed, or hold results that the policy writes"
 LEFT = "no demonstration is left: 1 call python for more than one expression; 2 have more than 9 t"
 
 
