@@ -134,12 +134,6 @@ def batches(demonstrator, maker, tokenizer, unsure: Hesitation, domains: tuple =
             yield ids, [expected for _, expected in group]
 
 
-def learning_rate(step: int, steps: int, peak: float = 3e-3) -> float:
-    """Of step 0, 1, ..: a linear warm-up, then half a cosine down to a fiftieth."""
-    warm = min(1.0, (step + 1) / 100)
-    return peak * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-
-
 def soft_targets(expected: list[list[dict]], vocab_size: int):
     """Row and column of each of the n tokens that are learnt, and its (n, V) distribution."""
     learnt = [(r, c, p) for r, row in enumerate(expected) for c, p in enumerate(row) if p]
@@ -172,9 +166,11 @@ def train(model, data, steps: int) -> None:
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        # a linear warm-up, then half a cosine down to a fiftieth
+        falling = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps)
+                group["lr"] = 3e-3 * min(1.0, (step + 1) / 100) * falling
             optimizer.step()
         bar.set_postfix(KL=f"{loss.item():.4f}")
 

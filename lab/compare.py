@@ -12,7 +12,6 @@ draw everything, runs/ the folders of the runs.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -34,12 +33,12 @@ from tqdm import tqdm
 import arpo_mini
 from app import cli
 from app.config import Config, check_training, option
-from app.run_folder import VERSION, put
+from app.run_folder import VERSION, digest, put
 from app.screen import say
 from data.files import BAD_ROW, UserError, local_files, reason
 from data.formats import load_questions
 from lab import controls, forking, verdict
-from lab.command import TRAIN, exit_code, parse
+from lab.command import TRAIN, exit_code, parse, print_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "lab/results/compare"
@@ -105,13 +104,11 @@ OF_THE_RUNS = {"seed", "output_dir", "branch_score", *STEP, *GRPO, *DEFAULT}
 
 def choose(text: str) -> list[str]:
     """The methods that names of methods and families, or `all`, stand for; in METHODS' order."""
-    chosen = set()
-    for name in text.split(","):
-        if name not in (*FAMILIES, *METHODS, "all"):
-            legal = ", ".join([*METHODS, *FAMILIES, "all"])
-            raise UserError(f"--methods {name}: choose, separated by commas, from {legal}")
-        chosen |= set(METHODS if name == "all" else FAMILIES.get(name, (name,)))
-    return [name for name in METHODS if name in chosen]
+    known, names = {**{m: (m,) for m in METHODS}, **FAMILIES, "all": (*METHODS,)}, text.split(",")
+    for name in names:
+        if name not in known:
+            raise UserError(f"--methods {name}: choose, between commas, from {', '.join(known)}")
+    return [method for method in METHODS if any(method in known[name] for name in names)]
 
 
 class Run(NamedTuple):
@@ -122,7 +119,7 @@ class Run(NamedTuple):
         return f"{self.method}, seed {self.seed}"
 
 
-def shared_settings(values: dict, final_samples: int) -> dict:
+def shared_settings(values: dict, samples: int) -> dict:
     """What all runs have in common: a Config, paths relative to the project where possible."""
     config = Config(**values)
     check_training(config)
@@ -135,8 +132,8 @@ def shared_settings(values: dict, final_samples: int) -> dict:
             settings[name] = str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
     for name in OF_THE_RUNS:
         del settings[name]
-    more = {"version": VERSION, "final_samples": final_samples}
-    return {**settings, **more, "files": fingerprints(settings)}
+    files = fingerprints(settings)
+    return {**settings, "version": VERSION, "final_samples": samples, "files": files}
 
 
 def fingerprints(settings: dict) -> dict[str, str]:
@@ -149,7 +146,7 @@ def fingerprints(settings: dict) -> dict[str, str]:
             files = [Path(file) for file in local_files(settings[name])]
         contents = [file.name.encode() + file.read_bytes() for file in files if file.is_file()]
         if contents:
-            found[name] = hashlib.sha256(b"".join(contents)).hexdigest()[:12]
+            found[name] = digest(b"".join(contents))[:12]
     return found
 
 
@@ -176,7 +173,7 @@ def read_run(slot: Path) -> dict | None:
     for row in metrics:
         row["seconds"] = row["seconds_rollout"] + row["seconds_update"]
         row["live_groups"] = row["groups"] - row["equal_groups"]
-    for name in ("tool_calls", "generated_tokens", "prefill_tokens", "seconds", "live_groups"):
+    for name in verdict.COLUMNS[2:]:
         spent = [row[name] for row in metrics]
         points[name] = [round(sum(spent[:step]), 1) for step in points["step"]]
     # the share of tool results at which the rule wanted a fork, slots left or not
@@ -214,8 +211,6 @@ def locked(folder: Path) -> Iterator[None]:
     except Timeout:
         words = "a comparison, or a run of one that was killed, is at work there"
         raise UserError(f"--output_dir {folder}: {words}") from None
-    except OSError as error:
-        raise UserError(f"--output_dir {folder}: {reason(error)}") from None
 
 
 def start(settings: dict, slot: Path, threads: int) -> subprocess.Popen:
@@ -295,7 +290,7 @@ class Comparison:
             self.results = json.loads(self.path.read_text(encoding="utf-8"))
             before, methods = self.results["settings"], self.results["methods"]
             verdict.check(self.results)
-            if not (methods or settings):
+            if not (settings or any(method["runs"] for method in methods.values())):
                 raise ValueError("it holds no runs")
         except (OSError, *BAD_ROW) as error:
             words = f"cannot use {self.path}: {reason(error)}; choose another --output_dir"
@@ -369,14 +364,15 @@ class Comparison:
 
     def report(self, methods: list[str]) -> None:
         """The table on the screen, and the figures; the table of all methods in the folder."""
-        stored = [name for name in METHODS if name in self.results["methods"]]
+        stored = [name for name in METHODS if verdict.runs_of(self.results, name)]
         methods = [name for name in stored if name in methods]
         if not methods:
             return
         second = self.folder.parent / "second_world"
         beside = self.folder != second and (second / "results.json").exists()
         world = Comparison(second).results if beside else {"methods": {}}
-        verdict.show(self.results, methods)
+        for head, *lines in verdict.tables(self.results, methods):
+            print_rows(head, lines)
         verdict.write(self.results, stored, world, self.folder)
         say(f"{self.folder}: results.json, table.md, summary.json")
         try:

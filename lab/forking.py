@@ -4,13 +4,12 @@
     python -m lab.compare entropy --forced FILE --model_name M
 
 A trajectory for every question, and K more from each of its tool results. The spread of a result is
-the variance of their rewards: what a group of forks there would be compared on, and 0 where it
-teaches nothing. Do H or the gain (H - H_initial), as the branch rule reads them off that
-trajectory, predict the spread? (Bootstrap over questions.)
+the variance of their rewards; 0 teaches nothing. Do H or the gain (H - H_initial), as the branch
+rule reads them off that trajectory, predict the spread? (Bootstrap over questions.)
 
-With --forced, for a policy that does not know the format yet, the call is not its own: a row of
-FILE has a question and, if you like, a call and a result; else the question's own text is searched.
-H of K beginnings at the start, of K after the result, and the gain between them.
+With --forced, for a policy that does not know the format yet, the call is given: a row of FILE has
+a question and, if you like, a call and a result; else the question's own text is searched. H of K
+beginnings at the start, of K after the result, and the gain between them.
 """
 
 from __future__ import annotations
@@ -207,17 +206,15 @@ class Flags:
 
 def study(args: list[str]) -> None:
     own, values = parse("lab.compare entropy", __doc__, args, Flags, TAKEN)
-    config, name = Config(**values, branch_rule="none"), own.name
+    config = Config(**values, branch_rule="none")
     if own.forced:
         rows = [row for _, row in read_rows(own.forced, read_forced, FORCED)]
     else:
         rows = load_questions(config.eval_path)
     if not rows:
         raise UserError(f"--forced {own.forced} holds no questions; legal: {FORCED}")
-    if name is None:
-        name = Path(config.adapter).resolve().parent.name if config.adapter else "cold-start"
-        name += "-forced" * bool(own.forced)
-    path = Path(own.output_dir, f"{name}.json")
+    name = Path(config.adapter).resolve().parent.name if config.adapter else "cold-start"
+    path = Path(own.output_dir, f"{own.name or name + '-forced' * bool(own.forced)}.json")
     if path.exists():
         raise UserError(f"{path} is there already; choose another --name or remove it")
     questions, agent = first_per_domain(rows, own.questions), load_agent(config)

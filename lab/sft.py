@@ -40,18 +40,10 @@ from arpo_mini import make_tools
 from data.demonstrator import demonstrations_of_the_world
 from data.files import UserError
 from data.formats import Demonstration, load_demonstrations
+from engine import packing
 from engine.judge import as_number
 from engine.memory import snapshot
 from engine.model import RESULT_FRAME, Policy, load_policy
-from engine.packing import (
-    Row,
-    make_batch,
-    make_row,
-    micro_batches,
-    require_finite,
-    take_step,
-    token_logprobs,
-)
 from lab.command import exit_code, parse
 from tools import ToolError, ToolResult, calculate, read_call, readable, result_text
 
@@ -136,20 +128,20 @@ def with_calculator(turns: list[tuple[str, str]]) -> list[tuple[str, str]] | Non
     return turns
 
 
-def demonstration_row(policy: Policy, demonstration: Demonstration) -> Row:
+def demonstration_row(policy: Policy, demonstration: Demonstration) -> packing.Row:
     """Every token with its author: those of the policy weigh 1, its eos among them; others 0."""
     node = Segment("prompt", policy.prompt(demonstration.question))
     for author, text in demonstration.turns:
         frame = RESULT_FRAME if author == "tool" else ()
         node = Segment(author, policy.encode(text, frame), parent=node)
     node.token_ids.append(policy.turn_end)
-    return make_row([node], {s: {node: 1.0} for s in node.path() if s.author == "policy"})
+    return packing.make_row([node], {s: {node: 1.0} for s in node.path() if s.author == "policy"})
 
 
 # ---- training -----------------------------------------------------------------------------
 
 
-def update(policy: Policy, optimizer, rows: list[Row], config: Config) -> float:
+def update(policy: Policy, optimizer, rows: list[packing.Row], config: Config) -> float:
     """One optimizer step: the mean of -log p over the policy's tokens of all rows, in nats.
 
     Where the memory runs out, the same again with less at once.
@@ -159,14 +151,14 @@ def update(policy: Policy, optimizer, rows: list[Row], config: Config) -> float:
     def work(fitted: Config) -> float:
         losses = []
         optimizer.zero_grad()
-        for group in micro_batches(rows, fitted.micro_batch_tokens):
-            batch = make_batch(group, policy.pad_id, policy.device, policy.lm.dtype)
-            logp = token_logprobs(policy, batch, temperature=1.0)  # (B, T), 0 if not counted
+        for group in packing.micro_batches(rows, fitted.micro_batch_tokens):
+            batch = packing.make_batch(group, policy.pad_id, policy.device, policy.lm.dtype)
+            logp = packing.token_logprobs(policy, batch, temperature=1.0)  # (B, T)
             loss = -logp.sum() / total
-            require_finite("the loss", loss, [row.input_ids for row in group])
+            packing.require_finite("the loss", loss, [row.input_ids for row in group])
             policy.scaler.scale(loss).backward()
             losses.append(loss.item())
-        take_step(policy, optimizer, total, rows)
+        packing.take_step(policy, optimizer, total, rows)
         return sum(losses)
 
     return policy.limits.retry(config, work, snapshot(policy, optimizer))
@@ -195,18 +187,17 @@ def fine_tune(settings: Settings, config: Config) -> None:
     put(folder / "config.json", to_json(shared | dataclasses.asdict(settings)))
     try:
         train(policy, kept, settings, config, folder / "metrics.jsonl")
-    finally:  # whatever ended it, the steps that were made are kept
-        # an adapter on head or embeddings is saved alone, as train does it
+    finally:  # whatever ended it, the steps that were made are kept; no frozen weights
         policy.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
         say(f"the adapter is in {folder / 'adapter'}")
 
 
-def train(policy: Policy, rows: list[Row], settings: Settings, config: Config, log: Path) -> None:
+def train(policy: Policy, rows: list, settings: Settings, config: Config, log: Path) -> None:
     """Every demonstration in a random order, again and again."""
     optimizer = torch.optim.AdamW(policy.parameters, lr=config.learning_rate, weight_decay=0.0)
     n, rng = min(settings.demonstrations_per_step, len(rows)), Random(config.seed)
     steps = max(1, math.ceil(settings.epochs * len(rows) / n))
-    waiting: list[Row] = []
+    waiting: list[packing.Row] = []
     with log.open("w", encoding="utf-8") as file:
         for step in (bar := tqdm(range(1, steps + 1), desc="cold start", disable=None)):
             started = time.perf_counter()

@@ -7,11 +7,10 @@ what was spent on training up to it. Runs of one seed draw their questions in on
 import json
 import math
 import re
-from operator import truediv
+from operator import add, truediv
 from pathlib import Path
 from statistics import fmean
 
-from lab.command import print_rows
 from lab.intervals import Estimate, paired, t_interval
 
 COLUMNS = "step sampled tool_calls generated_tokens prefill_tokens seconds live_groups".split()
@@ -26,11 +25,10 @@ MORE += [("step-oracle", "step-after")]
 
 def check(results: dict) -> None:
     """ValueError, or another of BAD_ROW, for what no comparison has written."""
-    if not isinstance(results["settings"], dict):
-        raise ValueError("settings is no object")
+    objects = [results["settings"], *(m["overrides"] for m in results["methods"].values())]
+    if not all(isinstance(each, dict) for each in objects):
+        raise ValueError("settings and overrides are objects")
     for name, method in results["methods"].items():
-        if not (isinstance(method["overrides"], dict) and method["runs"]):
-            raise ValueError(f"{name} has no overrides or no runs")
         for seed, run in method["runs"].items():
             steps, right, *_ = columns = [run["points"][each] for each in COLUMNS]
             numbers, shares = sum(columns, [run["wish_rate"]]), [run["wish_rate"], *right]
@@ -46,8 +44,7 @@ def column(run: dict, name: str) -> list[float]:
     points = run["points"]
     if name != "tokens":
         return points[name]
-    pairs = zip(points["generated_tokens"], points["prefill_tokens"], strict=True)
-    return [a + b for a, b in pairs]
+    return [*map(add, points["generated_tokens"], points["prefill_tokens"])]
 
 
 def runs_of(results: dict, method: str) -> dict[str, dict]:
@@ -137,11 +134,6 @@ def tables(results: dict, methods: list[str]) -> list[list[list[str]]]:
         words = f"last {LAST} evaluations"
         found.append([["difference, by seed, in points", "final", words], *lines])
     return found
-
-
-def show(results: dict, methods: list[str]) -> None:
-    for head, *lines in tables(results, methods):
-        print_rows(head, lines)
 
 
 def summary(results: dict) -> dict:

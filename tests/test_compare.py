@@ -239,7 +239,7 @@ def test_other_settings_do_not_mix(fake, refused, monkeypatch):
     for text in ("[]", *(before.replace(*damage) for damage in damages)):
         path.write_text(text)
         assert text != before and check("cannot use", "results.json") is None
-    path.write_text('{"settings": {}, "methods": {}}')
+    path.write_text('{"settings": {}, "methods": {"grpo": {"overrides": {}, "runs": {}}}}')
     refused(compare.main(["draw", str(fake.folder)]), f"{path}: it holds no runs")
     assert fake.trained() == [] and (fake.folder / "kept.json").read_text() == before
 
@@ -342,18 +342,14 @@ def test_every_method_is_a_legal_training():
     assert set(compare.METHODS) == {m for names in compare.FAMILIES.values() for m in names}
 
 
-@pytest.fixture
-def unchanged(monkeypatch):
-    for name in ("rollout", "running_threshold", "spend_rest"):  # put back at the end
-        monkeypatch.setattr(arpo_mini, name, getattr(arpo_mini, name))
-
-
 @pytest.mark.parametrize(
     "control", sorted({m.get("control", "live") for m in compare.METHODS.values()})
 )
-def test_a_control_spends_the_same_budget(tiny, control, unchanged, monkeypatch):
+def test_a_control_spends_the_same_budget(tiny, control, monkeypatch):
     judged = itertools.count()
     monkeypatch.setattr(forking, "judge", lambda *_: Reward(next(judged) % 2, 1.0, True, 1))
+    for name in ("rollout", "running_threshold", "spend_rest"):  # put back at the end
+        monkeypatch.setattr(arpo_mini, name, getattr(arpo_mini, name))
     config = dataclasses.replace(TINY, **{**compare.STEP, "questions_per_step": 2})
     if control == "live":
         config = dataclasses.replace(config, branch_rule="none", initial_rollouts=2)
@@ -368,9 +364,11 @@ def test_a_control_spends_the_same_budget(tiny, control, unchanged, monkeypatch)
     assert (next(judged) > 0) == (control in ("oracle", "live"))
 
 
-def test_the_oracle_breaks_ties_at_random(unchanged, monkeypatch):
+def test_the_oracle_breaks_ties_at_random(monkeypatch):
     """Nine results of one spread: the forks begin neither at the first ones nor at the question."""
     monkeypatch.setattr(controls, "spreads", lambda _, nodes, *__: dict.fromkeys(nodes, 0.5))
+    for name in ("rollout", "running_threshold", "spend_rest"):  # put back at the end
+        monkeypatch.setattr(arpo_mini, name, getattr(arpo_mini, name))
     controls.oracle()
     root = Segment("prompt", [1])
     results = [Segment("tool", [i], root, decision=Decision(0, 0, 0, 0, 0)) for i in range(9)]

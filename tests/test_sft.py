@@ -18,6 +18,7 @@ from app.config import Config
 from arpo_mini import load_agent, make_tools
 from data.demonstrator import demonstrations_of_the_world
 from data.formats import Demonstration, load_questions
+from engine import packing
 from engine.memory import Limits
 from lab import sft
 from lab.coldstart import build_model
@@ -158,7 +159,7 @@ def test_only_what_the_policy_wrote_has_a_gradient(policy, rows, monkeypatch):
 
 def test_as_much_at_once_as_fits_the_memory(policy, rows, monkeypatch):
     """By --memory_gb, and in halves where that was too much; the step stays the same."""
-    real, found, optimizer = sft.token_logprobs, [], torch.optim.SGD(policy.parameters, lr=0.0)
+    real, found, optimizer = packing.token_logprobs, [], torch.optim.SGD(policy.parameters, lr=0.0)
 
     def small(policy, batch, temperature):
         sizes.append(batch.input_ids.numel())
@@ -167,7 +168,7 @@ def test_as_much_at_once_as_fits_the_memory(policy, rows, monkeypatch):
             raise torch.OutOfMemoryError("no memory")
         return real(policy, batch, temperature)
 
-    monkeypatch.setattr(sft, "token_logprobs", small)
+    monkeypatch.setattr(packing, "token_logprobs", small)
     made = Limits(micro_batch_tokens=200)  # by --memory_gb
     for limits, fits in ((Limits(), 1e9), (Limits(), 300), (made, 1e9)):
         sizes, most = [], fits

@@ -48,9 +48,8 @@ def plain(config: Config, own) -> dict:
     job.agent.refuse_long(job.questions, config.dataset_path)
     policy, tools = job.agent.policy, job.agent.tools
 
-    def on_one_page(number: int) -> dict:
-        asked = job.asked(number)
-        return one_page.train_step(policy, job.optimizer, asked, config, tools, number)
+    def on_one_page(n: int) -> dict:
+        return one_page.train_step(policy, job.optimizer, job.asked(n), config, tools, n)
 
     ways = {"one page": on_one_page, "ours": job.step}
     peaks = [jobs.peak_bytes(lambda step=step: step(1)) for step in ways.values()]
@@ -141,11 +140,9 @@ def trl_trainer(job: Job, system: str | None, schemas: bool, times: StepByStep, 
     lm = AutoModelForCausalLM.from_pretrained(c.model_name, dtype=policy.lm.dtype)
     lm.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(list(STOPS))
     first = [{"role": "system", "content": system}] if system else []
-    rows = [
-        {"prompt": [*first, {"role": "user", "content": q.text}], "answers": q.answers}
-        for step in range(1, steps + 1)
-        for q in job.asked(step)
-    ]
+    asked = [q for step in range(1, steps + 1) for q in job.asked(step)]
+    prompts = [[*first, {"role": "user", "content": q.text}] for q in asked]
+    rows = {"prompt": prompts, "answers": [q.answers for q in asked]}
     how = {"learning_rate": 0.0, "lr_scheduler_type": "constant"}  # one policy at every step
     how |= {"report_to": "none", "logging_strategy": "no", "save_strategy": "no"}
     how |= {"shuffle_dataset": False, "gradient_checkpointing": False, "disable_tqdm": True}
@@ -159,7 +156,7 @@ def trl_trainer(job: Job, system: str | None, schemas: bool, times: StepByStep, 
     lora = {"r": c.lora_rank, "lora_alpha": 2 * c.lora_rank, "target_modules": "all-linear"}
     more = {"peft_config": LoraConfig(task_type="CAUSAL_LM", **lora), "callbacks": [times]}
     more |= {"tools": [tool_of(job, name) for name in job.agent.tools]}
-    judge, rows = reward_function(tokenizer, {*job.agent.tools}), datasets.Dataset.from_list(rows)
+    judge, rows = reward_function(tokenizer, {*job.agent.tools}), datasets.Dataset.from_dict(rows)
     trainer = trl.GRPOTrainer(lm, judge, args, rows, processing_class=tokenizer, **more)
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -2,7 +2,6 @@
 a decoded token profiled, the fast tests, the default run, presets, dtypes.
 
 Models have weights of no meaning and forced trajectories of three tool turns, one question a step.
-Every case begins with nothing on the GPU. The whole way was rehearsed on a CPU (tests/test_bench).
 """
 
 import dataclasses
