@@ -5,6 +5,7 @@ import os
 import shlex
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 from unittest import mock
 
@@ -84,24 +85,12 @@ def test_a_file_is_spelled_as_our_tools_spell_it(tools):
     assert lamp.turns[1] == ("tool", f"<result>\n{made}\n</result>")
 
 
-def test_who_writes_a_result_is_left_out(tools, tmp_path, policy):
-    call = "<think>x</think><search>q</search>"
-    answer = "<think>%s</think><answer>\\boxed{1}</answer>"
-    begun = call + "<result>r</result>" + answer
-    said = [begun % "half \ud800 of a character", begun.removesuffix(answer)]
-    said += [begun.replace("search", "look"), begun.replace("</re", "</result><result>s</re")]
-    said += [begun.replace("<result>", "So: <result>"), call + "<result>r (cut \\boxed{1}"]
-    said += [begun % "<observation>o</observation>", begun % "```output", begun % "</documents>"]
-    rows = [[{"from": "human", "value": "q"}, {"from": "gpt", "value": text}] for text in said]
-    lines = [json.dumps({"conversations": row}) + "\n" for row in rows]
-    (tmp_path / "odd.jsonl").write_text("".join(lines), "utf-8")
-    (kept,), left_out = from_file(str(tmp_path / "odd.jsonl"), tools)
-    assert [*left_out.values()] == [1, 1, 6] and sft.demonstration_row(policy, kept)
-    assert [*left_out] == [
-        "end in a tool result",
-        "call another tool than search and calculator",
-        WRITES,
-    ]
+def test_who_writes_a_result_is_left_out(tools, policy):
+    file = ROOT / "tests/fixtures/sharegpt_left_out.jsonl"
+    whys = [json.loads(line)["why"] for line in file.read_text(encoding="utf-8").splitlines()]
+    kept, left_out = from_file(str(file), tools)
+    assert left_out == Counter(filter(None, whys)) and len(kept) == whys.count(None)
+    assert all(sft.demonstration_row(policy, each) for each in kept)  # half a character, too
 
 
 @pytest.mark.parametrize(
@@ -182,11 +171,7 @@ def test_as_much_at_once_as_fits_the_memory(policy, rows, monkeypatch):
 
 # ---- the command line ---------------------------------------------------------------------
 
-
-WRITES = "are badly formed, or hold results that the policy writes"
 LEFT = "no demonstration is left: 1 call python for more than one expression; 2 have more than 9 t"
-
-
 BAD = {
     "--model_name=": "--model_name is missing",
     "--model_name no/such/model": "legal: a folder, or owner/name on the hub",
