@@ -104,7 +104,8 @@ OF_THE_RUNS = {"seed", "output_dir", "branch_score", *STEP, *GRPO, *DEFAULT}
 
 def choose(text: str) -> list[str]:
     """The methods that names of methods and families, or `all`, stand for; in METHODS' order."""
-    known, names = {**{m: (m,) for m in METHODS}, **FAMILIES, "all": (*METHODS,)}, text.split(",")
+    known = {**{name: (name,) for name in METHODS}, **FAMILIES, "all": tuple(METHODS)}
+    names = text.split(",")
     for name in names:
         if name not in known:
             raise UserError(f"--methods {name}: choose, between commas, from {', '.join(known)}")

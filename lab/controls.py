@@ -39,7 +39,7 @@ def sigma() -> None:
 
 
 def shuffled() -> None:
-    """Forks afterwards, by the step's entropies, dealt anew: a result seldom gets its own."""
+    """Forks afterwards, by the entropies of the step in a random order; few keep their place."""
     after()
 
     def spend(budget: Budget, config) -> list[Segment]:
@@ -84,8 +84,8 @@ def spreads(budget: Budget, results, config, writer, questions, tools) -> dict[S
     own, before = dict.fromkeys(asked, kept), writer.prefill_tokens
     found = continued(writer, results, CONTINUATIONS, own, config, tools)
     writer.prefill_tokens = before
-    said = {node: (leaves, asked[node.path()[0]], config) for node, leaves in found.items()}
-    return {n: statistics.pvariance(rewards(writer.policy, *some)) for n, some in said.items()}
+    won = {n: rewards(writer.policy, x, asked[n.path()[0]], config) for n, x in found.items()}
+    return {node: statistics.pvariance(some) for node, some in won.items()}
 
 
 def live() -> None:
