@@ -23,7 +23,7 @@ from engine import packing
 from engine.memory import Limits
 from lab import sft
 from lab.coldstart import build_model
-from lab.sft import from_file, main, with_calculator
+from lab.sft import from_file, main
 
 TINY = str(ROOT / "data" / "tiny-qwen3")
 SHAREGPT = str(ROOT / "tests" / "fixtures" / "sharegpt.jsonl")
@@ -85,30 +85,14 @@ def test_a_file_is_spelled_as_our_tools_spell_it(tools):
     assert lamp.turns[1] == ("tool", f"<result>\n{made}\n</result>")
 
 
-def test_who_writes_a_result_is_left_out(tools, policy):
+def test_who_writes_results_or_programs_is_left_out(tools, policy):
     file = ROOT / "tests/fixtures/sharegpt_left_out.jsonl"
-    whys = [json.loads(line)["why"] for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     kept, left_out = from_file(str(file), tools)
-    assert left_out == Counter(filter(None, whys)) and len(kept) == whys.count(None)
-    assert all(sft.demonstration_row(policy, each) for each in kept)  # half a character, too
-
-
-@pytest.mark.parametrize(
-    ("code", "printed", "call"),
-    [
-        ("print(17 * 7 + 3)", "122", "17 * 7 + 3"),
-        ("2**10", "1024", "2**10"),
-        ("print(17 * 7 + 3)", "123", None),  # the calculator comes to something else
-        ("x = 3\nprint(x)", "3", None),
-        ("print(1, 2)", "1 2", None),
-        ("", "", None),
-    ],
-)
-def test_code_that_is_one_expression_becomes_a_calculator_call(code, printed, call):
-    end = ("policy", "<think>So.</think><answer>\\boxed{1}</answer>")
-    turns = [("policy", f"<think>x</think><python>{code}</python>"), ("tool", printed), end]
-    said = ("policy", f"<think>x</think><calculator>{call}</calculator>")
-    assert with_calculator(turns) == (call and [said, ("tool", printed), end])
+    assert left_out == Counter(row["why"] for row in rows if row["why"])
+    for row, each in zip((row for row in rows if not row["why"]), kept, strict=True):
+        assert each.turns[0][1].endswith(row["call"])  # an expression becomes a calculator's
+        assert sft.demonstration_row(policy, each)  # half of a character is no obstacle
 
 
 # ---- what is trained ----------------------------------------------------------------------
