@@ -29,6 +29,7 @@ from lab.command import exit_code, make_folder, parse
 from tools import default_tools
 
 DATA = Path(__file__).parent.parent / "data"
+TURN = ("<|im_start|>", "<|im_end|>")
 TAGS = ("think", "search", "calculator", "result", "answer")
 # Qwen's own pre-tokenizer: words with the space before them, digits one by one.
 WORDS = (
@@ -66,40 +67,25 @@ def build_tokenizer(texts: list[str], vocab_size: int = 1280) -> PreTrainedToken
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        show_progress=False,
-    )
+    alphabet, markers = pre_tokenizers.ByteLevel.alphabet(), ["<|endoftext|>", *TURN]
+    known = {"initial_alphabet": alphabet, "special_tokens": markers, "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, **known)
     backend.train_from_iterator(texts, trainer)
     backend.add_tokens([f"<{slash}{tag}>" for tag in TAGS for slash in ("", "/")])
-    markers = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-        model_max_length=1024,
-        **markers,
-    )
+    ends = {"eos_token": TURN[1], "pad_token": "<|endoftext|>", "chat_template": CHAT_TEMPLATE}
+    limits = {"clean_up_tokenization_spaces": False, "model_max_length": 1024}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **ends, **limits)
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     """The real Qwen3 architecture, tiny: four layers of width 128."""
-    layers = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **layers,
-        **heads,
-    )
-    return Qwen3ForCausalLM(config)
+    size = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
+    size |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    size |= {"vocab_size": len(tokenizer), "max_position_embeddings": 1024}
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("eos", "pad")}
+    turns = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    tied = {"tie_word_embeddings": True, "bos_token_id": None}
+    return Qwen3ForCausalLM(Qwen3Config(**size, **ids, **turns, **tied))
 
 
 # Training -------------------------------------------------------------------------------------
@@ -148,12 +134,6 @@ def batches(demonstrator, maker, tokenizer, unsure: Hesitation, domains: tuple =
             yield ids, [expected for _, expected in group]
 
 
-def learning_rate(step: int, steps: int, peak: float = 3e-3) -> float:
-    """Of step 0, 1, ..: a linear warm-up, then half a cosine down to a fiftieth."""
-    warm = min(1.0, (step + 1) / 100)
-    return peak * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-
-
 def soft_targets(expected: list[list[dict]], vocab_size: int):
     """Row and column of each of the n tokens that are learnt, and its (n, V) distribution."""
     learnt = [(r, c, p) for r, row in enumerate(expected) for c, p in enumerate(row) if p]
@@ -186,9 +166,11 @@ def train(model, data, steps: int) -> None:
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        # a linear warm-up, then half a cosine down to a fiftieth
+        falling = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps)
+                group["lr"] = 3e-3 * min(1.0, (step + 1) / 100) * falling
             optimizer.step()
         bar.set_postfix(KL=f"{loss.item():.4f}")
 

@@ -12,7 +12,6 @@ draw everything, runs/ the folders of the runs.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -34,12 +33,12 @@ from tqdm import tqdm
 import arpo_mini
 from app import cli
 from app.config import Config, check_training, option
-from app.run_folder import VERSION
+from app.run_folder import VERSION, digest, put
 from app.screen import say
-from data.files import BAD_ROW, UserError, reason
+from data.files import BAD_ROW, UserError, local_files, reason
 from data.formats import load_questions
 from lab import controls, forking, verdict
-from lab.command import TRAIN, exit_code, parse
+from lab.command import TRAIN, exit_code, parse, print_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "lab/results/compare"
@@ -100,21 +99,17 @@ FAMILIES: dict[str, tuple[str, ...]] = {  # a question each, and a figure each
 # the points of a curve are comparable.
 DEFAULTS = {"eval_every": 5, "eval_part": 100_000}
 PATHS = "model_name adapter system_prompt dataset_path eval_path documents_path".split()
-OF_THE_RUNS = set(
-    "seed output_dir initial_rollouts branch_rule max_branches branch_score max_leaves "
-    "questions_per_step group_size".split()
-)
+OF_THE_RUNS = {"seed", "output_dir", "branch_score", *STEP, *GRPO, *DEFAULT}
 
 
 def choose(text: str) -> list[str]:
     """The methods that names of methods and families, or `all`, stand for; in METHODS' order."""
-    chosen = set()
-    for name in text.split(","):
-        if name not in (*FAMILIES, *METHODS, "all"):
-            legal = ", ".join([*METHODS, *FAMILIES, "all"])
-            raise UserError(f"--methods {name}: choose, separated by commas, from {legal}")
-        chosen |= set(METHODS if name == "all" else FAMILIES.get(name, (name,)))
-    return [name for name in METHODS if name in chosen]
+    known = {**{name: (name,) for name in METHODS}, **FAMILIES, "all": tuple(METHODS)}
+    names = text.split(",")
+    for name in names:
+        if name not in known:
+            raise UserError(f"--methods {name}: choose, between commas, from {', '.join(known)}")
+    return [method for method in METHODS if any(method in known[name] for name in names)]
 
 
 class Run(NamedTuple):
@@ -125,7 +120,7 @@ class Run(NamedTuple):
         return f"{self.method}, seed {self.seed}"
 
 
-def shared_settings(values: dict, final_samples: int) -> dict:
+def shared_settings(values: dict, samples: int) -> dict:
     """What all runs have in common: a Config, paths relative to the project where possible."""
     config = Config(**values)
     check_training(config)
@@ -138,8 +133,8 @@ def shared_settings(values: dict, final_samples: int) -> dict:
             settings[name] = str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
     for name in OF_THE_RUNS:
         del settings[name]
-    more = {"version": VERSION, "final_samples": final_samples}
-    return {**settings, **more, "files": fingerprints(settings)}
+    files = fingerprints(settings)
+    return {**settings, "version": VERSION, "final_samples": samples, "files": files}
 
 
 def fingerprints(settings: dict) -> dict[str, str]:
@@ -148,9 +143,11 @@ def fingerprints(settings: dict) -> dict[str, str]:
     for name in PATHS:
         path = ROOT / (settings[name] or "no such path")
         files = sorted(path.iterdir()) if path.is_dir() else [path]
+        if name.endswith("_path") and not path.exists():  # a data set of the hub
+            files = [Path(file) for file in local_files(settings[name])]
         contents = [file.name.encode() + file.read_bytes() for file in files if file.is_file()]
         if contents:
-            found[name] = hashlib.sha256(b"".join(contents)).hexdigest()[:12]
+            found[name] = digest(b"".join(contents))[:12]
     return found
 
 
@@ -177,7 +174,7 @@ def read_run(slot: Path) -> dict | None:
     for row in metrics:
         row["seconds"] = row["seconds_rollout"] + row["seconds_update"]
         row["live_groups"] = row["groups"] - row["equal_groups"]
-    for name in ("tool_calls", "generated_tokens", "prefill_tokens", "seconds", "live_groups"):
+    for name in verdict.COLUMNS[2:]:
         spent = [row[name] for row in metrics]
         points[name] = [round(sum(spent[:step]), 1) for step in points["step"]]
     # the share of tool results at which the rule wanted a fork, slots left or not
@@ -215,8 +212,6 @@ def locked(folder: Path) -> Iterator[None]:
     except Timeout:
         words = "a comparison, or a run of one that was killed, is at work there"
         raise UserError(f"--output_dir {folder}: {words}") from None
-    except OSError as error:
-        raise UserError(f"--output_dir {folder}: {reason(error)}") from None
 
 
 def start(settings: dict, slot: Path, threads: int) -> subprocess.Popen:
@@ -225,8 +220,10 @@ def start(settings: dict, slot: Path, threads: int) -> subprocess.Popen:
     if changed:
         raise UserError(f"changed since the comparison began: {', '.join(changed)}")
     with locked(slot):
-        if not (settings_in(slot) == settings and (slot / "run" / "checkpoints").is_dir()):
-            shutil.rmtree(slot / "run", ignore_errors=True)  # nothing in it to go on with
+        if (slot / "run" / "checkpoints").is_dir():  # it goes on from there
+            refuse_changed(slot, settings_in(slot) or {}, settings)
+        else:
+            shutil.rmtree(slot / "run", ignore_errors=True)
             (slot / "final.json").unlink(missing_ok=True)  # of what was trained there before
         (slot / "settings.json").write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
     # Threads that wait by spinning slow down every other process on their cores, 5 to 50 times.
@@ -258,6 +255,7 @@ def play(slot: Path) -> int:
             return code
         del values["dataset_path"]  # there, what is evaluated on
         values |= {"adapter": folder / "adapter", "samples": settings["final_samples"]}
+        values["temperature"] = 1.0  # as the evaluations on the way, whatever trains
         return arpo("eval", **values, json=slot / "final.json")
 
 
@@ -284,7 +282,7 @@ class Comparison:
 
     def __init__(self, folder: Path, settings: dict | None = None):
         """Those in the folder; with `settings`, only what was made with the same, or new ones."""
-        self.folder, self.path = folder, folder / "results.json"
+        self.folder, self.path = folder.resolve(), folder / "results.json"
         self.results: dict = {"settings": settings, "methods": {}}
         self.failed: dict[Run, str] = {}
         if settings and not self.path.exists():
@@ -292,10 +290,10 @@ class Comparison:
         try:
             self.results = json.loads(self.path.read_text(encoding="utf-8"))
             before, methods = self.results["settings"], self.results["methods"]
-            whole = [verdict.row(self.results, method) for method in methods]
-            if not (whole or settings):
+            verdict.check(self.results)
+            if not (settings or any(method["runs"] for method in methods.values())):
                 raise ValueError("it holds no runs")
-        except (OSError, ArithmeticError, LookupError, *BAD_ROW) as error:
+        except (OSError, *BAD_ROW) as error:
             words = f"cannot use {self.path}: {reason(error)}; choose another --output_dir"
             raise UserError(words) from None
         refuse_changed(self.path, before, settings or before)
@@ -330,9 +328,7 @@ class Comparison:
         """Whole or not at all; a line for each list of numbers."""
         text = json.dumps(self.results, indent=1)
         text = re.sub(r"\[[^\[\]{}]*\]", lambda x: json.dumps(json.loads(x[0])), text)
-        draft = self.path.with_suffix(".tmp")
-        draft.write_text(text + "\n", encoding="utf-8")
-        draft.replace(self.path)
+        put(self.path, text.encode() + b"\n")
 
     def train(self, runs: list[Run], jobs: int) -> None:
         """Every run that is not finished, `jobs` of them at a time."""
@@ -368,12 +364,17 @@ class Comparison:
         return said
 
     def report(self, methods: list[str]) -> None:
-        """The table, on the screen and in the folder, and the figures: of what has results."""
-        methods = [name for name in methods if name in self.results["methods"]]
+        """The table on the screen, and the figures; the table of all methods in the folder."""
+        stored = [name for name in METHODS if verdict.runs_of(self.results, name)]
+        methods = [name for name in stored if name in methods]
         if not methods:
             return
-        verdict.show(self.results, methods, self.folder / "table.md")
-        verdict.write_summary(self.results, self.folder)
+        second = self.folder.parent / "second_world"
+        beside = self.folder != second and (second / "results.json").exists()
+        world = Comparison(second).results if beside else {"methods": {}}
+        for head, *lines in verdict.tables(self.results, methods):
+            print_rows(head, lines)
+        verdict.write(self.results, stored, world, self.folder)
         say(f"{self.folder}: results.json, table.md, summary.json")
         try:
             from lab import figures
@@ -417,12 +418,19 @@ def compare(args: list[str]) -> int:
     return 1 if comparison.failed else 0
 
 
+def draw(args: list[str]) -> None:
+    """The table and the figures of results.json again."""
+    parser = cli.Parser(prog="lab.compare draw", description=draw.__doc__)
+    parser.add_argument("folder", nargs="?", default=RESULTS, help="with a results.json")
+    Comparison(Path(parser.parse(args)["folder"])).report([*METHODS])
+
+
 def main(args: list[str]) -> int:
     command, *rest = args or [""]
     if command == "run" and len(rest) == 1:  # what a comparison starts for each run
         return exit_code(lambda: play(Path(rest[0])))
-    if command == "draw" and len(rest) < 2:
-        return exit_code(lambda: Comparison(Path(*rest or [RESULTS])).report([*METHODS]))
+    if command == "draw":
+        return exit_code(lambda: draw(rest))
     if command == "entropy":
         return exit_code(lambda: forking.study(rest))
     return exit_code(lambda: compare(args))

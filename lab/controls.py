@@ -14,7 +14,8 @@ import transformers
 
 import arpo_mini
 from advantage import Segment
-from arpo_mini import Budget, grow, judge, spend_rest
+from arpo_mini import Budget, grow, spend_rest
+from lab.forking import continued, rewards
 
 CONTINUATIONS = 4  # of a tool result, from which the oracle knows how much their rewards differ
 SIGMA = 1.0  # k of the threshold mean + k * std
@@ -38,7 +39,7 @@ def sigma() -> None:
 
 
 def shuffled() -> None:
-    """Forks afterwards, by the entropies of the step's tool results, each at another result."""
+    """Forks afterwards, by the entropies of the step in a random order; few keep their place."""
     after()
 
     def spend(budget: Budget, config) -> list[Segment]:
@@ -66,7 +67,9 @@ def oracle() -> None:
     def spend(budget: Budget, config) -> list[Segment]:
         results = [node for node in budget.places if node.decision]
         if budget.slots and results and budget.most:
-            budget.places |= spreads(budget, results, config, **now)
+            budget.rng.shuffle(results)  # few spreads are possible: equal ones in any order
+            found = spreads(budget, results, config, **now)
+            budget.places = dict.fromkeys(results) | budget.places | found
         return spend_rest(budget, config)
 
     arpo_mini.rollout, arpo_mini.spend_rest = watched, spend
@@ -76,22 +79,17 @@ def spreads(budget: Budget, results, config, writer, questions, tools) -> dict[S
     """Tool result -> variance of the rewards of what goes on from there."""
     roots = [node for node in budget.places if node.author == "prompt"]  # as they were asked
     asked = dict(zip(roots, questions, strict=True))
-    begun = [node for node in results for _ in range(CONTINUATIONS)]
     # A slot that nobody may take: nothing forks, and what the results share stays in the cache.
     kept = Budget(1, random.Random(0), most=0, places=dict(budget.places))
-    own = dict.fromkeys(asked, kept)
-    before = writer.prefill_tokens
-    rewards = {node: [] for node in results}
-    for leaf in grow(writer, begun, own, config, tools):
-        # results may stand on one path: a leaf belongs to the last of them
-        node = next(segment for segment in reversed(leaf.path()) if segment in rewards)
-        rewards[node].append(judge(writer.policy, leaf, asked[leaf.path()[0]], config).total)
+    own, before = dict.fromkeys(asked, kept), writer.prefill_tokens
+    found = continued(writer, results, CONTINUATIONS, own, config, tools)
     writer.prefill_tokens = before
-    return {node: statistics.pvariance(some) for node, some in rewards.items()}
+    won = {n: rewards(writer.policy, x, asked[n.path()[0]], config) for n, x in found.items()}
+    return {node: statistics.pvariance(some) for node, some in won.items()}
 
 
 def live() -> None:
-    """GRPO that asks twice, and again where the two rewards differ: no group is dead by luck."""
+    """GRPO that asks twice, then those whose two rewards differ, up to max_leaves (8) each."""
 
     def rollout(writer, questions, config, tools, seed, scores=()):
         transformers.set_seed(seed % 2**32)
@@ -100,21 +98,17 @@ def live() -> None:
         N, left = config.initial_rollouts, len(roots) * config.group_size
         # A slot that nobody may take: nothing forks, and the prompts stay in the cache.
         budgets = {root: Budget(1, random.Random(0), most=0) for root in roots}
-        leaves = grow(writer, [root for root in roots for _ in range(N)], budgets, config, tools)
-        rewards = {root: set() for root in roots}
-        for leaf in leaves:
-            root = leaf.path()[0]
-            rewards[root].add(judge(writer.policy, leaf, asked[root], config).total)
-        first = sorted(roots, key=lambda root: len(rewards[root]) == 1)
+        groups = continued(writer, roots, N, budgets, config, tools)
+        won = {r: {*rewards(writer.policy, groups[r], q, config)} for r, q in asked.items()}
+        differ = [root for root in roots if len(won[root]) > 1]
         given = Counter(dict.fromkeys(roots, N))
+        most = config.max_leaves or 2 * config.group_size
         while sum(given.values()) < left:
-            some = [root for root in first if len(rewards[root]) > 1]
-            most = config.max_leaves or 2 * config.group_size
-            some = [root for root in some or roots if given[root] < most] or roots
-            root = min(some, key=lambda root: given[root])
-            given[root] += 1
+            some = [root for root in differ or roots if given[root] < most] or roots
+            given[min(some, key=given.get)] += 1
         more = [root for root in roots for _ in range(given[root] - N)]
-        leaves += grow(writer, more, budgets, config, tools)
-        return [[leaf for leaf in leaves if leaf.path()[0] is root] for root in roots]
+        for leaf in grow(writer, more, budgets, config, tools):
+            groups[leaf.path()[0]].append(leaf)
+        return list(groups.values())
 
     arpo_mini.rollout = rollout

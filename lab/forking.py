@@ -4,13 +4,12 @@
     python -m lab.compare entropy --forced FILE --model_name M
 
 A trajectory for every question, and K more from each of its tool results. The spread of a result is
-the variance of their rewards: what a group of forks there would be compared on, and 0 where it
-teaches nothing. Do H or the gain (H - H_initial), as the branch rule reads them off that
-trajectory, predict the spread? (Bootstrap over questions.)
+the variance of their rewards; 0 teaches nothing. Do H or the gain (H - H_initial), as the branch
+rule reads them off that trajectory, predict the spread? (Bootstrap over questions.)
 
-With --forced, for a policy that does not know the format yet, the call is not its own: a row of
-FILE has a question and, if you like, a call and a result; else the question's own text is searched.
-H of K beginnings at the start, of K after the result, and the gain between them.
+With --forced, for a policy that does not know the format yet, the call is given: a row of FILE has
+a question and, if you like, a call and a result; else the question's own text is searched. H of K
+beginnings at the start, of K after the result, and the gain between them.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ from app.screen import say
 from arpo_mini import Agent, Budget, grow, judge, load_agent
 from data.files import UserError, read_rows
 from data.formats import Question, asked, domain_of, load_questions
+from engine.model import Policy
 from engine.writer import Writer
 from lab.command import make_folder, parse, print_rows
 from lab.intervals import Estimate, bootstrap, spearman, t_interval
@@ -46,27 +46,29 @@ COLUMNS = ("question", "call", "H", "H_initial", "spread")  # of a tool result
 # ---- rolling out --------------------------------------------------------------------------
 
 
-def continue_from(
-    agent: Agent, nodes: list[Segment], k: int, config: Config, seed: int
-) -> list[list[Segment]]:
-    """k independent continuations of every prompt or tool result to their ends: k leaves each."""
+def continued(writer: Writer, nodes, k: int, budgets, config, tools) -> dict[Segment, list]:
+    """Node (prompt or tool result) -> the leaves of k paths that go on from it, without forks."""
+    found = {node: [] for node in nodes}
+    for leaf in grow(writer, [node for node in nodes for _ in range(k)], budgets, config, tools):
+        # nodes may stand on one path: a leaf belongs to the last of them
+        found[[segment for segment in leaf.path() if segment in found][-1]].append(leaf)
+    return found
 
-    def work(fitted: Config) -> list[Segment]:
+
+def continue_from(agent: Agent, nodes, k: int, config: Config, seed: int) -> list[list[Segment]]:
+    """The k leaves that go on from each prompt or tool result."""
+
+    def work(fitted: Config) -> dict[Segment, list]:
         transformers.set_seed(seed)
         budgets = {node.path()[0]: Budget(0, random.Random(seed)) for node in nodes}  # no forks
-        begun = [node for node in nodes for _ in range(k)]
-        return grow(Writer(agent.policy, fitted), begun, budgets, fitted, agent.tools)
+        writer = Writer(agent.policy, fitted)
+        return continued(writer, nodes, k, budgets, fitted, agent.tools)
 
-    known = {node: [] for node in nodes}
-    for leaf in agent.policy.limits.retry(config, work):
-        # nodes may stand on one path: a leaf belongs to the last of them
-        known[[segment for segment in leaf.path() if segment in known][-1]].append(leaf)
-    return list(known.values())
+    return [*agent.policy.limits.retry(config, work).values()]
 
 
-def spread_of(agent: Agent, leaves: list[Segment], question: Question, config: Config) -> float:
-    """Variance of the rewards (with n - 1)."""
-    return statistics.variance(judge(agent.policy, x, question, config).total for x in leaves)
+def rewards(policy: Policy, leaves: list[Segment], question: Question, config) -> list[float]:
+    return [judge(policy, leaf, question, config).total for leaf in leaves]
 
 
 def measure(agent: Agent, questions: list[Question], k: int, config: Config) -> list[list]:
@@ -84,7 +86,8 @@ def measure(agent: Agent, questions: list[Question], k: int, config: Config) -> 
         forks = continue_from(agent, list(results), k, config, seed + 1)
         for (node, (i, *seen)), leaves in zip(results.items(), forks, strict=True):
             call = sum(segment.author == "tool" for segment in node.path())
-            nodes.append([i, call, *seen, spread_of(agent, leaves, questions[i], config)])
+            spread = statistics.variance(rewards(agent.policy, leaves, questions[i], config))
+            nodes.append([i, call, *seen, spread])
     return nodes
 
 
@@ -203,7 +206,7 @@ class Flags:
 
 def study(args: list[str]) -> None:
     own, values = parse("lab.compare entropy", __doc__, args, Flags, TAKEN)
-    config, name = Config(**values, branch_rule="none"), own.name
+    config = Config(**values, branch_rule="none")
     if own.forced:
         rows = [row for _, row in read_rows(own.forced, read_forced, FORCED)]
         work, answer, columns = measure_forced, forced_answers, ("question", "start", "after")
@@ -212,11 +215,12 @@ def study(args: list[str]) -> None:
         work, answer, columns = measure, answers, COLUMNS
     if not rows:
         raise UserError(f"--forced {own.forced} holds no questions; legal: {FORCED}")
+    name = Path(config.adapter).resolve().parent.name if config.adapter else "cold-start"
+    path = Path(own.output_dir, f"{own.name or name + '-forced' * bool(own.forced)}.json")
+    if path.exists():
+        raise UserError(f"{path} is there already; choose another --name or remove it")
     questions, agent = first_per_domain(rows, own.questions), load_agent(config)
-    if name is None:
-        name = Path(config.adapter).resolve().parent.name if config.adapter else "cold-start"
-        name += "-forced" * bool(own.forced)
-    path = make_folder(own.output_dir) / f"{name}.json"
+    make_folder(own.output_dir)
     nodes = work(agent, questions, own.continuations, config)
     found = answer(nodes)
     settings = {"questions": len(questions), "continuations": own.continuations}

@@ -58,7 +58,9 @@ def bootstrap(
     where the statistic is not defined (nothing varies). It seeds itself.
     """
     rng = np.random.default_rng(0)
-    value = statistic(np.concatenate(clusters))
+    value = float(statistic(np.concatenate(clusters)))
+    if len(clusters) < 2 and np.isfinite(value):
+        return value, None, None
     again = []
     for _ in range(draws):
         picked = rng.integers(len(clusters), size=len(clusters))
@@ -67,4 +69,4 @@ def bootstrap(
     if not np.isfinite(value) or not again:
         return None
     low, high = np.percentile(again, [2.5, 97.5])
-    return float(value), float(low), float(high)
+    return value, float(low), float(high)

@@ -7,10 +7,9 @@ The loss is next-token prediction on what the policy writes; prompts and tool re
 read. Without --data the demonstrations are the mini-world's, always right. The adapter is a
 starting point: `arpo_mini.py train --adapter DIR/adapter`.
 
-A demonstration is spelled as a rollout would spell it: the prompt that train and eval use (the
-file's own system prompt is left out, its tools are others), and results between <result> tags. The
-released data calls <python>: code that is one expression becomes a <calculator> call, others are
-left out, and so are calls of tools that we do not have.
+A demonstration is spelled as a rollout would spell it: with the prompt of train and eval, not that
+of the file, and results between <result> tags. The released data calls <python>: code that is one
+expression becomes a <calculator> call. Left out are others, and whatever `from_file` names.
 
 Demonstrations that all go on in one way after a tool result teach a policy to be surer there than
 at the start (a 135M model: at 16 of 16 questions), and the gain is never above 0. --hesitation
@@ -33,28 +32,20 @@ from random import Random
 import torch
 from tqdm import tqdm
 
-from advantage import Segment
+from advantage import Segment, reward
 from app.config import Config, option
-from app.run_folder import new_folder
+from app.run_folder import new_folder, put, to_json
 from app.screen import say
 from arpo_mini import make_tools
 from data.demonstrator import demonstrations_of_the_world
 from data.files import UserError
 from data.formats import Demonstration, load_demonstrations
+from engine import packing
 from engine.judge import as_number
 from engine.memory import snapshot
 from engine.model import RESULT_FRAME, Policy, load_policy
-from engine.packing import (
-    Row,
-    make_batch,
-    make_row,
-    micro_batches,
-    require_finite,
-    take_step,
-    token_logprobs,
-)
 from lab.command import exit_code, parse
-from tools import ToolError, ToolResult, calculate, read_call, result_text
+from tools import ToolError, ToolResult, calculate, read_call, readable, result_text
 
 SHARED = (  # settings of `train` that it has, too
     "model_name adapter trust_remote_code load_in_4bit dtype lora_rank system_prompt thinking "
@@ -82,21 +73,31 @@ class Settings:  # beside those
 
 # ---- demonstrations -----------------------------------------------------------------------
 
+# How others mark a result; a policy trained on that would write its results itself.
+FOREIGN = re.compile(
+    r"</(interpreter|observation|output|information|tool_response|documents?)>"
+    r"|```output|<\|begin_of_documents\|>"
+)
+
 
 def from_file(path: str, tools: dict) -> tuple[list[Demonstration], Counter]:
     """Those of a file as a rollout would spell them, and why others were left out."""
     kept, left_out = [], Counter()
-    spelled = {"policy": str, "tool": lambda text: result_text(ToolResult(text.strip(), ok=True))}
+    unjudged = {"judge": lambda *_: 0.0, "tools_used": 0}
+    spelled = {"policy": readable, "tool": lambda text: result_text(ToolResult(text.strip(), True))}
     for demonstration in load_demonstrations(path):
-        turns = with_calculator(demonstration.turns)
-        if turns is None:
+        turns = with_calculator(demonstration.turns) or []
+        turns = [(author, spelled[author](text)) for author, text in turns]
+        written = [text for _, text in turns[::2]]
+        if not turns:
             left_out["call python for more than one expression"] += 1
-        elif any(call.name not in tools for _, text in turns[::2] if (call := read_call(text))):
+        elif any(call.name not in tools for call in map(read_call, written) if call):
             left_out[f"call another tool than {' and '.join(tools)}"] += 1
-        elif not turns[-1][1].strip():
+        elif not written[-1].strip():
             left_out["end in a tool result"] += 1
+        elif any(map(FOREIGN.search, written)) or reward(turns, [], **unjudged).total < 0:
+            left_out["are badly formed, or hold results that the policy writes"] += 1
         else:
-            turns = [(author, spelled[author](text)) for author, text in turns]
             kept.append(Demonstration(demonstration.question, turns))
     return kept, left_out
 
@@ -127,20 +128,20 @@ def with_calculator(turns: list[tuple[str, str]]) -> list[tuple[str, str]] | Non
     return turns
 
 
-def demonstration_row(policy: Policy, demonstration: Demonstration) -> Row:
+def demonstration_row(policy: Policy, demonstration: Demonstration) -> packing.Row:
     """Every token with its author: those of the policy weigh 1, its eos among them; others 0."""
     node = Segment("prompt", policy.prompt(demonstration.question))
     for author, text in demonstration.turns:
         frame = RESULT_FRAME if author == "tool" else ()
         node = Segment(author, policy.encode(text, frame), parent=node)
     node.token_ids.append(policy.turn_end)
-    return make_row([node], {s: {node: 1.0} for s in node.path() if s.author == "policy"})
+    return packing.make_row([node], {s: {node: 1.0} for s in node.path() if s.author == "policy"})
 
 
 # ---- training -----------------------------------------------------------------------------
 
 
-def update(policy: Policy, optimizer, rows: list[Row], config: Config) -> float:
+def update(policy: Policy, optimizer, rows: list[packing.Row], config: Config) -> float:
     """One optimizer step: the mean of -log p over the policy's tokens of all rows, in nats.
 
     Where the memory runs out, the same again with less at once.
@@ -150,14 +151,14 @@ def update(policy: Policy, optimizer, rows: list[Row], config: Config) -> float:
     def work(fitted: Config) -> float:
         losses = []
         optimizer.zero_grad()
-        for group in micro_batches(rows, fitted.micro_batch_tokens):
-            batch = make_batch(group, policy.pad_id, policy.device, policy.lm.dtype)
-            logp = token_logprobs(policy, batch, temperature=1.0)  # (B, T), 0 if not counted
+        for group in packing.micro_batches(rows, fitted.micro_batch_tokens):
+            batch = packing.make_batch(group, policy.pad_id, policy.device, policy.lm.dtype)
+            logp = packing.token_logprobs(policy, batch, temperature=1.0)  # (B, T)
             loss = -logp.sum() / total
-            require_finite("the loss", loss, [row.input_ids for row in group])
+            packing.require_finite("the loss", loss, [row.input_ids for row in group])
             policy.scaler.scale(loss).backward()
             losses.append(loss.item())
-        take_step(policy, optimizer, total, rows)
+        packing.take_step(policy, optimizer, total, rows)
         return sum(losses)
 
     return policy.limits.retry(config, work, snapshot(policy, optimizer))
@@ -183,21 +184,20 @@ def fine_tune(settings: Settings, config: Config) -> None:
     folder = new_folder(config.output_dir)
     say(f"{folder}: {len(kept)} demonstrations{whys and f'; left out: {whys}'}")
     shared = {name: getattr(config, name) for name in SHARED}
-    text = json.dumps(shared | dataclasses.asdict(settings), indent=2)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    put(folder / "config.json", to_json(shared | dataclasses.asdict(settings)))
     try:
         train(policy, kept, settings, config, folder / "metrics.jsonl")
-    finally:  # whatever ended it, the steps that were made are kept
-        policy.model.save_pretrained(folder / "adapter")
+    finally:  # whatever ended it, the steps that were made are kept; no frozen weights
+        policy.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
         say(f"the adapter is in {folder / 'adapter'}")
 
 
-def train(policy: Policy, rows: list[Row], settings: Settings, config: Config, log: Path) -> None:
+def train(policy: Policy, rows: list, settings: Settings, config: Config, log: Path) -> None:
     """Every demonstration in a random order, again and again."""
     optimizer = torch.optim.AdamW(policy.parameters, lr=config.learning_rate, weight_decay=0.0)
     n, rng = min(settings.demonstrations_per_step, len(rows)), Random(config.seed)
     steps = max(1, math.ceil(settings.epochs * len(rows) / n))
-    waiting: list[Row] = []
+    waiting: list[packing.Row] = []
     with log.open("w", encoding="utf-8") as file:
         for step in (bar := tqdm(range(1, steps + 1), desc="cold start", disable=None)):
             started = time.perf_counter()

@@ -5,25 +5,38 @@ what was spent on training up to it. Runs of one seed draw their questions in on
 """
 
 import json
-from operator import truediv
+import math
+import re
+from operator import add, truediv
 from pathlib import Path
 from statistics import fmean
 
-from lab.command import print_rows
 from lab.intervals import Estimate, paired, t_interval
 
+COLUMNS = "step sampled tool_calls generated_tokens prefill_tokens seconds live_groups".split()
 BASELINE = "grpo"
 TARGETS = (0.85, 0.9)  # accuracies: what does it take to get there?
 LAST = 5  # evaluations: their mean swings less than the final accuracy does
 OURS, BESIDE = "step", {"random": "step-random", "default": "arpo-1-of-8-z4", "grpo": "grpo"}
-MORE = (  # differences in the table beside those
-    ("step-after", "step-after-random"),
-    ("step-after", "step-shuffled"),
-    ("step", "step-after"),
-    ("step", "16x4"),
-    ("step", "grpo-live"),
-    ("step-oracle", "step-after"),
-)
+MORE = [("step-after", theirs) for theirs in ("step-after-random", "step-shuffled")]  # in the table
+MORE += [("step", theirs) for theirs in ("step-after", "16x4", "grpo-live")]
+MORE += [("step-oracle", "step-after")]
+
+
+def check(results: dict) -> None:
+    """ValueError, or another of BAD_ROW, for what no comparison has written."""
+    objects = [results["settings"], *(m["overrides"] for m in results["methods"].values())]
+    if not all(isinstance(each, dict) for each in objects):
+        raise ValueError("settings and overrides are objects")
+    for name, method in results["methods"].items():
+        for seed, run in method["runs"].items():
+            steps, right, *_ = columns = [run["points"][each] for each in COLUMNS]
+            numbers, shares = sum(columns, [run["wish_rate"]]), [run["wish_rate"], *right]
+            whole = len({*map(len, columns)}) == 1 and steps == sorted({*steps}) and steps[1:]
+            whole = whole and all(0 <= n < math.inf for n in numbers) and max(shares) <= 1
+            if not whole or not re.fullmatch("0|[1-9][0-9]*", seed):
+                words = "a seed is 0, 1, .., columns have one length, shares are in [0, 1]"
+                raise ValueError(f"{name}, seed {seed}: {words}")
 
 
 def column(run: dict, name: str) -> list[float]:
@@ -31,8 +44,7 @@ def column(run: dict, name: str) -> list[float]:
     points = run["points"]
     if name != "tokens":
         return points[name]
-    pairs = zip(points["generated_tokens"], points["prefill_tokens"], strict=True)
-    return [a + b for a, b in pairs]
+    return [*map(add, points["generated_tokens"], points["prefill_tokens"])]
 
 
 def runs_of(results: dict, method: str) -> dict[str, dict]:
@@ -90,7 +102,8 @@ def row(results: dict, method: str) -> dict[str, str]:
     beside = None if method == BASELINE else difference(results, method, BASELINE)
     cells["minus GRPO"] = interval(beside, "+.1f")
     for name, words in (("tool_calls", "calls"), ("tokens", "tokens")):
-        share = paired(last(runs, name), last(base, name), truediv)
+        spent = {seed: value for seed, value in last(base, name).items() if value}
+        share = paired(last(runs, name), spent, truediv)
         of = f" ({share[0]:.0%})" if share and method != BASELINE else ""
         cells[f"{words} (of GRPO's)"] = f"{fmean(last(runs, name).values()):,.0f}{of}"
         for target in TARGETS:
@@ -106,26 +119,21 @@ def row(results: dict, method: str) -> dict[str, str]:
     return cells | {"forks wanted": f"{fmean(run['wish_rate'] for run in runs.values()):.0%}"}
 
 
-def show(results: dict, methods: list[str], path: Path) -> None:
-    """The table and the differences on the screen, and as Markdown in a file."""
+def tables(results: dict, methods: list[str]) -> list[list[list[str]]]:
+    """The table and, where there are any, the differences: a head and lines of cells each."""
     rows = {method: row(results, method) for method in methods}
     heads = ["method", *next(iter(rows.values()))]
-    tables = [[heads, *([method, *cells.values()] for method, cells in rows.items())]]
+    found = [[heads, *([method, *cells.values()] for method, cells in rows.items())]]
     pairs = [*((OURS, theirs) for theirs in BESIDE.values()), *MORE]
     lines = []
     for pair in pairs:
         if {*pair} <= {*methods} and difference(results, *pair):
-            found = (difference(results, *pair, count) for count in (1, LAST))
-            lines.append([" minus ".join(pair), *(interval(e, "+.1f") for e in found)])
+            both = (difference(results, *pair, count) for count in (1, LAST))
+            lines.append([" minus ".join(pair), *(interval(e, "+.1f") for e in both)])
     if lines:
         words = f"last {LAST} evaluations"
-        tables.append([["difference, by seed, in points", "final", words], *lines])
-    text = ""
-    for head, *lines in tables:
-        print_rows(head, lines)
-        marked = [head, ["---"] * len(head), *lines]
-        text += "".join(f"| {' | '.join(line)} |\n" for line in marked) + "\n"
-    path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+        found.append([["difference, by seed, in points", "final", words], *lines])
+    return found
 
 
 def summary(results: dict) -> dict:
@@ -141,10 +149,12 @@ def summary(results: dict) -> dict:
     return {"seeds": sorted(map(int, runs)), **found, "final": final}
 
 
-def write_summary(results: dict, folder: Path) -> None:
-    """summary.json, with that of the second world where it was compared, too."""
-    second = folder.parent / "second_world" / "results.json"
-    beside = second.exists() and folder != second.parent
-    world = json.loads(second.read_text(encoding="utf-8")) if beside else {"methods": {}}
-    whole = {**summary(results), "second_world": summary(world)}
+def write(results: dict, methods: list[str], second_world: dict, folder: Path) -> None:
+    """The tables as Markdown, and summary.json."""
+    texts = []
+    for head, *lines in tables(results, methods):
+        marked = [head, ["---"] * len(head), *lines]
+        texts.append("".join(f"| {' | '.join(line)} |\n" for line in marked))
+    (folder / "table.md").write_text("\n".join(texts), encoding="utf-8")
+    whole = {**summary(results), "second_world": summary(second_world)}
     (folder / "summary.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import random
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from advantage import Reward, Segment
 from app import cli
 from app.config import Config
 from data.files import UserError
+from entropy import Decision
 from lab import compare, controls, figures, forking, verdict
 from lab.intervals import T_975, bootstrap, paired, spearman, t_interval
 
@@ -60,6 +62,7 @@ def test_the_bootstrap_draws_whole_clusters():
     half = (single[2] - single[1]) / 2
     assert half == pytest.approx(1.96 * values.std() / math.sqrt(50), rel=0.1)
     assert bootstrap(lambda rows: math.nan, list(values)) is None
+    assert bootstrap(np.mean, list(values[:1])) == (values[0, 0, 0], None, None)
 
 
 # ---- what the table says ------------------------------------------------------------------
@@ -84,7 +87,7 @@ def results():
     return {"settings": {}, "methods": methods}
 
 
-def test_what_it_takes_by_hand(results, tmp_path):
+def test_what_it_takes_by_hand(results):
     ours = a_run([0.9, 0.8, 0.9], [0, 1, 2])
     assert verdict.until(ours, "step", 0.85) is None  # one above alone
     grpo = verdict.runs_of(results, "grpo")  # two evaluations after the one before training
@@ -95,21 +98,19 @@ def test_what_it_takes_by_hand(results, tmp_path):
     assert found["h_minus_random"] is found["h_minus_default"] is None  # not run
     results["methods"]["grpo"]["runs"]["1"] = a_run([0.4, 0.9, 0.93], [0, 200, 300])
     assert verdict.summary(results)["calls_to_90_share_of_grpo"] == 0.25  # of seed 1 alone
-    folder = tmp_path / "second_world"  # it is not beside itself
-    folder.mkdir(), (folder / "results.json").write_text(json.dumps(results))
-    verdict.write_summary(results, folder)
-    written = json.loads((folder / "summary.json").read_text())
-    assert written["final"] == pytest.approx(94.5) and written["second_world"]["final"] is None
+    for run, share in (("1", "100 (50%)"), ("0", "100")):  # a baseline without calls has no share
+        grpo[run]["points"]["tool_calls"] = [0, 0, 0]
+        assert verdict.row(results, "step")["calls (of GRPO's)"] == share
 
 
-def test_a_row_of_the_table(results, tmp_path, capsys):
-    verdict.show(results, ["grpo", "step"], tmp_path / "table.md")
+def test_a_row_of_the_table(results, tmp_path):
+    verdict.write(results, ["grpo", "step"], {"methods": {}}, tmp_path)
     _, _, grpo, step, _, _, _, line = (tmp_path / "table.md").read_text("utf-8").splitlines()
     cells = "- | 200 | 100 | 100 (1 of 2) | 400 | 200 | 200 (1 of 2) | 1.5 | 15.0 | 10 | 50% |"
     assert grpo == f"| grpo | 2 | 92.0 ±38.1 | - | {cells}"
     cells = "+2.5 ±31.8 | 100 (50%) | 25 | 25 | 240 (60%) | 60 | 60 | 1.5 | 30.0 | 10 | 50% |"
     assert step == f"| step | 2 | 94.5 ±6.4 | - | {cells}"
-    assert line == "| step minus grpo | +2.5 ±31.8 | - |" and "±31.8" in capsys.readouterr().out
+    assert line == "| step minus grpo | +2.5 ±31.8 | - |"
 
 
 # ---- running ------------------------------------------------------------------------------
@@ -232,29 +233,38 @@ def test_other_settings_do_not_mix(fake, refused, monkeypatch):
     check("files", "now {'model_name': 'another'}")
     path.rename(fake.folder / "kept.json")
     check(str(Path("runs", "grpo", "0")), "now {'model_name': 'another'}")
-    for text in ("[]", '{"settings": {}, "methods": {"grpo": {"runs": {"0": {}}}}}'):
+    damages = [('"0": {', f'"{seed}": {{') for seed in ("x", "03", "-1")]
+    damages += [("0.42, ", each) for each in ("", "85.0, ", "NaN, ", "-1, ", '"a", ')]
+    damages += [('"settings"', '"settings": null, "_"'), ('"sampled"', '"_"')]
+    for text in ("[]", *(before.replace(*damage) for damage in damages)):
         path.write_text(text)
-        check("cannot use", "results.json")
-    path.write_text('{"settings": {}, "methods": {}}')
+        assert text != before and check("cannot use", "results.json") is None
+    path.write_text('{"settings": {}, "methods": {"grpo": {"overrides": {}, "runs": {}}}}')
     refused(compare.main(["draw", str(fake.folder)]), f"{path}: it holds no runs")
     assert fake.trained() == [] and (fake.folder / "kept.json").read_text() == before
 
 
-def test_a_run_goes_on_unless_its_settings_or_files_changed(fake, tmp_path):
+def test_a_run_goes_on_unless_its_settings_or_files_changed(fake, tmp_path, monkeypatch):
     model, slot = tmp_path / "model.safetensors", tmp_path / "grpo" / "0"
     model.write_bytes(b"one")
     settings = {"steps": 4} | dict.fromkeys(compare.PATHS, "") | {"model_name": str(tmp_path)}
+    settings["seed"] = 0
     settings["files"] = compare.fingerprints(settings)
-    for seed, goes_on in ((0, False), (0, True), (1, False), (1, True)):
-        compare.start({**settings, "seed": seed}, slot, threads=1)
-        marker = slot / "run" / "checkpoints" / "of an earlier process"
+    marker = slot / "run" / "checkpoints" / "of an earlier process"
+    for goes_on in (False, True):
+        compare.start(settings, slot, threads=1)
         assert marker.exists() == goes_on
         marker.touch()
+    with pytest.raises(UserError, match="made with steps 4, now 5"):
+        compare.start({**settings, "steps": 5}, slot, threads=1)
+    assert marker.exists()
     model.write_bytes(b"a cold start made again")
     with pytest.raises(UserError, match=r"comparison began: model_name$"):
         compare.start(settings, slot, threads=1)
     inputs = {"model_name", "dataset_path", "eval_path", "documents_path"}
-    assert set(compare.fingerprints(dataclasses.asdict(Config()))) == inputs
+    monkeypatch.setattr(compare, "local_files", {"owner/set:train": [model]}.__getitem__)
+    config = Config(dataset_path="owner/set:train")  # of the hub
+    assert set(compare.fingerprints(dataclasses.asdict(config))) == inputs
 
 
 def test_one_process_at_a_time(fake, refused):
@@ -269,7 +279,8 @@ def test_one_process_at_a_time(fake, refused):
 def test_what_a_process_does(tmp_path, monkeypatch, refused):
     """What it parses is what the parent records: None, booleans and paths included."""
     refused(compare.main(["run", str(tmp_path / "nowhere")]), "nowhere: no settings.json")
-    comparison = compare.Comparison(tmp_path, compare.shared_settings(compare.DEFAULTS, 5))
+    values = {**compare.DEFAULTS, "temperature": 0.9}
+    comparison = compare.Comparison(tmp_path, compare.shared_settings(values, 5))
     settings = comparison.settings_of(compare.Run("hard-x4", 7))
     assert not any(str(ROOT) in str(value) for value in settings.values())  # can be published
     typed = compare.shared_settings(compare.DEFAULTS | {"shared_weight": 0.5}, 5)
@@ -290,7 +301,7 @@ def test_what_a_process_does(tmp_path, monkeypatch, refused):
     assert config["seed"] == 7 and config.keys() - settings.keys() <= compare.OF_THE_RUNS
     typed = dict(zip(others[::2], others[1::2], strict=True))
     assert evaluate == "eval" and "--dataset_path" not in typed
-    end = {"--adapter": str(tmp_path / "run" / "adapter"), "--samples": "5"}
+    end = {"--adapter": str(tmp_path / "run" / "adapter"), "--samples": "5", "--temperature": "1.0"}
     assert (end | {"--json": str(tmp_path / "final.json")}).items() <= typed.items()
     (tmp_path / "run").mkdir()  # it was begun before, and is stopped now: no evaluation
     assert compare.play(tmp_path) == 130
@@ -309,6 +320,7 @@ BAD = {
     "--dataset_path no/such.jsonl": ["no/such.jsonl", "No such file"],
     "entropy --continuations 1": ["--continuations 1", "at least 2"],
     "entropy --adapter no/such/adapter": ["no/such/adapter"],
+    "draw a": ["unknown: --output_dir", "lab.compare draw"],
 }
 
 
@@ -335,7 +347,7 @@ def test_every_method_is_a_legal_training():
 )
 def test_a_control_spends_the_same_budget(tiny, control, monkeypatch):
     judged = itertools.count()
-    monkeypatch.setattr(controls, "judge", lambda *_: Reward(next(judged) % 2, 1.0, True, 1))
+    monkeypatch.setattr(forking, "judge", lambda *_: Reward(next(judged) % 2, 1.0, True, 1))
     for name in ("rollout", "running_threshold", "spend_rest"):  # put back at the end
         monkeypatch.setattr(arpo_mini, name, getattr(arpo_mini, name))
     config = dataclasses.replace(TINY, **{**compare.STEP, "questions_per_step": 2})
@@ -352,29 +364,52 @@ def test_a_control_spends_the_same_budget(tiny, control, monkeypatch):
     assert (next(judged) > 0) == (control in ("oracle", "live"))
 
 
+def test_the_oracle_breaks_ties_at_random(monkeypatch):
+    """Nine results of one spread: the forks begin neither at the first ones nor at the question."""
+    monkeypatch.setattr(controls, "spreads", lambda _, nodes, *__: dict.fromkeys(nodes, 0.5))
+    for name in ("rollout", "running_threshold", "spend_rest"):  # put back at the end
+        monkeypatch.setattr(arpo_mini, name, getattr(arpo_mini, name))
+    controls.oracle()
+    root = Segment("prompt", [1])
+    results = [Segment("tool", [i], root, decision=Decision(0, 0, 0, 0, 0)) for i in range(9)]
+    budget = arpo_mini.Budget(4, random.Random(0), places=dict.fromkeys([root, *results], 0.0))
+    first = arpo_mini.spend_rest(budget, TINY)  # two of each
+    assert set(first) < set(results) and first[::2] != results[:2]
+
+
 # ---- what is written ----------------------------------------------------------------------
 
 
-def test_results_are_drawn_again_the_same(results, tmp_path, capsys, monkeypatch):
-    comparison = compare.Comparison(tmp_path, {"steps": 20})
-    comparison.results = results
-    comparison.save()
-    assert '"step": [0, 10, 20]' in (tmp_path / "results.json").read_text()
+def test_results_are_drawn_again_the_same(results, tmp_path, capsys, refused, monkeypatch):
+    folder, second = tmp_path / "first", tmp_path / "second_world"
+    for comparison in map(compare.Comparison, (folder, second), [{"steps": 20}] * 2):
+        comparison.folder.mkdir()
+        comparison.results = results
+        comparison.save()
+    assert '"step": [0, 10, 20]' in (folder / "results.json").read_text()
 
-    def drawn():
-        assert compare.main(["draw", str(tmp_path)]) == 0
-        return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    def drawn(folder=folder):
+        assert compare.main(["draw", str(folder)]) == 0
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
 
     first, words = drawn(), {"results.json", "table.md", "summary.json"}
     pictures = {"accuracy-chosen.svg", "accuracy-chosen.png"}
     assert first == drawn() and set(first) == words | pictures
     assert first["accuracy-chosen.svg"].decode().count('<g id="axes_') == 4
+    one, beside = (json.loads(each["summary.json"]) for each in (first, drawn(second)))
+    assert one["second_world"]["final"] == one["final"] == beside["final"] == pytest.approx(94.5)
+    assert beside["second_world"]["final"] is None  # it is not beside itself
+    capsys.readouterr(), compare.Comparison(folder).report(["grpo"])
+    assert "94.5" not in capsys.readouterr().out  # but in the file
+    assert (folder / "table.md").read_bytes() == first["table.md"]
     for name in pictures:
-        (tmp_path / name).unlink()
+        (folder / name).unlink()
     monkeypatch.delattr("lab.figures")
     monkeypatch.delitem(sys.modules, "lab.figures")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert set(drawn()) == words and "pip install matplotlib" in capsys.readouterr().out
+    (second / "results.json").write_text("[]")
+    refused(compare.main(["draw", str(folder)]), f"cannot use {second / 'results.json'}: ")
 
 
 def test_the_band_is_drawn_as_far_as_every_seed_went():
@@ -440,11 +475,12 @@ def test_entropies_at_given_calls_are_those_of_the_model(policy, config, tools):
         ('{"question": "a", "result": 3}', [], "question and result are texts"),
         ("", [], "holds no questions; legal: "),
         ('{"question": "a"}', ["--max_total_tokens", "30"], "--max_total_tokens 30: the result"),
+        ('{"question": "a"}', ["--name", "f"], "f.json is there already; choose another --name"),
     ],
 )
 def test_calls_that_cannot_be_given_are_refused(row, flags, words, tmp_path, refused):
-    (tmp_path / "f.jsonl").write_text(row)
-    where = ["--forced", str(tmp_path / "f.jsonl"), "--output_dir", str(tmp_path / "out")]
+    (tmp_path / "f.json").write_text(row)
+    where = ["--forced", str(tmp_path / "f.json"), "--output_dir", str(tmp_path)]
     refused(compare.main(["entropy", *where, *flags]), words)
 
 
@@ -493,7 +529,7 @@ def test_two_methods_two_seeds_two_steps(tmp_path):
             assert run["points"]["step"] == [0, 1, 2] and run["points"]["tool_calls"][-1] > 0
             assert (run["wish_rate"] == 0) == (method["overrides"] == compare.GRPO)
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"table.md", "accuracy-chosen.png"} <= names and "results.tmp" not in names
+    assert {"table.md", "accuracy-chosen.png"} <= names and "results.json.tmp" not in names
 
 
 @pytest.mark.slow

@@ -67,33 +67,23 @@ def test_every_command_of_the_recipes_runs_as_it_is_written(tmp_path, monkeypatc
         assert figures["greedy"]["questions"] >= questions - 2, name
 
 
-FORMS = [
-    {"context": {"title": ["A", "B"], "sentences": [["One.", " Two."], ["Three."]]}},
-    {"context": {"title": ["A"], "content": [["One.", " Two."]]}},
-    {"context": [["A", ["One.", " Two."]], ["B", ["Three."]]]},
-    {"paragraphs": [{"title": "B", "paragraph_text": "Three.", "is_supporting": True}]},
-    {"title": "C", "context": "Four. \u00e9"},
-    {"context": {"title": ["D"], "sentences": [[]]}},  # nothing to read
-    {"context": {"title": ["E"], "content": [["Five.", "Six."]]}},
-]
-
-
 def test_a_corpus_holds_every_paragraph_of_any_form_once(tmp_path, monkeypatch, refused):
+    text = (ROOT / "tests/fixtures/forms_corpus.jsonl").read_text(encoding="utf-8")
+    cases, (run, _) = [json.loads(line) for line in text.splitlines()], PROGRAMS["-m lab.corpus"]
     monkeypatch.chdir(tmp_path)
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in FORMS), "utf-8")
-    run, _ = PROGRAMS["-m lab.corpus"]
-    assert run(["--data", "rows.jsonl,rows.jsonl", "--output", "made.jsonl"]) == 0
-    made = [("A", "One. Two."), ("B", "Three."), ("C", "Four. \u00e9"), ("E", "Five. Six.")]
-    assert [tuple(d) for d in load_documents("made.jsonl")] == made
-    assert run(["--data", "rows.jsonl", "--rows", "2", "--output", "made.jsonl"]) == 0
-    assert len(load_documents("made.jsonl")) == 2
-    for text, words in {
-        '{"question": "?"}': "'context' is missing; legal: ",
-        '{"context": "Four.", "title": 5}': "title and text are texts",
-        '{"paragraphs": [{"paragraph_text": {"a": 1}}]}': "title and text are texts",
-    }.items():
-        Path("odd.jsonl").write_text(text, "utf-8")
-        refused(run(["--data", "odd.jsonl"]), f"odd.jsonl, line 1: {words}")
+    for case in cases:
+        Path("x.jsonl").write_text(json.dumps(case["row"]), "utf-8")
+        code = run(["--data", "x.jsonl", "--output", "made.jsonl"])
+        if "refused" in case:
+            refused(code, case["refused"])
+        else:
+            assert [[*each] for each in load_documents("made.jsonl")] == case["documents"]
+    good = [json.dumps(case["row"]) + "\n" for case in cases if "documents" in case]
+    Path("rows.jsonl").write_text("".join(good), "utf-8")
+    for data, rows, count in (("rows.jsonl,rows.jsonl", "99", 5), ("rows.jsonl", "2", 2)):
+        assert run(["--data", data, "--rows", rows, "--output", "made.jsonl"]) == 0
+        assert len(load_documents("made.jsonl")) == count
+    refused(run(["--data", "rows.jsonl,made.jsonl", "--output", "made.jsonl"]), "a file of --data")
     refused(run([]), "--data is missing")
     refused(run(["--data", "rows.jsonl", "--output", "no/such/x"]), "--output no/such/x: No such")
 

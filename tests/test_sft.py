@@ -5,22 +5,25 @@ import os
 import shlex
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 from conftest import ROOT, lines_of, python
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from app.config import Config
 from arpo_mini import load_agent, make_tools
 from data.demonstrator import demonstrations_of_the_world
 from data.formats import Demonstration, load_questions
+from engine import packing
 from engine.memory import Limits
 from lab import sft
 from lab.coldstart import build_model
-from lab.sft import from_file, main, with_calculator
+from lab.sft import from_file, main
 
 TINY = str(ROOT / "data" / "tiny-qwen3")
 SHAREGPT = str(ROOT / "tests" / "fixtures" / "sharegpt.jsonl")
@@ -70,7 +73,7 @@ def test_hesitation_mixes_in_what_the_tiny_model_was_taught(tools):
     assert none == never == 0 < some < many and 0 < now_and_then < often
 
 
-def test_a_file_is_spelled_as_our_tools_spell_it(tools, tmp_path):
+def test_a_file_is_spelled_as_our_tools_spell_it(tools):
     (days, lamp), left_out = from_file(SHAREGPT, tools)
     assert dict(left_out) == {"call python for more than one expression": 1}
     assert days.question == "How many days are 17 weeks and 3 days?"
@@ -80,29 +83,16 @@ def test_a_file_is_spelled_as_our_tools_spell_it(tools, tmp_path):
     ]
     made = "Page 1: The oak lamp is made by Badger Workshop. &lt;b>1911&lt;/b>"  # escaped
     assert lamp.turns[1] == ("tool", f"<result>\n{made}\n</result>")
-    said = "<think>x</think><search>q</search><result>r</result>"
-    row = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": said}]}
-    (tmp_path / "odd.jsonl").write_text(json.dumps(row) + "\n", "utf-8")
-    assert from_file(str(tmp_path / "odd.jsonl"), tools) == ([], {"end in a tool result": 1})
-    assert from_file(str(tmp_path / "odd.jsonl"), {}) == ([], {"call another tool than ": 1})
 
 
-@pytest.mark.parametrize(
-    ("code", "printed", "call"),
-    [
-        ("print(17 * 7 + 3)", "122", "17 * 7 + 3"),
-        ("2**10", "1024", "2**10"),
-        ("print(17 * 7 + 3)", "123", None),  # the calculator comes to something else
-        ("x = 3\nprint(x)", "3", None),
-        ("print(1, 2)", "1 2", None),
-        ("", "", None),
-    ],
-)
-def test_code_that_is_one_expression_becomes_a_calculator_call(code, printed, call):
-    end = ("policy", "<think>So.</think><answer>\\boxed{1}</answer>")
-    turns = [("policy", f"<think>x</think><python>{code}</python>"), ("tool", printed), end]
-    said = ("policy", f"<think>x</think><calculator>{call}</calculator>")
-    assert with_calculator(turns) == (call and [said, ("tool", printed), end])
+def test_who_writes_results_or_programs_is_left_out(tools, policy):
+    file = ROOT / "tests/fixtures/sharegpt_left_out.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    kept, left_out = from_file(str(file), tools)
+    assert left_out == Counter(row["why"] for row in rows if row["why"])
+    for row, each in zip((row for row in rows if not row["why"]), kept, strict=True):
+        assert each.turns[0][1].endswith(row["call"])  # an expression becomes a calculator's
+        assert sft.demonstration_row(policy, each)  # half of a character is no obstacle
 
 
 # ---- what is trained ----------------------------------------------------------------------
@@ -142,7 +132,7 @@ def test_only_what_the_policy_wrote_has_a_gradient(policy, rows, monkeypatch):
 
 def test_as_much_at_once_as_fits_the_memory(policy, rows, monkeypatch):
     """By --memory_gb, and in halves where that was too much; the step stays the same."""
-    real, found, optimizer = sft.token_logprobs, [], torch.optim.SGD(policy.parameters, lr=0.0)
+    real, found, optimizer = packing.token_logprobs, [], torch.optim.SGD(policy.parameters, lr=0.0)
 
     def small(policy, batch, temperature):
         sizes.append(batch.input_ids.numel())
@@ -151,7 +141,7 @@ def test_as_much_at_once_as_fits_the_memory(policy, rows, monkeypatch):
             raise torch.OutOfMemoryError("no memory")
         return real(policy, batch, temperature)
 
-    monkeypatch.setattr(sft, "token_logprobs", small)
+    monkeypatch.setattr(packing, "token_logprobs", small)
     made = Limits(micro_batch_tokens=200)  # by --memory_gb
     for limits, fits in ((Limits(), 1e9), (Limits(), 300), (made, 1e9)):
         sizes, most = [], fits
@@ -165,10 +155,7 @@ def test_as_much_at_once_as_fits_the_memory(policy, rows, monkeypatch):
 
 # ---- the command line ---------------------------------------------------------------------
 
-
 LEFT = "no demonstration is left: 1 call python for more than one expression; 2 have more than 9 t"
-
-
 BAD = {
     "--model_name=": "--model_name is missing",
     "--model_name no/such/model": "legal: a folder, or owner/name on the hub",
@@ -203,6 +190,9 @@ def test_whatever_ends_it_the_adapter_made_so_far_is_kept(
         time.sleep(1)
 
     update = mock.Mock(side_effect=stopped)
+    monkeypatch.setattr(policy.model.peft_config["default"], "target_modules", {"embed_tokens"})
+    embeddings = policy.lm.get_input_embeddings()
+    monkeypatch.setattr(embeddings, "base_layer", torch.nn.Embedding(1, 1), raising=False)
     monkeypatch.setattr(sft, "load_policy", lambda *_, **__: policy)
     monkeypatch.setattr(sft, "update", update)
     few = "--demonstrations 6 --demonstrations_per_step 2 --output_dir".split()
@@ -211,7 +201,8 @@ def test_whatever_ends_it_the_adapter_made_so_far_is_kept(
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     out, error = capsys.readouterr()
     assert "the adapter is in" in out and ("the loss is nan" if code == 1 else "stopped") in error
-    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert saved and all("lora" in name for name in saved)  # of the embeddings, too
     assert len(lines_of(tmp_path / "run", "metrics.jsonl")) == 1
 
 

@@ -48,9 +48,8 @@ def plain(config: Config, own) -> dict:
     job.agent.refuse_long(job.questions, config.dataset_path)
     policy, tools = job.agent.policy, job.agent.tools
 
-    def on_one_page(number: int) -> dict:
-        asked = job.asked(number)
-        return one_page.train_step(policy, job.optimizer, asked, config, tools, number)
+    def on_one_page(n: int) -> dict:
+        return one_page.train_step(policy, job.optimizer, job.asked(n), config, tools, n)
 
     ways = {"one page": on_one_page, "ours": job.step}
     peaks = [jobs.peak_bytes(lambda step=step: step(1)) for step in ways.values()]
@@ -141,37 +140,24 @@ def trl_trainer(job: Job, system: str | None, schemas: bool, times: StepByStep, 
     lm = AutoModelForCausalLM.from_pretrained(c.model_name, dtype=policy.lm.dtype)
     lm.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(list(STOPS))
     first = [{"role": "system", "content": system}] if system else []
-    rows = [
-        {"prompt": [*first, {"role": "user", "content": q.text}], "answers": q.answers}
-        for step in range(1, steps + 1)
-        for q in job.asked(step)
-    ]
-    still = {"learning_rate": 0.0, "lr_scheduler_type": "constant"}  # one policy at every step
-    quiet = {"report_to": "none", "logging_strategy": "no", "save_strategy": "no"}
-    plain = {"shuffle_dataset": False, "gradient_checkpointing": False, "disable_tqdm": True}
-    group = {"num_generations": c.group_size, "seed": c.seed, "beta": 0.0}
-    args = trl.GRPOConfig(
-        output_dir=times.folder,
-        max_steps=steps,
-        per_device_train_batch_size=c.questions_per_step * c.group_size,
-        max_completion_length=c.max_total_tokens,
-        max_tool_calling_iterations=c.max_tool_calls,
-        generation_kwargs={"max_new_tokens": c.max_segment_tokens},
-        chat_template_kwargs={"schemas": schemas},
-        bf16=torch.cuda.is_available(),
-        **(group | still | quiet | plain),
-    )
+    asked = [q for step in range(1, steps + 1) for q in job.asked(step)]
+    prompts = [[*first, {"role": "user", "content": q.text}] for q in asked]
+    rows = {"prompt": prompts, "answers": [q.answers for q in asked]}
+    how = {"learning_rate": 0.0, "lr_scheduler_type": "constant"}  # one policy at every step
+    how |= {"report_to": "none", "logging_strategy": "no", "save_strategy": "no"}
+    how |= {"shuffle_dataset": False, "gradient_checkpointing": False, "disable_tqdm": True}
+    how |= {"output_dir": times.folder, "max_steps": steps, "bf16": torch.cuda.is_available()}
+    how |= {"num_generations": c.group_size, "seed": c.seed, "beta": 0.0}
+    how |= {"per_device_train_batch_size": c.questions_per_step * c.group_size}
+    how |= {"max_completion_length": c.max_total_tokens}
+    how |= {"max_tool_calling_iterations": c.max_tool_calls}
+    how |= {"generation_kwargs": {"max_new_tokens": c.max_segment_tokens}}
+    args = trl.GRPOConfig(chat_template_kwargs={"schemas": schemas}, **how)
     lora = {"r": c.lora_rank, "lora_alpha": 2 * c.lora_rank, "target_modules": "all-linear"}
-    trainer = trl.GRPOTrainer(
-        lm,
-        reward_function(tokenizer, set(job.agent.tools)),
-        args,
-        datasets.Dataset.from_list(rows),
-        processing_class=tokenizer,
-        tools=[tool_of(job, name) for name in job.agent.tools],
-        peft_config=LoraConfig(task_type="CAUSAL_LM", **lora),
-        callbacks=[times],
-    )
+    more = {"peft_config": LoraConfig(task_type="CAUSAL_LM", **lora), "callbacks": [times]}
+    more |= {"tools": [tool_of(job, name) for name in job.agent.tools]}
+    judge, rows = reward_function(tokenizer, {*job.agent.tools}), datasets.Dataset.from_dict(rows)
+    trainer = trl.GRPOTrainer(lm, judge, args, rows, processing_class=tokenizer, **more)
     trainer.remove_callback(PrinterCallback)
     return trainer
 

@@ -2,7 +2,6 @@
 a decoded token profiled, the fast tests, the default run, presets, dtypes.
 
 Models have weights of no meaning and forced trajectories of three tool turns, one question a step.
-Every case begins with nothing on the GPU. The whole way was rehearsed on a CPU (tests/test_bench).
 """
 
 import dataclasses
@@ -73,13 +72,9 @@ def measure(name: str, settings: dict, config: Config) -> dict:
     rows, counts = int(min(policy.limits.rollout_rows, config.group_size)), plan.count(shape)
     at_once = (rows, seen["largest"], policy.limits.recompute)
     predicted = plan.predict(shape, counts, config, *at_once, policy.lm.dtype.itemsize)
-    return {
-        "peak GiB": peak / GIB,
-        "plan GiB": predicted["peak GiB"],
-        "seconds": m["seconds"],
-        "written/s": m["generated_tokens"] / m["seconds_rollout"],
-        "trained/s": m["train_tokens"] / m["seconds_update"],
-    }
+    figures = {"peak GiB": peak / GIB, "plan GiB": predicted["peak GiB"], "seconds": m["seconds"]}
+    figures["written/s"] = m["generated_tokens"] / m["seconds_rollout"]
+    return figures | {"trained/s": m["train_tokens"] / m["seconds_update"]}
 
 
 def measured(name: str, settings: dict, config: Config) -> dict:
