@@ -60,10 +60,8 @@ class Agent:
         self.asked.append((len(questions), config.group_size, config.temperature, seed))
         rng = random.Random(seed)
         groups = [small_tree(q.text, config.group_size) for q in questions]
-        rewards = [
-            [Reward(r, r, True, 1) for r in rng.choices([0.0, 1.0], k=len(g))] for g in groups
-        ]
-        return groups, rewards
+        draws = [rng.choices([0.0, 1.0], k=len(leaves)) for leaves in groups]
+        return groups, [[Reward(r, r, True, 1) for r in some] for some in draws]
 
     def examine(self, leaf, question, reward, config):
         return {"prediction": "4", "em": reward.accuracy, "f1": reward.accuracy, "math_equal": 0.0}
@@ -126,8 +124,7 @@ def step_of_net(agent, optimizer, questions, config, step, scores):
 
 def train(config, resume=None):
     """`train` of arpo_mini.py, with a matrix for a policy."""
-    own = {"load_agent": Agent, "safe_step": step_of_net}
-    with mock.patch.multiple(arpo_mini, **own):
+    with mock.patch.multiple(arpo_mini, load_agent=Agent, safe_step=step_of_net):
         arpo_mini.train(config, resume=resume)
 
 

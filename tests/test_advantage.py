@@ -34,8 +34,7 @@ def score(*texts, tools_used=0):
     ],
 )
 def test_well_formed(texts, tools_used, total):
-    got = score(*texts, tools_used=tools_used)
-    assert got == (pytest.approx(total), float(total >= 1), True)
+    assert score(*texts, tools_used=tools_used) == (pytest.approx(total), float(total >= 1), True)
 
 
 BADLY_FORMED = {

@@ -18,6 +18,7 @@ from lab.command import exit_code
 from tools import ToolResult, result_text
 
 TINY = str(DATA / "tiny-qwen3")
+BILLIONS = dict(zip(plan.NAMES, (0.6, 1.72, 4.02, 8.19, 14.77), strict=True))
 SIZE = job.Size(turns=2, segment=16, result=20)
 SMALL = Config(questions_per_step=1, group_size=4, max_total_tokens=130, entropy_tokens=8)
 
@@ -29,13 +30,12 @@ def main(args):
 # ---- plan ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "billions"), [*zip(plan.NAMES, (0.6, 1.72, 4.02, 8.19, 14.77), strict=True)]
-)
-def test_the_shapes_have_the_parameters_of_the_model_cards(name, billions):
+@pytest.mark.parametrize("name", BILLIONS)
+def test_the_shapes_have_the_parameters_of_the_model_cards(name):
     shape = plan.model_config(name)
     assert plan.model_config(name.partition("/")[2].lower()) == shape  # the short spelling
-    assert plan.count(shape).weight_bytes(False, b=1) / 1e9 == pytest.approx(billions, abs=0.01)
+    billions = plan.count(shape).weight_bytes(False, b=1) / 1e9
+    assert billions == pytest.approx(BILLIONS[name], abs=0.01)
 
 
 def test_predicted_weights_are_those_of_the_loaded_model(policy, policy_4bit, config):
@@ -137,8 +137,7 @@ def test_steps_change_nothing_and_their_tokens_are_counted(forced):
 
 @pytest.mark.parametrize("four", [False, True])
 def test_a_model_of_a_shape_is_built_like_a_loaded_one(four, policy, policy_4bit, config):
-    shape = plan.model_config(TINY)
-    with job.any_weights(shape):
+    with job.any_weights(plan.model_config(TINY)):
         made = model.load_policy(dataclasses.replace(config, load_in_4bit=four), {}, True).lm
     loaded = (policy_4bit if four else policy).lm
     described = [

@@ -136,10 +136,8 @@ def test_every_setting_is_read_somewhere():
         assert item.name in of_rules or re.search(read, source), item.name
 
 
-ODD = (
-    "nan inf -inf 1e999 -1 0 1 2 1_0 0x1 true None none paper \uff11 -- %s @x = [/] --help".split()
-)
-ODD += ["9" * 5000, "", "a\nb", OBEYED, *OBEYED]
+ODD = "nan inf -inf 1e999 -1 0 1 2 1_0 0x1 true None none paper \uff11 -- %s @x = [/]".split()
+ODD += ["--help", "9" * 5000, "", "a\nb", OBEYED, *OBEYED]
 ODD += [f"--{item.name}" for item in dataclasses.fields(Config)] * 3
 
 
@@ -283,9 +281,8 @@ def test_no_figure_is_cut_off(narrow, few, tmp_path, capsys, monkeypatch):
 
 def test_a_step_is_a_line_and_its_remarks_stand_below(narrow, capsys):
     figures = {"reward": 0.5, "accuracy": 0.5, "tool_calls": 9, "forks": 3, "clip_fraction": 0.4}
-    figures |= {"entropy_initial": 0.1234, "entropy_after_tool": None}
-    figures |= {"seconds_rollout": 1.0, "seconds_update": 0.5}
-    figures |= {"train_tokens": 2000, "train_tokens_unpacked": 3000}
+    figures |= {"entropy_initial": 0.1234, "entropy_after_tool": None, "train_tokens": 2000}
+    figures |= {"train_tokens_unpacked": 3000, "seconds_rollout": 1.0, "seconds_update": 0.5}
     print_log_head()
     print_log_line(7, figures, ["[/] one", "two"])
     head, line, *remarks = capsys.readouterr().out.splitlines()

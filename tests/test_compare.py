@@ -77,19 +77,15 @@ def a_run(accuracy, calls, tokens=(0, 100, 200)):
 @pytest.fixture
 def results():
     """ARPO ends where GRPO does, or 1 point below, with half the calls and 0.6 of the tokens."""
-    base = [a_run([0.4, 0.9, 0.95], [0, 100, 200]), a_run([0.4, 0.86, 0.89], [0, 100, 200])]
-    ours = [a_run([0.9, 0.91, 0.95], [0, 50, 100], (0, 60, 120))]
-    ours += [a_run([0.4, 0.92, 0.94], [0, 50, 100], (0, 60, 120))]
-    methods = {
-        name: {"overrides": {}, "runs": dict(zip("01", runs, strict=True))}
-        for name, runs in (("grpo", base), ("step", ours))
-    }
+    calls, less = [0, 100, 200], ([0, 50, 100], (0, 60, 120))
+    base = {"0": a_run([0.4, 0.9, 0.95], calls), "1": a_run([0.4, 0.86, 0.89], calls)}
+    ours = {"0": a_run([0.9, 0.91, 0.95], *less), "1": a_run([0.4, 0.92, 0.94], *less)}
+    methods = {"grpo": {"overrides": {}, "runs": base}, "step": {"overrides": {}, "runs": ours}}
     return {"settings": {}, "methods": methods}
 
 
 def test_what_it_takes_by_hand(results):
-    ours = a_run([0.9, 0.8, 0.9], [0, 1, 2])
-    assert verdict.until(ours, "step", 0.85) is None  # one above alone
+    assert verdict.until(a_run([0.9, 0.8, 0.9], [0, 1, 2]), "step", 0.85) is None  # one above alone
     grpo = verdict.runs_of(results, "grpo")  # two evaluations after the one before training
     assert verdict.accuracy(grpo, 2) == {"0": 92.5, "1": 87.5} and verdict.accuracy(grpo, 3) == {}
     found = verdict.summary(results)

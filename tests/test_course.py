@@ -60,8 +60,7 @@ def test_there_are_eight_exercises_of_ten_points_each():
 
 @pytest.mark.parametrize("number", FAST)
 def test_a_solution_has_all_points_and_its_stub_none(number):
-    outcomes = grade.grade(number, SOLUTIONS)
-    assert [o for o in outcomes if not o.points] == []
+    assert [o for o in grade.grade(number, SOLUTIONS) if not o.points] == []
     assert {o.text for o in grade.grade(number, STUBS)} == {"not written yet"}
 
 
@@ -72,8 +71,7 @@ def test_the_laboratory_shortened(tmp_path):
     assert outcomes[-1].text.count("points [") == 2  # two differences with their intervals
     stub = grade.grade("8", STUBS, steps=1)
     assert {o.text for o in stub} == {"not written yet", "not run: first the checks above"}
-    never = solution("8").replace("if gain > 0 else 0", "if H > 1 - 1e-9 else 0")
-    written(tmp_path, "8", never)
+    written(tmp_path, "8", solution("8").replace("if gain > 0 else 0", "if H > 1 - 1e-9 else 0"))
     outcomes = grade.grade("8", tmp_path, steps=1)
     assert [o.check for o in outcomes if not o.points] == ["laboratory"]
     assert "wished to fork at 0%" in outcomes[-1].text
@@ -82,9 +80,7 @@ def test_the_laboratory_shortened(tmp_path):
 @pytest.mark.filterwarnings("ignore:std")  # of what students write
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "name", "hint", "right", "wrong"), wrong_answers())
-def test_a_typical_mistake_is_caught_by_the_check_for_it(
-    tmp_path, number, name, hint, right, wrong
-):
+def test_a_typical_mistake_is_caught_by_its_check(tmp_path, number, name, hint, right, wrong):
     text = solution(number)
     assert text.count(right) == 1
     path = written(tmp_path, number, text.replace(right, wrong))

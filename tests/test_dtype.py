@@ -76,8 +76,7 @@ def test_every_dtype_samples_what_it_trains_and_has_the_gradient_of_float32(
     assert {x.dtype for kv in caches for path in kv.values() for x in path} == {wanted}
     assert own.lm.dtype == wanted and {p.dtype for p in own.parameters} == {torch.float32}
     if four:
-        layer = own.lm.get_decoder().layers[0].self_attn.q_proj.base_layer
-        assert layer.compute_dtype == wanted
+        assert own.lm.get_decoder().layers[0].self_attn.q_proj.base_layer.compute_dtype == wanted
     figures = update(own, still(own), packed_rows(groups, config), config)
     assert figures["drift_max"] < drift and figures["skipped_updates"] == 0
     expected = policy_4bit if four else policy
@@ -132,9 +131,7 @@ def test_a_gradient_that_overflows_is_skipped_counted_and_said(restored_half, ro
     assert update(fresh, still(fresh), [row], config)["grad_norm"] == 0
 
 
-def test_a_step_out_of_memory_is_repeated_with_the_scale_it_began_with(
-    restored_half, questions, tools, monkeypatch, caplog
-):
+def test_a_repeated_step_has_its_first_scale(restored_half, questions, tools, monkeypatch, caplog):
     """Also between `unscale_` and the end of an optimizer step, which GradScaler remembers."""
     policy, config, optimizer = restored_half
     config = dataclasses.replace(config, questions_per_step=1, kl_coefficient=0.1)
@@ -198,10 +195,8 @@ def step(policy, lr=1e-3):
     return safe_step(Agent(policy, ECHO, config), optimizer, TINY_QUESTIONS, config, 7)
 
 
-@pytest.mark.parametrize(
-    "value, words", [(math.nan, "a logit is"), (math.inf, "a log-prob is nan")]
-)
-def test_the_question_is_named_in_whose_rows_it_happened(restored, writing, value, words):
+@pytest.mark.parametrize("bad, words", [(math.nan, "a logit is"), (math.inf, "a log-prob is nan")])
+def test_the_question_is_named_in_whose_rows_it_happened(restored, writing, bad, words):
     """While it is rolled out, and while it is trained; the other question is all right."""
     start = restored.prompt("abc")
 
@@ -210,7 +205,7 @@ def test_the_question_is_named_in_whose_rows_it_happened(restored, writing, valu
         if bool(output.past_key_values) == (words == "a logit is"):
             for hidden, ids in zip(output.last_hidden_state.data, rows, strict=True):
                 if list(ids[: len(start)]) == start:
-                    hidden[:] = value
+                    hidden[:] = bad
 
     handle = restored.lm.get_decoder().register_forward_hook(spoil, with_kwargs=True)
     with handle, pytest.raises(NonFinite) as error:
@@ -231,7 +226,6 @@ def test_loss_and_gradient_are_looked_at_before_the_step(restored, tiny_groups, 
     rows, first = packed_rows(tiny_groups, TINY), restored.parameters[0]
     rows[0].A_plus = [factor * (weight > 0) for weight in rows[0].weight]
     before = [p.detach().clone() for p in restored.parameters]
-    handle = first.register_hook(lambda grad: grad * math.inf)
-    with handle, pytest.raises(NonFinite, match=words):
+    with first.register_hook(lambda grad: grad * math.inf), pytest.raises(NonFinite, match=words):
         update(restored, torch.optim.SGD(restored.parameters, lr=1.0), rows, TINY)
     assert all(map(torch.equal, before, restored.parameters))

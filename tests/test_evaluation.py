@@ -29,11 +29,8 @@ def record(domain, accuracy, math_equal=None, calls=0):
 
 
 def test_summary_counts_by_domain_what_is_right_and_what_it_took():
-    records = [
-        record("math", [1.0, 0.0], [1.0, 1.0], calls=4),  # the second is equal, not the same text
-        record("math", [0.0, 0.0], calls=2),
-        record("knowledge", [0.5, 1.0], calls=0),
-    ]
+    records = [record("math", [1.0, 0.0], [1.0, 1.0], calls=4)]  # the second has another spelling
+    records += [record("math", [0.0, 0.0], calls=2), record("knowledge", [0.5, 1.0])]
     figures = summary(records, k=2)
     expected = {
         **{"accuracy": 1.5 / 3, "pass@1": 1.5 / 3, "pass@2": 2 / 3, "f1": 1.25 / 3, "em": 1 / 3},
@@ -71,16 +68,14 @@ def test_questions_are_asked_in_parts_and_each_has_its_seed():
     assert [q.text[0] for q in first_per_domain(QUESTIONS, 2)] == list("01236")
 
 
-@pytest.mark.parametrize(
-    ("flags", "asked"),
-    [
-        ("", {0: 6, 2: 3, 4: 6}),  # all questions before and after, one a domain between
-        ("--eval_every 0", {0: 6, 4: 6}),
-        ("--eval_part 2", {0: 6, 2: 6, 4: 6}),
-        ("--eval_part 0", {}),
-    ],
-)
-def test_what_is_evaluated_while_training(flags, asked, tmp_path, capsys):
+# Flags -> step: how many questions. All before and after, one a domain between.
+ASKED = {"": {0: 6, 2: 3, 4: 6}, "--eval_every 0": {0: 6, 4: 6}}
+ASKED |= {"--eval_part 2": {0: 6, 2: 6, 4: 6}, "--eval_part 0": {}}
+
+
+@pytest.mark.parametrize("flags", ASKED)
+def test_what_is_evaluated_while_training(flags, tmp_path, capsys):
+    asked = ASKED[flags]
     six = write_questions(tmp_path / "six.jsonl", each=2)
     args = ["train", "--steps", 4, "--eval_every", 2, "--eval_part", 1, "--eval_path", six]
     assert main(*args, *flags.split(), "--output_dir", tmp_path / "run") == 0
@@ -153,9 +148,8 @@ def test_short_answers_have_no_room_for_their_tags():
 
 
 def test_a_tree_as_plain_data():
-    leaves = small_tree(leaves=2)
     rewards = [Reward(1.0, 1.0, True, 1), Reward(0.0, 0.0, True, 1)]
-    record = tree_record(LETTERS, QUESTIONS[0], leaves, rewards, Config())
+    record = tree_record(LETTERS, QUESTIONS[0], small_tree(), rewards, Config())
     assert json.loads(json.dumps(record)) == record
     assert [node["parent"] for node in record["nodes"]] == [None, 0, 1, 2, 2]
     assert [leaf["node"] for leaf in record["leaves"]] == [3, 4]

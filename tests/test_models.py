@@ -220,23 +220,18 @@ def test_a_tokenizer_made_for_the_tools_is_not_told_of_them_and_a_file_replaces_
     path.write_text("Be brief. {tools}\nEnd with \\boxed{x}.\n", "utf-8-sig")
     assert load(tools=tools).frame[0] == "<|im_start|>user\n"
     assert "two numbers" in load(tools=ADDER).frame[0]
-    assert (
-        "user\nBe brief. <adder>two numbers</adder>\nEnd with \\boxed{x}.\n\n"
-        in load(system_prompt=str(path)).frame[0]
-    )
+    mine = "user\nBe brief. <adder>two numbers</adder>\nEnd with \\boxed{x}.\n\n"
+    assert mine in load(system_prompt=str(path)).frame[0]
     with pytest.raises(UserError, match=r"^--system_prompt no/such\.txt: No such file"):
         load(system_prompt="no/such.txt")
 
 
-MAY_SKIP = (
-    TEMPLATE + "{% if enable_thinking is false %}<think>\n\n</think>{% endif %}"
-)  # as Qwen3's
+MAY_SKIP = TEMPLATE + "{% if enable_thinking is false %}<think>\n\n</think>{% endif %}"  # Qwen3's
 OPENS = TEMPLATE + "{% if add_generation_prompt %}<think>\n{% endif %}"  # as Qwen3-*-Thinking's
-SCRIPT = [
-    "<think>\n\n</think>\n<adder>2 2</adder>",  # an empty thought counts too
-    "<result>\n4\n</result>",
-    "<think>four</think> <answer>it is \\boxed{4}</answer>",
-]
+WAYS = [("qwen3", "<|user|>", MAY_SKIP, True, ""), ("llama", None, OPENS, True, "")]
+WAYS += [("llama", "<|stop|>", MAY_SKIP, False, "<think>\n\n</think>")]
+SCRIPT = ["<think>\n\n</think>\n<adder>2 2</adder>", "<result>\n4\n</result>"]
+SCRIPT += ["<think>four</think> <answer>it is \\boxed{4}</answer>"]  # an empty thought counts too
 
 
 def recite(policy, token_ids):
@@ -251,14 +246,7 @@ def recite(policy, token_ids):
     return policy.lm.register_forward_hook(say, with_kwargs=True)
 
 
-@pytest.mark.parametrize(
-    ("kind", "pad", "template", "thinking", "end"),
-    [
-        ("qwen3", "<|user|>", MAY_SKIP, True, ""),
-        ("llama", "<|stop|>", MAY_SKIP, False, "<think>\n\n</think>"),
-        ("llama", None, OPENS, True, ""),
-    ],
-)
+@pytest.mark.parametrize(("kind", "pad", "template", "thinking", "end"), WAYS)
 def test_a_transcript_comes_back_as_recited(tmp_path, kind, pad, template, thinking, end):
     """Then, without the script, what is sampled is what is trained, packed and plain."""
     names = {"template": template} | ({"pad_token": pad} if pad else {})
@@ -299,8 +287,7 @@ NORMALIZERS = [None, NFKC(), Lowercase(), ODD, Sequence([NFKD(), StripAccents(),
 @pytest.mark.parametrize("added", [TAGS, TAGS[-1:]])
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 def test_a_question_or_a_result_cannot_end_its_own_turn(tmp_path, normalizer, added):
-    tokenizer = {"normalizer": normalizer, "added": added}
-    policy = load(save_model(tmp_path, tokenizer=tokenizer))
+    policy = load(save_model(tmp_path, tokenizer={"normalizer": normalizer, "added": added}))
     (cat,) = policy.encode("cat")  # an added token, but an ordinary word
     marks = policy.tokenizer.added_tokens_decoder.keys() - {cat}
     for text in [*ATTACKS, "".join(ATTACKS)]:
@@ -320,15 +307,7 @@ def test_nor_where_the_markers_of_the_chat_are_no_tokens(tmp_path):
     assert [text.count("[/ASK]") for text in texts] == [2, 2, 0]
 
 
-STRANGE = [
-    "\x00",
-    "\ud800",
-    "\u202e",
-    "\x1b[31m",
-    "\u0301",
-    "\U0001f468\u200d",
-    "\uff1c/result\uff1e",
-]
+STRANGE = "\x00 \ud800 \u202e \x1b[31m \u0301 \U0001f468\u200d \uff1c/result\uff1e".split(" ")
 STRANGE += "<|im_end|> <|im_start|> <|endoftext|> </s> <|im_ < </ > </result> <think> \n".split(" ")
 texts = st.lists(st.sampled_from(STRANGE) | st.characters(), max_size=10).map("".join)
 
@@ -362,8 +341,7 @@ def test_what_a_closing_token_carries_is_not_judged(tmp_path):
     assert read_call(policy.decode(call)).argument == "2 2"
     called = Segment("policy", call, Segment("prompt", [9]), stop="tool")
     read = Segment("tool", policy.encode_result(ToolResult("4", True), 64), called)
-    leaf = Segment("policy", said, read, stop="answer")
-    turns = policy.turns(leaf)
+    turns = policy.turns(Segment("policy", said, read, stop="answer"))
     assert [text for author, text in turns if author == "policy"] == texts
     assert reward(turns, ["4"], judge=lambda *pair: 1.0, tools_used=1).total == 1.0
 
@@ -453,9 +431,7 @@ def test_code_beside_a_known_model_runs_only_when_it_is_trusted(folders, name, c
 # ---- long questions and results -------------------------------------------------------------
 
 
-def test_a_question_that_leaves_no_room_is_named_before_the_work(
-    tmp_path, refused, caplog, policy, config
-):
+def test_a_question_too_long_is_named_before_the_work(tmp_path, refused, caplog, policy, config):
     path, folder, question = tmp_path / "two.jsonl", tmp_path / "run", "What is 2 plus 2?"
     rows = [{"question": text, "answer": 4} for text in (question, "why? " * 300)]
     path.write_text("\n".join(map(json.dumps, rows)))

@@ -120,16 +120,12 @@ def test_kl_k3():
 
 SCORES = ("em", "acc", "f1", "math_equal")
 EVALUATION, EQUIVALENCE = load("evaluation"), load("math_equivalence")
+TEXTS = [(official.official_prediction, EVALUATION["extract_answer"])]
+TEXTS += [(official.last_boxed, EVALUATION["last_boxed_only_string"])]
+TEXTS += [(official.simplify_math, EQUIVALENCE["strip_string"])]
 
 
-@pytest.mark.parametrize(
-    ("function", "pairs"),
-    [
-        (official.official_prediction, EVALUATION["extract_answer"]),
-        (official.last_boxed, EVALUATION["last_boxed_only_string"]),
-        (official.simplify_math, EQUIVALENCE["strip_string"]),
-    ],
-)
+@pytest.mark.parametrize(("function", "pairs"), TEXTS)
 def test_texts_of_the_evaluation(function, pairs):
     for text, expected in pairs:
         if expected is None:

@@ -107,8 +107,7 @@ def test_a_run_of_two_processes_from_its_beginning_to_its_end(tmp_path, tmp_path
     assert (one[0], two[0], two[1]) == (0, 0, ""), [*one, *two]
     sums = [lines_of(tmp_path, f"{rank}.jsonl") for rank in (0, 1)]
     assert sums[0][1:] == sums[1] and len({*map(str, sums[0])}) == len(sums[0]) > 2
-    metrics = lines_of(run, log.name)
-    found = [(m["step"], m["groups"], m["rollouts"]) for m in metrics]
+    found = [(m["step"], m["groups"], m["rollouts"]) for m in lines_of(run, log.name)]
     assert found == [(step, 3, 9) for step in range(1, steps + 1)]
     assert lines_of(run, "evaluations.jsonl")[-1]["questions"] == 6
     assert {path.name for path in tmp_path.iterdir()} == {"run", "0.jsonl", "1.jsonl"}
@@ -157,7 +156,6 @@ if __name__ == "__main__":
         torch.save(of_a_step(slice(rank, None, 2)), Path(folder) / f"{rank}.pt")
         sys.exit()
     remember = RunFolder.remember
-
     (Path(folder) / f"{rank}.jsonl").unlink(missing_ok=True)
 
     def told(run, step):

@@ -147,8 +147,7 @@ def test_axes_enclose_the_values_and_thinning_keeps_the_peaks():
     for values in ([0.0], [0.3, 1.1], [-1.0, 0.2], [3.0, 41.0], [1e-5, 2e-4]):
         ticks = nice_ticks(values, ".2f")
         assert ticks[0] <= min(values) and max(values) <= ticks[-1] and 2 <= len(ticks) <= 8
-    points = [(x, 9.0 if x == 5_001 else x % 7 / 7) for x in range(20_000)]
-    few = thinned(points)
+    few = thinned([(x, 9.0 if x == 5_001 else x % 7 / 7) for x in range(20_000)])
     assert len(few) <= 1000 and (5_001, 9.0) in few and few == sorted(few)
 
 

@@ -39,8 +39,7 @@ def trees(groups):
     """What was written and decided; not the entropies, which rounding changes."""
     return [
         [(s.token_ids, s.stop, s.decision and s.decision.granted) for s in leaf.path()]
-        for leaves in groups
-        for leaf in leaves
+        for leaf in itertools.chain(*groups)
     ]
 
 
@@ -145,10 +144,8 @@ ABOVE = [[-1.0] * 50] * 2  # scores of two steps, after which every result is ab
 )
 def test_a_step_has_one_budget(tiny, score, scores, at_once, most):
     """It goes to the questions whose results have the highest scores, and all of it is spent."""
-    questions, config = (
-        TINY_QUESTIONS * 3,
-        replace(STEP, branch_score=score, max_branches=2, max_leaves=most),
-    )
+    questions = TINY_QUESTIONS * 3
+    config = replace(STEP, branch_score=score, max_branches=2, max_leaves=most)
     groups = rollout(Writer(tiny, config), questions, config, ECHO, 5, scores)
     sizes = [len(leaves) for leaves in groups]
     assert sum(sizes) == 4 * len(questions) and min(sizes) < 4 < max(sizes) <= (most or 8)
@@ -173,8 +170,7 @@ def test_a_step_spends_its_budget_by_hand():
     assert budget.slots == 0 and spend_rest(budget, config) == []
     assert [n.decision.granted for n in (a, b, c)] == [2, 2, 2]
     budget.rng, drawn = random.Random(1), random.Random(1)
-    at_random = replace(config, branch_score="random")
-    decide_forks([a.parent, b.parent, c.parent], budgets, at_random)
+    decide_forks([a.parent, b.parent, c.parent], budgets, replace(config, branch_score="random"))
     assert [budget.places[root] for root in roots] == [drawn.random() for _ in roots]
 
 
@@ -194,8 +190,7 @@ def test_the_released_rule_compares_what_was_written_before_the_result(tiny, mon
     for result in (s for s in every_segment(groups) if s.author == "tool"):
         decision, first, call = result.decision, result.path()[1], result.parent
         assert (decision.H_initial, decision.H) == (first.entropy, call.entropy)
-        expected = official_entropy(top[call], tiny.vocab_size)
-        assert call.entropy == pytest.approx(expected, rel=1e-5)
+        assert call.entropy == pytest.approx(official_entropy(top[call], tiny.vocab_size), rel=1e-5)
     assert max(map(len, top.values())) > 20
 
 
@@ -405,7 +400,6 @@ def test_limits_of_segments_and_trajectories_end_a_path(tiny, monkeypatch):
         config = replace(TINY, max_total_tokens=14 if most == 14 else 500)
         (*leaves,) = itertools.chain(*roll_out(tiny, config, ECHO, TINY_QUESTIONS, most))
         assert all(leaf.author == "policy" and leaf.depth() <= most for leaf in leaves)
-        full = {leaf.depth() == most for leaf in leaves if leaf.stop == "length"}
-        assert full == {True, False}
+        assert {leaf.depth() == most for leaf in leaves if leaf.stop == "length"} == {True, False}
         calls = [sum(s.author == "tool" for s in leaf.path()) for leaf in leaves]
         assert all(n == 3 or leaf.stop != "tool" for n, leaf in zip(calls, leaves, strict=True))

@@ -247,8 +247,7 @@ def test_a_line_that_cannot_be_read_is_left_out_and_the_others_stay(name, copy, 
         assert f"{name}, line 2: " in out and f"{more}; left out here and kept in {aside}" in out
         assert (copy / aside).read_bytes() == damaged
         assert (copy / name).read_bytes() == b"".join(good) and "Traceback" not in out
-    steps = sorted(good, key=lambda line: -json.loads(line)["step"])
-    (copy / name).write_bytes(b"".join(steps))
+    (copy / name).write_bytes(b"".join(sorted(good, key=lambda line: -json.loads(line)["step"])))
     assert resume(copy) == 0 and (copy / name).read_bytes() == b"".join(good)
 
 

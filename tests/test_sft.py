@@ -142,8 +142,7 @@ def test_as_much_at_once_as_fits_the_memory(policy, rows, monkeypatch):
         return real(policy, batch, temperature)
 
     monkeypatch.setattr(packing, "token_logprobs", small)
-    made = Limits(micro_batch_tokens=200)  # by --memory_gb
-    for limits, fits in ((Limits(), 1e9), (Limits(), 300), (made, 1e9)):
+    for limits, fits in ((Limits(), 1e9), (Limits(), 300), (Limits(micro_batch_tokens=200), 1e9)):
         sizes, most = [], fits
         monkeypatch.setattr(policy, "limits", limits)
         found.append((sft.update(policy, optimizer, rows, Config()), sizes))
@@ -178,9 +177,7 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, refused, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(("stop", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("nan", 1)])
-def test_whatever_ends_it_the_adapter_made_so_far_is_kept(
-    stop, code, policy, tmp_path, monkeypatch, capsys
-):
+def test_however_it_ends_the_adapter_is_kept(stop, code, policy, tmp_path, monkeypatch, capsys):
     def stopped(policy, optimizer, rows, config):
         if update.call_count == 1:
             return 1.0

@@ -210,8 +210,7 @@ def test_a_group_of_equal_rewards_changes_nothing_but_the_mean(restored, tiny_gr
     for rows in ([*alive, dead], [*alive, nearly]):
         figures = update(restored, torch.optim.SGD(restored.parameters, lr=0.0), rows, config)
         found.append((figures["loss"], flat_gradient(restored)))
-        trained = rows if kl or nearly in rows else alive
-        assert figures["train_tokens"] == sum(map(len, trained))
+        assert figures["train_tokens"] == sum(map(len, rows if kl or nearly in rows else alive))
     assert_close(*found, tolerance=1e-5)
 
 
@@ -245,19 +244,13 @@ def test_the_sampler_is_compared_with_the_trainer_token_by_token(restored, tiny_
     assert figures["grad_norm"] > 2 * flat_gradient(restored).norm() == pytest.approx(2, rel=1e-4)
 
 
-BOTH = ("search", "calculator")
+BOTH, ONE = ("search", "calculator"), ("search", "search")
+CALLED = [(BOTH, "-2", False, 1.1), (BOTH, "2", False, 0.0), (ONE, "-2", False, 1.0)]
+CALLED += [(("search", None), "-2", False, 1.0)]  # only a tool that answered counts
+CALLED += [((None, None), "2", True, 1.1)]  # no authors, punctuation or failed calls there
 
 
-@pytest.mark.parametrize(
-    "kinds, gold, official, total",
-    [
-        (BOTH, "-2", False, 1.1),
-        (BOTH, "2", False, 0.0),
-        (("search", "search"), "-2", False, 1.0),
-        (("search", None), "-2", False, 1.0),  # only a tool that answered counts
-        ((None, None), "2", True, 1.1),  # no authors, punctuation or failed calls there
-    ],
-)
+@pytest.mark.parametrize("kinds, gold, official, total", CALLED)
 def test_a_leaf_is_judged_by_what_each_author_wrote(policy, config, kinds, gold, official, total):
     """The released code knows our calculator as python."""
     texts = ["<think>a</think><search>x</search>", "<result>\nb\n</result>"]
