@@ -213,10 +213,10 @@ def escape(text: str) -> str:
     return re.sub(r"[<\uff1c\ufe64\u226e](?![ \t\r\n\d=.+-]|$)", "&lt;", readable(text))
 
 
-def broken(marker: str) -> str:
+def broken(marker: re.Match) -> str:
     """A special token, e.g. <|end|> or [INST], spelled so that it is plain text."""
-    escaped = escape(marker)
-    return escaped if escaped != marker else f"{marker[0]} {marker[1:]}"
+    escaped = escape(marker[0])
+    return escaped if escaped != marker[0] else f"{escaped[0]} {escaped[1:]}"
 
 
 def result_text(result: ToolResult) -> str:

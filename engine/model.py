@@ -43,6 +43,7 @@ To call a tool, write <think>why</think> and then one of
 Its result follows between <result> and </result>. You may call tools several times.
 To answer, write <think>why</think><answer>\\boxed{the answer alone}</answer> and stop."""
 
+NOTHING = "(?!)"  # a pattern that nothing has
 HERE = "\ue000"  # stands in a chat template for the text that comes there
 RESULT_FRAME = toolbox.result_text(toolbox.ToolResult("", ok=True)).split()
 CHARS_A_TOKEN = 32  # more than a text has on average: what is longer is cut before it is counted
@@ -63,7 +64,7 @@ class Policy:
     frame: Sequence[str] = ("", "")  # the chat before and after a question
     limits: Limits = field(default_factory=Limits)  # how much of it is computed at once
     markers: set[int] = field(default_factory=set)  # what begins or ends something: tags and such
-    spelled: set[str] = field(default_factory=set)  # the same as text, token or not
+    spelled: re.Pattern = re.compile(NOTHING)  # the same as text, token or not
 
     def __post_init__(self) -> None:
         self.lm = self.model.get_base_model()  # the adapter's layers sit inside it and stay live
@@ -80,13 +81,8 @@ class Policy:
         self.context = getattr(shape, "max_position_embeddings", None) or math.inf  # in tokens
 
     def prompt(self, question: str) -> list[int]:
-        question = self.harmless(toolbox.readable(question))  # it cannot end its own turn
-        return self.encode(question.join(self.frame), self.frame, special=True)
-
-    def harmless(self, text: str) -> str:
-        for marker in self.spelled:
-            text = text.replace(marker, toolbox.broken(marker))
-        return text
+        text = self.spelled.sub(toolbox.broken, toolbox.readable(question))  # its turn goes on
+        return self.encode(text.join(self.frame), self.frame, special=True)
 
     def encode(self, text: str, frame: Sequence[str] = (), special: bool = False) -> list[int]:
         """Token ids; the spelling of a special token is one only where it may be `special`.
@@ -105,17 +101,16 @@ class Policy:
 
     def encode_result(self, result: toolbox.ToolResult, most: int) -> list[int]:
         """A result in its tags, at most `most` tokens; " [cut]" stands where the rest was cut."""
-        result = dataclasses.replace(result, text=self.harmless(result.text))
-        longest = min(len(result.text), CHARS_A_TOKEN * most)
-        if longest == len(result.text):
-            token_ids = self.encode(toolbox.result_text(result), RESULT_FRAME)
-            if len(token_ids) <= most:
-                return token_ids
 
         def beginning(n: int) -> list[int]:
-            cut = dataclasses.replace(result, text=result.text[:n] + " [cut]")
-            return self.encode(toolbox.result_text(cut), RESULT_FRAME)
+            text = self.spelled.sub(toolbox.broken, result.text[:n])
+            text += " [cut]" * (n < len(result.text))
+            some = dataclasses.replace(result, text=text)
+            return self.encode(toolbox.result_text(some), RESULT_FRAME)
 
+        longest = min(len(result.text), CHARS_A_TOKEN * most)
+        if len(token_ids := beginning(longest)) <= most:
+            return token_ids
         too_long = bisect_right(range(longest), most, key=lambda n: len(beginning(n)))
         return beginning(max(0, too_long - 1))
 
@@ -168,9 +163,11 @@ def load_policy(config, tools: dict[str, toolbox.Tool], trainable: bool) -> Poli
         policy = Policy(model, tokenizer, system_prompt, ends, pad_id, closers, frame)
         added = tokenizer.added_tokens_decoder.items()
         policy.markers.update(ends, (i for i, t in added if t.special or is_tag(t.content)))
-        policy.spelled.update(t.content for i, t in added if i in policy.markers)
         words = " ".join(frame).replace(system_prompt, "")  # [INST] need not be a token
-        policy.spelled.update(re.findall(r"\[/?[A-Z_]+\]|<</?[A-Z_]+>>", words))
+        marks = re.findall(r"\[/?[A-Z_]+\]|<</?[A-Z_]+>>", words)
+        marks += [t.content for i, t in added if i in policy.markers]
+        marks = "|".join(map(re.escape, sorted(marks, key=len, reverse=True)))
+        policy.spelled = re.compile(marks or NOTHING)
         doing = "compute trees with"
         require_same_logprobs(policy, config)
         policy.limits = fit(config, lm)
