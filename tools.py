@@ -10,6 +10,7 @@ import ast
 import ctypes
 import math
 import operator
+import os
 import re
 import sys
 import threading
@@ -22,7 +23,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from decimal import Context
 from fractions import Fraction
-from functools import partial
+from functools import partial, reduce
 from itertools import count, pairwise
 from pathlib import Path
 
@@ -242,6 +243,8 @@ CERTAIN = 50  # digits before the point that are surely right
 mp = MPContext()
 Number = int | Fraction | mp.mpf  # only the last is not exact
 ONE_AT_A_TIME = threading.Lock()  # calls run side by side, and `mp` has one number of digits
+if hasattr(os, "register_at_fork"):  # else a child may wait for a lock that nobody there holds
+    os.register_at_fork(after_in_child=lambda: globals().update(ONE_AT_A_TIME=threading.Lock()))
 NUMBER = r"(?:\d[\d_]*\.?|\.\d)[\d_]*(?:[eE][+-]?\d+)?"
 TOKEN = re.compile(rf"({NUMBER})|([A-Za-z_]\w*)|(\S)", re.ASCII)
 ADVICE = {  # pattern that is ambiguous or not allowed -> what to write instead
@@ -326,6 +329,8 @@ def evaluate(node: ast.AST, text: str) -> Number:
             values = [evaluate(arg, text) for arg in args]
             try:
                 value = FUNCTIONS[name](*values)
+                if isinstance(value, mp.mpc):
+                    raise ValueError
             except (TypeError, ValueError) as error:  # too few, too many, or outside the domain
                 undefined = ToolError(f"{name} is not defined for these arguments")
                 raise error if isinstance(error, ToolError) else undefined from None
@@ -339,7 +344,7 @@ def evaluate(node: ast.AST, text: str) -> Number:
 def bounded(value: Number | mp.mpc) -> Number:
     """The value, exact where it is a short decimal; raises where it is not real, or too long."""
     if isinstance(value, mp.mpc):
-        raise ToolError("the result is not a real number, as the root of a negative one")
+        raise ToolError("a root of a negative number is not a real number")
     if isinstance(value, Fraction) and value.denominator.bit_length() > MAX_BITS:
         value = mp.convert(value)
     if isinstance(value, mp.mpf):
@@ -356,8 +361,8 @@ def bounded(value: Number | mp.mpc) -> Number:
 
 def settled(value: Number, scale: Number) -> Number:
     """The value, but 0 if it is only rounding error compared with `scale`: sin(pi / 6) - 0.5."""
-    error = abs(scale) * mp.mpf(10) ** (20 - mp.dps)  # of a few operations
-    return 0 if isinstance(value, mp.mpf) and abs(value) <= error else value
+    noise = isinstance(value, mp.mpf) and abs(value) <= abs(scale) * mp.mpf(10) ** (20 - mp.dps)
+    return 0 if noise else value
 
 
 def power(base: Number, exponent: Number) -> Number | mp.mpc:
@@ -366,8 +371,8 @@ def power(base: Number, exponent: Number) -> Number | mp.mpc:
         if bits * abs(exponent) <= MAX_BITS:
             value = base ** abs(exponent)
             return value if exponent >= 0 else Fraction(1, value)
-        if isinstance(base, int):
-            raise OverflowError
+    if base and abs(exponent * mp.ln(abs(base))) > 800:  # exp(800) is too large for a float
+        raise OverflowError
     return mp.power(base, exponent)
 
 
@@ -390,7 +395,8 @@ def whole(value: Number) -> int:
 
 
 def exact(x: Number) -> Fraction:
-    return Fraction(*to_rational(x._mpf_)) if isinstance(x, mp.mpf) else Fraction(x)
+    # its integers may be gmpy2's
+    return Fraction(*map(int, to_rational(x._mpf_))) if isinstance(x, mp.mpf) else Fraction(x)
 
 
 def known(x: Number) -> Number:
@@ -419,7 +425,7 @@ FUNCTIONS = {
     "floor": lambda x: math.floor(exact(known(x))), "ceil": lambda x: math.ceil(exact(known(x))),
     "round": lambda x, n=0: round(exact(known(x)), max(-2000, min(whole(n), 2000))),
     "gcd": lambda a, *more: math.gcd(*map(whole, (a, *more))),
-    "lcm": lambda a, *more: math.lcm(*map(whole, (a, *more))),
+    "lcm": lambda a, *more: reduce(lambda a, b: bounded(math.lcm(a, b)), map(whole, (1, a, *more))),
     "factorial": lambda n: math.factorial(min(whole(n), 1000)),  # 1000! is too large already
     "comb": comb, "exp": mp.exp, "ln": lambda x: log(x), "log": log,
     "log2": lambda x: log(x, 2), "log10": lambda x: log(x, 10),
@@ -439,7 +445,7 @@ def show(value: Number) -> str:
     decimal = Context(prec=15).divide(n, m)
     if not sys.float_info.min <= abs(decimal) <= sys.float_info.max:
         raise OverflowError
-    if not -9 <= decimal.adjusted() < 15:
+    if decimal.adjusted() < -9 or abs(n) >= 10**15 * m:
         return f"{float(decimal):.10g}"
     if Fraction(decimal) != Fraction(n, m):  # all digits before the point
         decimal = Context(prec=max(10, decimal.adjusted() + 1)).divide(n, m)

@@ -330,9 +330,9 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         # Only the main thread gets signals, and not every system has these; nohup ignores one.
         if threading.current_thread() is threading.main_thread():
-            numbers = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))
-            numbers = (n for n in numbers if n and signal.getsignal(n) != signal.SIG_IGN)
-            self.old_handlers = {n: signal.signal(n, terminate) for n in numbers}
+            both = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))
+            both = (n for n in both if n and signal.getsignal(n) not in (None, signal.SIG_IGN))
+            self.old_handlers = {n: signal.signal(n, terminate) for n in both}
         try:
             if self.folder:  # what is in it changes in `start`, when all is checked
                 self.hold() if self.writes else None

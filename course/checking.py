@@ -70,7 +70,7 @@ def values(given):
         return [values(each) for each in given]
     if isinstance(given, Segment):
         return given, given.path_tokens()
-    return given.tolist() if isinstance(given, Tensor) else given
+    return repr(given.tolist()) if isinstance(given, Tensor) else given
 
 
 def of_kind(what: str, value, kind) -> None:

@@ -53,13 +53,15 @@ def reason(error: Exception) -> str:
 
 
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A row or an object in it: of a key that stands there twice, one value would be lost."""
+    """A row or an object in it; of a key that is there twice, one value would be lost."""
     found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"of its {len(pairs)} keys only {len(found)} are different")
+    for key, value in pairs:
+        if found[key] is not value and found[key] != value and READ.search(key):
+            raise ValueError(f"the key {key!r} is there twice, with different values")
     return found
 
 
+READ = re.compile("question|problem|query|prompt|answer|solution|title|text|content", re.IGNORECASE)
 # NaN is how pandas writes null.
 DECODER = json.JSONDecoder(parse_constant=lambda _: None, object_pairs_hook=once)
 
@@ -135,7 +137,7 @@ def parquet_rows(path: str, file) -> Iterator[tuple[str, dict]]:
         narrow = [(c.name, kinds[str(c.type)]) for c in table.schema_arrow if str(c.type) in kinds]
         rows = (row for batch in table.iter_batches(batch_size=1024) for row in batch.to_pylist())
         for number, row in enumerate(rows, start=1):
-            for name, kind in narrow:  # 0.1, and not the double that is next to it
+            for name, kind in narrow:  # a number is 0.1, and not the double next to it
                 row[name] = None if row[name] is None else float(str(kind(row[name])))
             yield f"row {number}", row
     except (OSError, ValueError, ArrowException) as error:

@@ -32,9 +32,10 @@ MAX_CHARS = 1_000_000  # a tokenizer takes seconds and gigabytes for ten times a
 QUESTION_KEYS = ("question", "problem", "query", "prompt")
 ANSWER_KEYS = ("final_answer", "expected_answer", "answer", "answers", "golden_answers")
 ANSWER_KEYS += ("possible_answers", "target")
+FORMAT = re.compile("</?(?:think|answer|search)>")  # a prompt that describes these has our place
 CHOICES = re.compile("(multiple_|answer_)?(choice|option|opt)s?(_list|_?[a-e1-5])?")
 A_CHOICE = re.compile(r"\d(\.0)?|[(\[]?[A-Ka-k][)\]]?[.:]?|[A-K]{2,5}|[A-K][.)] .*", re.DOTALL)
-NO_ANSWER = {"?", "<unk>", "no answer present.", "notfound", "proof"}  # of tests and of proofs
+NO_ANSWER = {"?", "<unk>", "No Answer Present."}  # of tests
 QUESTION = (
     '{"question": "...", "answer": "..."} (or "problem", "prompt"; "answers", "golden_answers", '
     '"solution" with \\boxed{..}), {"prompt": [..], "reward_model": {"ground_truth": ..}}, '
@@ -116,6 +117,8 @@ def read_question(row: dict, domain: str) -> Question:
         raise ValueError("a question is a text and has at least one answer, text or number")
     if max(len(str(each)) for each in [text, *answers]) > MAX_CHARS:
         raise ValueError(f"a question or an answer has at most {MAX_CHARS:,} characters")
+    if NO_ANSWER.union(("notfound", "proof") if "problem" in row else ()).issuperset(answers):
+        raise ValueError(f"the answer {answers[0]!r} says that there is none")
     texts = [text, *(spelling for answer in answers for spelling in spellings(answer))]
     if not all(re.search(r"[^\s\u00ad\u200b-\u200f\u2060-\u2064\ufeff]", each) for each in texts):
         raise ValueError("a question or an answer is empty")
@@ -126,7 +129,8 @@ def asked(row: dict) -> Any:
     """The question alone: a system prompt is left out, for ours says what our tools are."""
     # aime24 has "problem" beside "question"; the released evaluation asks the latter.
     text = row[next((key for key in QUESTION_KEYS if row.get(key) is not None), "question")]
-    if any(row.get(key) for key in ("image", "images", "file_name")):
+    shown = [row.get("image"), row.get("images"), "task_id" in row and row.get("file_name")]  # GAIA
+    if any(any(each.values()) if isinstance(each, dict) else each for each in shown):
         raise ValueError("it asks about an image or a file, which is not read")
     if isinstance(text, list):
         users = [turn["content"] for turn in text if turn["role"] == "user"]
@@ -135,19 +139,24 @@ def asked(row: dict) -> Any:
         (text,) = users
     extra = row.get("extra_info")  # it has the question without verl's "think step by step"
     bare = extra.get("question") if isinstance(extra, dict) else None
-    if isinstance(bare, str) and bare and text.startswith(bare):
-        return bare
-    return f"{row['body']} {text}" if isinstance(row.get("body"), str) else text  # SVAMP
+    if isinstance(bare, str) and bare:
+        before, _, after = text.rpartition(bare)
+        if text.startswith(bare) or (FORMAT.search(before) and not after.strip()):
+            return bare
+    return f"{row['body']} {text}" if row.get("body") else text  # SVAMP
 
 
 def gold_answers(row: dict) -> list:
     """Whatever the row accepts, unchecked; KeyError where it holds no answer."""
     found = as_list(unpacked(answer_of(row)))
-    choices = {"a", "b"} <= row.keys() or any(CHOICES.fullmatch(k) and v for k, v in row.items())
-    if choices and any(A_CHOICE.fullmatch(str(each)) for each in found):
+    choices = [each for k, v in row.items() if CHOICES.fullmatch(k) and v for each in as_list(v)]
+    if all(isinstance(row.get(key), str) and row[key] for key in "ab"):
+        choices += [row.get(key) for key in "abcd"]
+    named = [x for x in map(str, found) if A_CHOICE.fullmatch(x) and x not in map(str, choices)]
+    if choices and named:
         raise ValueError("the answer names a choice: write the choices into the question")
-    aliases = as_list(row.get("answer_aliases") or [])  # 2Wiki, MuSiQue
-    return found + aliases + as_list(row.get("aliases") or [])
+    aliases = as_list(unpacked(row.get("answer_aliases") or []))  # 2Wiki, MuSiQue
+    return found + aliases + as_list(unpacked(row.get("aliases") or []))
 
 
 def answer_of(row: dict) -> Any:
@@ -164,10 +173,10 @@ def answer_of(row: dict) -> Any:
 def unpacked(found: Any) -> Any:
     """One answer or a list of them, out of what a data set wraps them in."""
     if isinstance(found, str) and isinstance(listed := from_json(found), dict | list):
-        texts = all(isinstance(each, str) for each in listed)  # "[0, 1]" is an interval
-        found = listed if isinstance(listed, dict) or texts else found
-    if isinstance(found, dict) and {*found} == {"target"}:  # Search-R1
-        return found["target"]
+        texts = listed and all(isinstance(each, str) for each in listed)  # "[0, 1]": an interval
+        found = listed if texts else found
+    if isinstance(found, dict) and {k for k, v in found.items() if v is not None} == {"target"}:
+        return found["target"]  # Search-R1
     if isinstance(found, dict) and "aliases" in found:  # TriviaQA
         return [found.get("value"), *(found["aliases"] or [])]
     return found
@@ -184,8 +193,6 @@ def spellings(answer: str | Number) -> list[str]:
     if isinstance(answer, str):
         answer = gsm8k_answer(answer)
         held = in_box(answer)
-        if answer.strip().lower() in NO_ANSWER:
-            raise ValueError(f"the answer {answer!r} says that there is none")
         return [answer if held is None else held]
     if isinstance(answer, float) and not math.isfinite(answer):
         raise ValueError(f"{answer} is no answer")
@@ -194,7 +201,8 @@ def spellings(answer: str | Number) -> list[str]:
 
 def in_box(solution: str) -> str | None:
     r"""What `boxed` finds; MATH also has \boxed 2 and \fbox{2}."""
-    alone = r"\\boxed *(-?[0-9.]*[0-9]|[A-Za-z])(?=[\s$.;)\]]|,(?!\d)|\Z)"
+    number, end = r"-?[0-9.]*[0-9](?![0-9.]*[0-9])", r"[\s$.;)\]}]|,(?!\d)|\\[)\]%]|\\text|\Z"
+    alone = rf"\\boxed *({number}|[A-Za-z])(?={end})"
     braced = re.sub(r"\\boxed\s+\{", r"\\boxed{", re.sub(alone, r"\\boxed{\1}", solution))
     return boxed(braced.replace("\\fbox{", "\\boxed{"))
 

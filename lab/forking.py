@@ -220,7 +220,7 @@ def study(args: list[str]) -> None:
     if path.exists():
         raise UserError(f"{path} is there already; choose another --name or remove it")
     questions, agent = first_per_domain(rows, own.questions), load_agent(config)
-    make_folder(own.output_dir)
+    make_folder(path.parent)
     nodes = work(agent, questions, own.continuations, config)
     found = answer(nodes)
     settings = {"questions": len(questions), "continuations": own.continuations}

@@ -119,7 +119,7 @@ BROKEN = {
     "damaged gz": (gzip.compress(TWO, mtime=0)[:14] + b"\0" * 40, "cannot read"),
     "cut array": (ARRAY[:-20], "a JSON array, but no JSON"),
     "array of numbers": (b"[7]", "row 1: a row has keys, this is a int"),
-    "twice": (TWO + b'{"question": "a", "question": "b"}', "line 3: of its 2 keys only 1"),
+    "twice": (TWO + b'{"question": "a", "question": "b"}', "line 3: the key 'question' is"),
     "deep": (TWO + b'{"a":' * 100_000, "line 3: nested too deeply"),
     "deep array": (b"[" * 100_000, "nested too deeply"),
     "no parquet": (b"PAR1 and nothing else", "cannot read"),

@@ -1,6 +1,7 @@
 """tools.py against independent oracles: Python's own arithmetic, BM25 written out, a stopwatch."""
 
 import math
+import os
 import random
 import re
 import sys
@@ -13,6 +14,7 @@ import warnings
 from fractions import Fraction
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 from conftest import python
 from mpmath.ctx_mp import MPContext
@@ -246,6 +248,14 @@ def test_calculator():
         assert calculate(expression) == value, expression
 
 
+def test_a_child_waits_for_no_thread_and_other_integers_will_do(monkeypatch):
+    with toolbox.ONE_AT_A_TIME:
+        child = os.fork() or os._exit(toolbox.ONE_AT_A_TIME.locked())
+    assert os.waitpid(child, 0)[1] == 0
+    monkeypatch.setattr(toolbox, "to_rational", lambda x: (np.int64(5), np.int64(2)))  # as gmpy2's
+    assert calculate("pi") == "2.5" and calculate("round(pi)") == "2"
+
+
 REFUSED = r"""
 write 1234, not 1,234 | 1,234,567.5   gcd(1,234,5)   max(12,34,567, 5)   max(-1,234)   1'234
 write 3.14, not 3,14 | 3,14 * 2   (1,5)   1,2,3
@@ -260,8 +270,8 @@ is unknown; known: sqrt, abs | import math\nmath.sqrt(2)   (1).real   np.sqrt(4)
 missing or too many | sqrt + 1   1 +   ((1)   (1))   max(())   .   max(*1)   max(**1)   1__0
 write 12, not 012 | 3 + 007   00.5
 division by zero | 1/0   5 % 0   0**-1.5   tan(pi/2)   log(5, 1)
-not a real number | (-8)**0.5   (-8)**(1/3)   asin(2)   sqrt(-1)   (-1)**(10**17/3)
-is not defined for these | log(0)   sqrt()   comb(-1, 1)   ln(2, 2)   gcd()   log(2, 0)
+root of a negative | (-8)**0.5   (-8)**(1/3)   (-1)**(10**17/3)
+is not defined for these | log(0)   sqrt()   comb(-1, 1)   ln(2, 2)   gcd()   log(2, 0)   asin(2)
 is not a whole number | factorial(2.5)   lcm(4, 0.5)   comb(4.5, 2)   round(1, .5)
 only the first 50 digits | sin(10**70 * e)   floor(e**150)   round(-pi * 10**70, 2)
 need exact numbers | pi % 1   5 % sqrt(2)   sqrt(2) // 1
