@@ -118,8 +118,8 @@ def as_latex(text: str) -> str:
     for sign, command in (("<=", "le"), (">=", "ge"), ("!=", "ne"), ("+/-", "pm")):
         text = text.replace(sign, rf"\{command} ")
     text = re.sub(r"\^(-\d+)", r"^{\1}", re.sub(r"\^(?:T|\{T\})", "^{T_{0}}", text))  # no transpose
-    text = re.sub(r"(?:√|\\?\bsqrt) ?\(((?:[^()]|\([^()]*\))*)\)", r"\\sqrt{\1}", text)
-    text = re.sub(r"(?:√|(?<!\\)\bsqrt) ?(\d+|[a-z](?![a-z]))", r"\\sqrt{\1}", text)
+    text = re.sub(r"(?:√|\\?(?<![A-Za-z])sqrt) ?\(((?:[^()]|\([^()]*\))*)\)", r"\\sqrt{\1}", text)
+    text = re.sub(r"(?:√|(?<![\\A-Za-z])sqrt) ?(\d+|[a-z](?![a-z]))", r"\\sqrt{\1}", text)
     text = re.sub(rf"(?<![\\A-Za-z])({FUNCTIONS})(?![A-Za-z])", r"\\\1 ", text)
     if chain := re.fullmatch(r"([^<>,]+)(>|\\ge )( *[^<>, ]+ *)(>|\\ge )([^<>,]+)", text):
         text = "".join(chain.groups()[::-1]).replace(">", "<").replace(r"\ge", r"\le")  # c > b > a

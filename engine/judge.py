@@ -93,12 +93,17 @@ def math_equal(prediction: str, answer: str) -> bool:
         (x, unit), (y, other) = sorted(quantities, key=lambda pair: pair[1])
         if unit == "":
             return (x == y and other != "BC") or (other == "%" and x == y / 100)
-        return x == y and unit == other
+        more = other.removeprefix(unit)  # "20 % increase" is 20 %, but 5 N m are not 5 N
+        units = {*UNITS.values(), *SI.values()}.intersection(more.replace("/", " ").split())
+        return x == y and other.startswith(unit) and more[:1] in ("", " ") and not units
     choices = CHOICE.fullmatch(p), CHOICE.fullmatch(a)
     if None not in choices:  # "(B)" for "B"
         return choices[0][1].lower() == choices[1][1].lower()
     if squeeze(p) == squeeze(a):
         return True
+    heads = [found[0] for text in (p, a) if (found := NAME.match(text))]
+    if len(heads) == 2 and "(" in heads[0] and squeeze(heads[0]) == squeeze(heads[1]):
+        return math_equal(p[len(heads[0]) :], a[len(heads[1]) :])  # f(2) = 1/2
     if is_words(p) or is_words(a) or (any(quantities) and not all(map(DIGIT.search, (p, a)))):
         return False
     left, equals, right = p.rpartition("=")
@@ -179,6 +184,7 @@ def squeeze(text: str) -> str:
     """Without spaces, but for those between words or numbers; X is x, but not beside x."""
     text = re.sub(r"([A-Z][a-z]?)_(?:(\d+)|\{(\d+)\})", r"\1\2\3", text)  # CO_2 is CO2
     text = re.sub(r"\^\{?(\d?[+-])\}?\Z", r"\1", text)  # Na^+ is Na+
+    text = re.sub(r"(?<=[A-Z]\d|[a-z]\d) (?=[A-Z][a-z]?\d?\Z)", "", text)
     text = re.sub(r"([_^])\{(\w)\}", r"\1\2", " ".join(text.split()))
     text = re.sub(r"\s+(?!\w)|(?<!\w)\s+", "", text)
     lower = re.sub(r"(\\[A-Za-z]+)|[^\\]+", lambda part: part[1] or part[0].casefold(), text)
@@ -236,15 +242,19 @@ SI = {  # kJ and kilojoules, mm and millimetres
 }
 DECADE = re.compile(r"\d{3}0'?s")  # the 1990s
 NO_UNIT = re.compile(  # words that change the number before them
-    r"and|or|to|not?|nor|minus|plus|over|out|of|by|than|times|pi|cos|perhaps|guess|less|versus"
-    r"|halves|(?:half|third|quarter|ten|\w+(?:th|illi?on|illiard))(?:e?s)?"
+    rf"(?!sec)(?:{FUNCTIONS})s?|squared|cubed|factorials?|roots?|(?:tau|alpha|beta|theta)s?|at|infinity"
+    r"|and|or|to|not?|nor|minus|plus|over|out|of|by|than|times|perhaps|guess|less|versus|halves|modulo"
+    r"|(?:half|third|quarter|ten|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie)th"
+    r"|(?:hundred|thousand|\w+illion)th|\w+illi?on|\w+illiard)(?:en?|e?s)?|mille|mil"
 )
 AFTER = "old|tall|high|long|wide|deep|thick|away|apart|later|ago|each|left|more|(?:in )?total"
-# Words that may be the last of a number: "5 red marbles" are 5, "5 maybe" and "5 mln" are not.
-NOUN = re.compile(
-    r"[a-z'-]{3,}s|people|children|(?:wo)?men|feet|geese|mice|fish|sheep"
-    r"|(?:(?![十百千万萬亿億兆半십백천만억조]|分之)[\u3005-\u30ff\u3400-\u9fff\uac00-\ud7a3])+"
-    r"|(?!мл[нр]|милл|тыс|трил|трлн)[\u0430-\u044f\u0451]+"
+# Last words that take the number back or make it another: "5 wrong answers" are 5, "5 wrong" not.
+NO_END = re.compile(
+    r"maybe|perhaps|(?:im)?possibl[ey]|probabl[ey]|(?:un)?likely|un(?:known|sure|certain|defined)|wrong"
+    r"|false|incorrect|approx(?:imately)?|roughly|nearly|almost|below|under|negative|none|nil|par|power"
+    r"|(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|\w+[rnfxe]ty)s?"
+    r"|ml[nr]d?|mi?o|mrd|tr?n|tys|bn|myriad|juta|triệu|.*(?:[十百千万萬亿億兆半倍成折割点십백천만억조]|分之|以).*"
+    r"|\u0441|(?:мл[нр]|милл|тыс|трил|трлн|половин|сот|десят)[\u0430-\u044f]*|مليون|مليار|ألف|लाख|करोड़"
 )
 
 
@@ -273,12 +283,12 @@ def quantity(text: str) -> tuple[Fraction, str] | None:
     rest, currency = found["unit"], UNITS.get((found["currency"] or "").lower(), "")
     if scale := SCALE.match(rest):
         value, rest = value * SCALES[scale[1]], rest[scale.end() :]
-    unit = unit_of(rest, currency, singular=value <= 1)
+    unit = unit_of(rest, currency)
     sign = -1 if found["sign"] + found["minus"] == "-" else 1
     return None if unit is None else (sign * value, unit)
 
 
-def unit_of(text: str, unit: str, singular: bool = False) -> str | None:
+def unit_of(text: str, unit: str) -> str | None:
     """What of " square centimeters tall" is "cm2"; None of what is no unit."""
     text = re.sub(r"\\mu ", "μ", text.replace(r"\Omega", "Ω"))
     text = re.sub(r"(?<=[A-Za-z]) ?(?:·|\\cdot) ?(?=[A-Za-z])", " ", text)  # N·m
@@ -287,10 +297,10 @@ def unit_of(text: str, unit: str, singular: bool = False) -> str | None:
     text = re.sub(r"(\w) squared\b", r"\1^2", re.sub(r"(\w) cubed\b", r"\1^3", text))
     text = re.sub(r"\bU\.?S\.? (?=dollars?\b)", "", text.replace("per cent", "percent"))
     text = re.sub(rf" (?:{AFTER})\Z", "", text)
-    beside, per, word, known = text[:1].isspace(), "", "", True
+    beside, word = text[:1].isspace(), ""
     for token in re.sub(r"\s*(?:/|\bper\b)\s*", " /", text).split():
         found = UNIT.fullmatch(token)
-        if not found:
+        if not found or (found[1] and found[2] in SCALES):  # per thousand
             return None
         per, word, power = found.groups(default="")
         lower = word.lower() if len(word) > 1 else word  # "M" is no meter
@@ -299,17 +309,17 @@ def unit_of(text: str, unit: str, singular: bool = False) -> str | None:
             name = SI.get(word if len(word) < 4 else one)  # Nm is not nm
         name = name or UNITS.get(lower) or UNITS.get(one)
         letter = not beside and re.fullmatch("[A-Za-z]", word) and word not in "mghsLWV"  # 2t
-        known = name is not None and not letter
-        if not known:  # any word in lower case after a space, or in another script
+        if name is None or letter:  # any word in lower case after a space, or in another script
             product = word.isascii() and not (beside and len(word) > 2)  # 2xy, 2 x m
             if product or word != lower or power or NO_UNIT.fullmatch(word) or GREEK.search(word):
                 return None
             name = one
         if power.startswith("-"):  # h^{-1} is /h
             per, power = "/", power.lstrip("-1")
-        unit, beside = f"{unit}{per or ' '}{name}{power}", True
-    nouns = (word, f"{word}s") if singular else (word,)
-    return unit.strip() if known or per or any(map(NOUN.fullmatch, nouns)) else None
+        if name != unit:  # $20 dollars
+            unit = f"{unit}{per or ' '}{name}{power}".strip()
+        beside = True
+    return None if word not in UNITS and NO_END.fullmatch(word) else unit
 
 
 def split_unit(text: str) -> tuple[str, str]:
@@ -318,7 +328,9 @@ def split_unit(text: str) -> tuple[str, str]:
         value, unit = number
         return rf"\frac{{{value.numerator}}}{{{value.denominator}}}", unit
     found = len(text) <= MAX_LENGTH and MEASURED.fullmatch(text)
-    likely = found and MATHS.search(found[1]) and (len(found[3]) > 3 or found[3] in UNITS)
+    short = found and len(found[3]) < 4  # \\mu mg is a product
+    valued = found and (not short or re.search(r"\d|\\pi|π", found[1]))
+    likely = valued and MATHS.search(found[1]) and (not short or found[3] in UNITS)
     unit = unit_of(found[2], "") if likely else None
     return (text, "") if unit is None else (found[1], unit)
 
@@ -340,10 +352,10 @@ DATE = re.compile(  # "5th of May", "May 5th", "Sept. 1971"
 ARTICLE = re.compile(r"\b(?:(?:an|the)(?=\s+\S)|a(?=\s+\w\w))(?=\s)")
 NO_WORD = re.compile(
     r"\\(?:begin|end)\s*\{[a-z]*\}|\\[A-Za-z]+"
-    rf"|(?<![A-Za-z])(?:{FUNCTIONS}|and|or|[Ii]nf(?:inity)?)(?![A-Za-z])"
+    rf"|(?<![A-Za-z])(?:{FUNCTIONS}|and|or|oo|[Ii]nf(?:inity)?)(?![A-Za-z])"
 )
 MATHS = re.compile(
-    r"\\[A-Za-z]|[\^=<>+*|√π∞≤≥≠×÷±\u222a∩∈]|[a-z]/\d"
+    r"\\[A-Za-z]|[\^=<>+*|√π\u0370-\u03ff∞≤≥≠×÷±\u222a∩∈]|[a-z]/\d"
     r"|\d(?!st|nd|rd|th|[ap]m)[a-z]{1,3}(?![a-z])|\A-?[\d.]+ [a-z]{2}\Z"
 )
 
@@ -355,6 +367,7 @@ def is_words(text: str) -> bool:
     text, _ = split_unit(clean(text))
     if DECADE.fullmatch(text) or RANGE.fullmatch(text):
         return True
+    text = re.sub(r"(?<![\u0370-\u03ff])[\u0370-\u03ff](?![\u0370-\u03ff])", r" \g<0> ", text)
     runs = re.findall(r"[^\W\d_]+", NO_WORD.sub(" ", text.replace(".", "")))
     if any(len(run) > 3 or not (run.isascii() or GREEK.fullmatch(run)) for run in runs):
         return True

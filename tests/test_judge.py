@@ -35,7 +35,7 @@ x=63 for 63; 90° for 90; 18 cm for 18; (5) for 5; −5 for -5; １２３ for 12
 \$20 for 20 dollars; 20€ for €20; ¥161.27 for 161.27元; 18 KG for 18 kilograms;
 18 years old for 18 years; 25 \text{ cm}^2 for 25 square centimeters; 5m² for 5 m^2;
 60 km/h for 60 kilometers per hour; 25℃ for 25 degrees Celsius; 90˚ for 90; 1984年 for 1984;
-18 лет for 18; 5 km away for 5 km;
+18 лет for 18; 5 km away for 5 km; 20% increase for 20%; 5 paths for 5; $20 dollars for $20;
 3만 for 30000; ​63 for 63; 2 lakh for 200000; 50¢ for 50; 6" for 6 inches; 6' for 6 feet; '6' for 6;
 1’234’567 for 1234567; 3 incorrect answers for 3; f(3) = 42 for 42; 4千米 for 4 km;
 25 cm squared for 25 cm^2; 9.8 meters per second squared for 9.8 m/s^2; 7pm for 7 p.m.;
@@ -56,7 +56,7 @@ OTHER_NUMBER = r"""
 5 quintillion for 5; 5 millones for 5; 500 млн for 500; 500 mln for 500; 5分之一 for 5; 5半 for 5;
 5 point five for 5; 5 thirtieths for 5; 63 _8 for 63; \text{63}_8 for 63; 5 N for 5 N m;
 5 Nm for 5 nm; 5 Mm for 5 mm; 2 x m for 2; \sqrt{x}=5 for 5; x \ne = 5 for 5; never = 5 for 5;
-79 BC for 79; 5 GB for 5 Gb
+79 BC for 79; 5 GB for 5 Gb; 5 per thousand for 5; 1 maybe for 1; 5 squared for 5; 5 mille for 5
 """
 NUMBERS = pairs(SAME_NUMBER, 1) + pairs(OTHER_NUMBER, 0)
 
@@ -91,7 +91,8 @@ CO_2 for CO2; C_6H_{12}O_6 for C6H12O6; bh/2 for \frac12 bh; 1+X^2 for x^2+1;
 2x for f'(x)=2x; \lbrace 1,2\rbrace for \{2,1\}; P(A\mid B) for P(A|B); p\rightarrow q for p\to q;
 {n \choose k} for \binom{n}{k}; c>b>a for a<b<c; 1 \ge k > -1 for -1<k\leq 1;
 \langle 2,1\rangle for (2,1); ]-\infty,3[ for (-\infty,3); .\overline{3} for 1/3; Na+ for Na^+;
-1998/05/12 for 1998-05-12; 1, 2, and 3 for 3,2,1; d/2 for \frac{d}{2}
+1998/05/12 for 1998-05-12; 1, 2, and 3 for 3,2,1; d/2 for \frac{d}{2}; 2sqrt(5) for 2\sqrt{5};
+f(2)=1/2 for f(2)=\frac12; 4πr² for 4\pi r^2; \mu m g for \mu mg
 """
 UNEQUAL = r"""
 2+3 for 23; 64=63 for 63; 2x+1=5 for 5; x>3 for x≥3; 1.41421356 for \sqrt{2}; 3.14 for \pi;
