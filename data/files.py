@@ -54,14 +54,14 @@ def reason(error: Exception) -> str:
 
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A row or an object in it; of a key that is there twice, one value would be lost."""
-    found = dict(pairs)
+    found = dict(sorted(pairs, key=lambda pair: pair[1] is not None))  # a null gives way
     for key, value in pairs:
-        if found[key] is not value and found[key] != value and READ.search(key):
+        if value is not None and found[key] != value and READ.fullmatch(key):
             raise ValueError(f"the key {key!r} is there twice, with different values")
     return found
 
 
-READ = re.compile("question|problem|query|prompt|answer|solution|title|text|content", re.IGNORECASE)
+READ = re.compile("(.*_)?(question|problem|query|prompt|answers?|solution|title|text|contents?)")
 # NaN is how pandas writes null.
 DECODER = json.JSONDecoder(parse_constant=lambda _: None, object_pairs_hook=once)
 

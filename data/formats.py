@@ -130,6 +130,7 @@ def asked(row: dict) -> Any:
     # aime24 has "problem" beside "question"; the released evaluation asks the latter.
     text = row[next((key for key in QUESTION_KEYS if row.get(key) is not None), "question")]
     shown = [row.get("image"), row.get("images"), "task_id" in row and row.get("file_name")]  # GAIA
+    shown = [x for each in shown for x in (each if isinstance(each, list) else [each])]
     if any(any(each.values()) if isinstance(each, dict) else each for each in shown):
         raise ValueError("it asks about an image or a file, which is not read")
     if isinstance(text, list):
@@ -143,7 +144,8 @@ def asked(row: dict) -> Any:
         before, _, after = text.rpartition(bare)
         if text.startswith(bare) or (FORMAT.search(before) and not after.strip()):
             return bare
-    return f"{row['body']} {text}" if row.get("body") else text  # SVAMP
+    body = row.get("body")  # of SVAMP
+    return f"{body} {text}" if isinstance(body, str) and body.strip() else text
 
 
 def gold_answers(row: dict) -> list:
@@ -152,11 +154,12 @@ def gold_answers(row: dict) -> list:
     choices = [each for k, v in row.items() if CHOICES.fullmatch(k) and v for each in as_list(v)]
     if all(isinstance(row.get(key), str) and row[key] for key in "ab"):
         choices += [row.get(key) for key in "abcd"]
-    named = [x for x in map(str, found) if A_CHOICE.fullmatch(x) and x not in map(str, choices)]
+    offered = {str(each) for each in choices if not str(each).isdigit()}  # a digit is an index
+    named = [x for x in map(str, found) if A_CHOICE.fullmatch(x) and x not in offered]
     if choices and named:
         raise ValueError("the answer names a choice: write the choices into the question")
-    aliases = as_list(unpacked(row.get("answer_aliases") or []))  # 2Wiki, MuSiQue
-    return found + aliases + as_list(unpacked(row.get("aliases") or []))
+    aliases = (unpacked(row.get(key)) for key in ("answer_aliases", "aliases"))  # 2Wiki, MuSiQue
+    return found + [x for some in aliases for x in as_list(some) if x not in (None, "", "[]")]
 
 
 def answer_of(row: dict) -> Any:
@@ -201,7 +204,8 @@ def spellings(answer: str | Number) -> list[str]:
 
 def in_box(solution: str) -> str | None:
     r"""What `boxed` finds; MATH also has \boxed 2 and \fbox{2}."""
-    number, end = r"-?[0-9.]*[0-9](?![0-9.]*[0-9])", r"[\s$.;)\]}]|,(?!\d)|\\[)\]%]|\\text|\Z"
+    number = r"-?[0-9.]*[0-9](?![0-9.]*[0-9])"
+    end = r"[\s$.;:?&)\]}]|,(?!\d)|\^\\circ|\\([)\]%,;!\\ ]|text|math|q?quad)|\Z"
     alone = rf"\\boxed *({number}|[A-Za-z])(?={end})"
     braced = re.sub(r"\\boxed\s+\{", r"\\boxed{", re.sub(alone, r"\\boxed{\1}", solution))
     return boxed(braced.replace("\\fbox{", "\\boxed{"))
@@ -347,6 +351,8 @@ def answering(text: str) -> str:
     answer = answer.partition("</answer>")[0]  # nothing is written after it
     if not tag or boxed(answer) is None:
         held = answer.strip() if tag else boxed(said)
+        if not held and (thought_of := boxed(text)) and thought_of in said:
+            held = thought_of  # said again without a box
         if not held:
             raise ValueError("the last turn holds no \\boxed{..} answer")
         answer = f"\\boxed{{{held}}}"

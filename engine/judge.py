@@ -251,10 +251,12 @@ AFTER = "old|tall|high|long|wide|deep|thick|away|apart|later|ago|each|left|more|
 # Last words that take the number back or make it another: "5 wrong answers" are 5, "5 wrong" not.
 NO_END = re.compile(
     r"maybe|perhaps|(?:im)?possibl[ey]|probabl[ey]|(?:un)?likely|un(?:known|sure|certain|defined)|wrong"
-    r"|false|incorrect|approx(?:imately)?|roughly|nearly|almost|below|under|negative|none|nil|par|power"
-    r"|(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|\w+[rnfxe]ty)s?"
-    r"|ml[nr]d?|mi?o|mrd|tr?n|tys|bn|myriad|juta|triệu|.*(?:[十百千万萬亿億兆半倍成折割点십백천만억조]|分之|以).*"
-    r"|\u0441|(?:мл[нр]|милл|тыс|трил|трлн|половин|сот|десят)[\u0430-\u044f]*|مليون|مليار|ألف|लाख|करोड़"
+    r"|false|incorrect|approx(?:imately)?|roughly|nearly|almost|below|negative|none|nil|par"
+    r"|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
+    r"|(?:thir|four|fif|six|seven|eigh|nine)teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty"
+    r"|ml[nr]d?|mi?o|mrd|tr?n|tys|bn|myriad|juta|triệu|[十百千万萬亿億兆십백천만억조]+.?|分之.*|半.*|以.*"
+    r"|\u0441|мл(?:н|рд)|милл(?:ион|иард)(?:\u0430|ов)?|тыс(?:яч[\u0430и]?)?|трил\w*|трлн|половин\w*|сот(?:ен|н[яи])"
+    r"|десят\w*|مليون|مليار|ألف|लाख|करोड़"
 )
 
 
@@ -329,7 +331,7 @@ def split_unit(text: str) -> tuple[str, str]:
         return rf"\frac{{{value.numerator}}}{{{value.denominator}}}", unit
     found = len(text) <= MAX_LENGTH and MEASURED.fullmatch(text)
     short = found and len(found[3]) < 4  # \\mu mg is a product
-    valued = found and (not short or re.search(r"\d|\\pi|π", found[1]))
+    valued = found and (not short or re.search(r"\d|\^|\\[a-z]+\{|\\pi|π", found[1]))
     likely = valued and MATHS.search(found[1]) and (not short or found[3] in UNITS)
     unit = unit_of(found[2], "") if likely else None
     return (text, "") if unit is None else (found[1], unit)
@@ -355,7 +357,7 @@ NO_WORD = re.compile(
     rf"|(?<![A-Za-z])(?:{FUNCTIONS}|and|or|oo|[Ii]nf(?:inity)?)(?![A-Za-z])"
 )
 MATHS = re.compile(
-    r"\\[A-Za-z]|[\^=<>+*|√π\u0370-\u03ff∞≤≥≠×÷±\u222a∩∈]|[a-z]/\d"
+    r"\\[A-Za-z]|[\^=<>+*|√π∞≤≥≠×÷±\u222a∩∈]|[a-z]/\d"
     r"|\d(?!st|nd|rd|th|[ap]m)[a-z]{1,3}(?![a-z])|\A-?[\d.]+ [a-z]{2}\Z"
 )
 

@@ -35,7 +35,8 @@ x=63 for 63; 90° for 90; 18 cm for 18; (5) for 5; −5 for -5; １２３ for 12
 \$20 for 20 dollars; 20€ for €20; ¥161.27 for 161.27元; 18 KG for 18 kilograms;
 18 years old for 18 years; 25 \text{ cm}^2 for 25 square centimeters; 5m² for 5 m^2;
 60 km/h for 60 kilometers per hour; 25℃ for 25 degrees Celsius; 90˚ for 90; 1984年 for 1984;
-18 лет for 18; 5 km away for 5 km; 20% increase for 20%; 5 paths for 5; $20 dollars for $20;
+18 лет for 18; 5 km away for 5 km; 24 trailing zeros for 24;
+8个顶点 for 8; 20% increase for 20%; 5 paths for 5; $20 dollars for $20;
 3만 for 30000; ​63 for 63; 2 lakh for 200000; 50¢ for 50; 6" for 6 inches; 6' for 6 feet; '6' for 6;
 1’234’567 for 1234567; 3 incorrect answers for 3; f(3) = 42 for 42; 4千米 for 4 km;
 25 cm squared for 25 cm^2; 9.8 meters per second squared for 9.8 m/s^2; 7pm for 7 p.m.;
@@ -92,7 +93,7 @@ CO_2 for CO2; C_6H_{12}O_6 for C6H12O6; bh/2 for \frac12 bh; 1+X^2 for x^2+1;
 {n \choose k} for \binom{n}{k}; c>b>a for a<b<c; 1 \ge k > -1 for -1<k\leq 1;
 \langle 2,1\rangle for (2,1); ]-\infty,3[ for (-\infty,3); .\overline{3} for 1/3; Na+ for Na^+;
 1998/05/12 for 1998-05-12; 1, 2, and 3 for 3,2,1; d/2 for \frac{d}{2}; 2sqrt(5) for 2\sqrt{5};
-f(2)=1/2 for f(2)=\frac12; 4πr² for 4\pi r^2; \mu m g for \mu mg
+f(2)=1/2 for f(2)=\frac12; 4πr² for 4\pi r^2; \sqrt{ab} cm for \sqrt{ab}; \mu m g for \mu mg
 """
 UNEQUAL = r"""
 2+3 for 23; 64=63 for 63; 2x+1=5 for 5; x>3 for x≥3; 1.41421356 for \sqrt{2}; 3.14 for \pi;
@@ -136,7 +137,8 @@ AC/DC for AC/DC = 1; Straße for STRASSE = 1; ﬁsh for Fish = 1; Café for Caf�
 4th of July for July 4 = 1; Sept. 1971 for September 1971 = 1; 3:15pm for 3:15 P.M. = 1;
 from 1939 to 1945 for 1939–1945 = 1; 1986-2013 for from 1986 until 2013 = 1; 1-2 for 2 to 1 = 0;
 JK Rowling for J. K. Rowling = 1; Ernst and Young for Ernst & Young = 1;
-3 and 7 points each for -3 and 7 points each = 4/5; May 05, 1998 for May 5, 1998 = 1
+3 and 7 points each for -3 and 7 points each = 4/5; May 05, 1998 for May 5, 1998 = 1;
+the TNF-α for TNF-α = 1; β for β decay = 2/3
 """
 UNORDERED = ("York New", "5 May 1998", "4th of July")
 
