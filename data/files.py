@@ -61,7 +61,8 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-READ = re.compile("(.*_)?(question|problem|query|prompt|answers?|solution|title|text|contents?)")
+NAMES = "question|problem|query|prompt|answers?|solution|title|text|contents?"
+READ = re.compile(f"(.*[_ ])?({NAMES})", re.IGNORECASE)
 # NaN is how pandas writes null.
 DECODER = json.JSONDecoder(parse_constant=lambda _: None, object_pairs_hook=once)
 
@@ -132,7 +133,7 @@ def parquet_rows(path: str, file) -> Iterator[tuple[str, dict]]:
         raise UserError(f"{path}: reading parquet needs the package pyarrow; {how}") from None
     try:
         table = ParquetFile(file)
-        once([(name, None) for name in table.schema_arrow.names])
+        once([(name, i) for i, name in enumerate(table.schema_arrow.names)])  # no column twice
         kinds = {"float": np.float32, "halffloat": np.float16}
         narrow = [(c.name, kinds[str(c.type)]) for c in table.schema_arrow if str(c.type) in kinds]
         rows = (row for batch in table.iter_batches(batch_size=1024) for row in batch.to_pylist())

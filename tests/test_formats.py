@@ -119,7 +119,7 @@ BROKEN = {
     "damaged gz": (gzip.compress(TWO, mtime=0)[:14] + b"\0" * 40, "cannot read"),
     "cut array": (ARRAY[:-20], "a JSON array, but no JSON"),
     "array of numbers": (b"[7]", "row 1: a row has keys, this is a int"),
-    "twice": (TWO + b'{"question": "a", "question": "b"}', "line 3: the key 'question' is"),
+    "twice": (TWO + b'{"Question": "a", "Question": "b"}', "line 3: the key 'Question' is"),
     "deep": (TWO + b'{"a":' * 100_000, "line 3: nested too deeply"),
     "deep array": (b"[" * 100_000, "nested too deeply"),
     "no parquet": (b"PAR1 and nothing else", "cannot read"),
@@ -144,6 +144,9 @@ def test_folders_and_rows_of_parquet_are_one_line(tmp_path, monkeypatch):
     tenth = {"question": ["q"], "answer": pyarrow.array([0.1], pyarrow.float32())}
     pyarrow.parquet.write_table(pyarrow.table(tenth), tmp_path / "float.parquet")
     assert load_questions(str(tmp_path / "float.parquet")) == [Question("q", ["0.1"])]
+    two = pyarrow.Table.from_arrays([["q"], ["a"], ["b"]], ["question", "answer", "answer"])
+    pyarrow.parquet.write_table(two, odd)
+    assert "the key 'answer' is there twice" in refused(load_questions, odd)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert "pip install pyarrow" in refused(load_questions, odd)
     assert load_questions(str(FIXTURES / "plain.jsonl"))  # JSONL needs no pyarrow
