@@ -289,7 +289,7 @@ def update(policy: Policy, optimizer, rows: list[Row], config: Config) -> dict:
     total = sum(sum(row.weight) for row in rows)
     if not config.kl_coefficient:
         rows = [row for row in rows if any(row.A_plus) or any(row.A_minus)]
-    parts = list(micro_batches(rows, config.micro_batch_tokens))
+    parts = micro_batches(rows, config.micro_batch_tokens)
     batches = [make_batch(some, policy.pad_id, policy.device, policy.lm.dtype) for some in parts]
     old, reference = fixed_logprobs(policy, batches, config)
     n, loss_sum, clipped_sum, norms, drifts = config.updates_per_rollout, 0.0, 0.0, [], []

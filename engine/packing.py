@@ -20,6 +20,7 @@ from advantage import Segment, shared_by
 from engine.memory import HEAD_BYTES
 
 MAX_GRAD_NORM = 1.0  # as in the released settings
+SIMILAR = 1.25  # times as long as the shortest of its batch, at most: padding takes T * T, too
 
 
 @dataclass
@@ -126,16 +127,15 @@ def make_batch(rows: list[Row], pad_id: int, device, dtype=torch.float32) -> Bat
     return Batch(attention_mask=mask, **padded)
 
 
-def micro_batches(rows: list[Row], token_budget: int) -> Iterator[list[Row]]:
-    """Rows of similar length together, at most `token_budget` tokens (padding included) a batch."""
-    batch: list[Row] = []
+def micro_batches(rows: list[Row], token_budget: int) -> list[list[Row]]:
+    """Rows of similar length together: at most `token_budget` tokens, padding included, a batch."""
+    batches: list[list[Row]] = []
     for row in sorted(rows, key=len):
-        if batch and len(row) * (len(batch) + 1) > token_budget:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
+        some = batches[-1] if batches else []
+        if not some or len(row) > min(token_budget // (len(some) + 1), SIMILAR * len(some[0])):
+            batches.append([])
+        batches[-1].append(row)
+    return batches
 
 
 # ---- the log-prob of every token ----------------------------------------------------------

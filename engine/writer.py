@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, GenerationConfig, StoppingCriteria
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from advantage import Segment
 from data.files import UserError
@@ -57,10 +57,7 @@ class Writer:
         self.sampling = GenerationConfig(**rule, **ids, **wanted)
 
     def begin(self, nodes: list[Segment], k: int) -> list[Segment]:
-        """A new policy segment after each node: its first k tokens, and their entropy.
-
-        The same node again: a fork.
-        """
+        """Policy segments after nodes (a node twice: a fork): their first k tokens and entropy."""
         drafts = [Segment("policy", [], parent=node) for node in nodes]
         # Where several start from a node that is unread, one of them reads it for all.
         unread = Counter(node for node in nodes if node not in self.kv)
@@ -97,11 +94,9 @@ class Writer:
         steps = max(end - n for end, n in zip(ends.limits, before, strict=True))
         steps = min(steps, STEPS, max(1, SCORES_BYTES // (4 * R * V)))
         input_ids, mask, cache = self.batch(drafts, steps)  # (R, W), (R, C + W)
-        known = {"attention_mask": mask, "past_key_values": cache}
-        hooks = {"logits_processor": [partial(finite, drafts)], "stopping_criteria": [ends]}
-        out = self.policy.lm.generate(
-            input_ids, self.sampling, **known, **hooks, max_new_tokens=steps
-        )
+        known = {"attention_mask": mask, "past_key_values": cache, "max_new_tokens": steps}
+        hooks = {"logits_processor": [Finite(drafts)], "stopping_criteria": [ends]}
+        out = self.policy.lm.generate(input_ids, self.sampling, **known, **hooks)
         S = len(out.scores)
         self.decode_steps += S
         added = [len(draft.token_ids) - n for draft, n in zip(drafts, before, strict=True)]
@@ -221,7 +216,12 @@ class SegmentEnd(StoppingCriteria):
         return torch.tensor([enough or end for end in done], device=input_ids.device)
 
 
-def finite(drafts: list[Segment], input_ids: Tensor, scores: Tensor) -> Tensor:
+@dataclass
+class Finite(LogitsProcessor):
     """Nothing is sampled from logits that are no numbers."""
-    require_finite("a logit", scores, (draft.path_tokens() for draft in drafts))
-    return scores
+
+    drafts: list[Segment]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        require_finite("a logit", scores, (draft.path_tokens() for draft in self.drafts))
+        return scores

@@ -1,6 +1,7 @@
 """The update: every token counted once and for the right trajectories, however it is batched."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import bitsandbytes as bnb
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from advantage import Reward, Segment, group_advantages, segment_advantages, shared_by
 from arpo_mini import credit, fixed_logprobs, judge, policy_loss, update
 from data.formats import Question
-from engine.packing import make_batch, make_row, micro_batches, split_tree, token_logprobs
+from engine.packing import SIMILAR, make_batch, make_row, micro_batches, split_tree, token_logprobs
 
 EQUAL = [Reward(1.0, 1.0, True, 1)] * 8
 
@@ -84,9 +85,11 @@ def test_packed_and_cut_anywhere_is_one_row_a_trajectory(tiny, groups, limit, bu
     assert all(len(row) <= limit or len(row) in paths for row in packed)
     assert sum(map(len, packed)) <= sum(map(len, plain))
     assert sum(sum(r.weight) for r in packed) == sum(sum(r.weight) for r in plain)
-    batches = list(micro_batches(packed, budget))
-    assert all(len(some) == 1 or max(map(len, some)) * len(some) <= budget for some in batches)
-    assert len(batches) == 1 or budget < max(map(len, packed)) * len(packed)
+    batches = micro_batches(packed, budget)
+    for some in batches:
+        assert len(some) == 1 or len(some[-1]) <= min(budget // len(some), SIMILAR * len(some[0]))
+    for some, (row, *_) in pairwise(batches):  # as many as may be together
+        assert len(row) * (len(some) + 1) > budget or len(row) > SIMILAR * min(map(len, some))
     expected = gradient(tiny, plain, config)
     assume(expected[1].norm() > 1e-4)  # the clip may have taken all of it away
     assert_close(gradient(tiny, packed, config, budget), expected)
