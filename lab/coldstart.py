@@ -68,24 +68,42 @@ def build_tokenizer(texts: list[str], vocab_size: int = 1280) -> PreTrainedToken
     backend.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
     backend.decoder = decoders.ByteLevel()
     alphabet, markers = pre_tokenizers.ByteLevel.alphabet(), ["<|endoftext|>", *TURN]
-    known = {"initial_alphabet": alphabet, "special_tokens": markers, "show_progress": False}
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, **known)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=alphabet,
+        special_tokens=markers,
+        show_progress=False,
+    )
     backend.train_from_iterator(texts, trainer)
     backend.add_tokens([f"<{slash}{tag}>" for tag in TAGS for slash in ("", "/")])
-    ends = {"eos_token": TURN[1], "pad_token": "<|endoftext|>", "chat_template": CHAT_TEMPLATE}
-    limits = {"clean_up_tokenization_spaces": False, "model_max_length": 1024}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **ends, **limits)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=TURN[1],
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=1024,
+    )
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     """The real Qwen3 architecture, tiny: four layers of width 128."""
-    size = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
-    size |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-    size |= {"vocab_size": len(tokenizer), "max_position_embeddings": 1024}
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("eos", "pad")}
-    turns = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
-    tied = {"tie_word_embeddings": True, "bos_token_id": None}
-    return Qwen3ForCausalLM(Qwen3Config(**size, **ids, **turns, **tied))
+    shape = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=1024,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen3ForCausalLM(shape)
 
 
 # Training -------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ starting point: `arpo_mini.py train --adapter DIR/adapter`.
 
 A demonstration is spelled as a rollout would spell it: with the prompt of train and eval, not that
 of the file, and results between <result> tags. The released data calls <python>: code that is one
-expression becomes a <calculator> call. Left out are others, and whatever `from_file` names.
+expression becomes a <calculator> call. What is left out: data/demonstrations.py.
 
 Demonstrations that all go on in one way after a tool result teach a policy to be surer there than
 at the start (a 135M model: at 16 of 16 questions), and the gain is never above 0. --hesitation
@@ -22,7 +22,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -32,20 +31,19 @@ from random import Random
 import torch
 from tqdm import tqdm
 
-from advantage import Segment, reward
+from advantage import Segment
 from app.config import Config, option
 from app.run_folder import new_folder, put, to_json
 from app.screen import say
 from arpo_mini import make_tools
+from data.demonstrations import from_file
 from data.demonstrator import demonstrations_of_the_world
 from data.files import UserError
-from data.formats import Demonstration, load_demonstrations
+from data.formats import Demonstration
 from engine import packing
-from engine.judge import as_number
 from engine.memory import snapshot
 from engine.model import RESULT_FRAME, Policy, load_policy
 from lab.command import exit_code, parse
-from tools import ToolError, ToolResult, calculate, read_call, readable, result_text
 
 SHARED = (  # settings of `train` that it has, too
     "model_name adapter trust_remote_code load_in_4bit dtype lora_rank system_prompt thinking "
@@ -71,61 +69,7 @@ class Settings:  # beside those
             raise UserError(f"--hesitation {self.hesitation} --data {self.data}: {words}")
 
 
-# ---- demonstrations -----------------------------------------------------------------------
-
-# How others mark a result; a policy trained on that would write its results itself.
-FOREIGN = re.compile(
-    r"</(interpreter|observation|output|information|tool_response|documents?)>"
-    r"|```output|<\|begin_of_documents\|>"
-)
-
-
-def from_file(path: str, tools: dict) -> tuple[list[Demonstration], Counter]:
-    """Those of a file as a rollout would spell them, and why others were left out."""
-    kept, left_out = [], Counter()
-    unjudged = {"judge": lambda *_: 0.0, "tools_used": 0}
-    spelled = {"policy": readable, "tool": lambda text: result_text(ToolResult(text.strip(), True))}
-    for demonstration in load_demonstrations(path):
-        turns = with_calculator(demonstration.turns) or []
-        turns = [(author, spelled[author](text)) for author, text in turns]
-        written = [text for _, text in turns[::2]]
-        if not turns:
-            left_out["call python for more than one expression"] += 1
-        elif any(call.name not in tools for call in map(read_call, written) if call):
-            left_out[f"call another tool than {' and '.join(tools)}"] += 1
-        elif not written[-1].strip():
-            left_out["end in a tool result"] += 1
-        elif any(map(FOREIGN.search, written)) or reward(turns, [], **unjudged).total < 0:
-            left_out["are badly formed, or hold results that the policy writes"] += 1
-        else:
-            kept.append(Demonstration(demonstration.question, turns))
-    return kept, left_out
-
-
-PYTHON = re.compile(r"<python>((?:(?!<python>).)*)</python>\s*$", re.DOTALL)
-
-
-def with_calculator(turns: list[tuple[str, str]]) -> list[tuple[str, str]] | None:
-    """<python> calls as <calculator> calls; None where one of them is no single expression.
-
-    The calculator must come to the number that python printed.
-    """
-    turns = list(turns)
-    for i, (author, text) in enumerate(turns):
-        code = PYTHON.search(text) if author == "policy" else None
-        if code is None:
-            continue
-        expression = re.sub(r"^print\((.*)\)$", r"\1", code[1].strip())
-        printed = turns[i + 1][1].strip() if i + 1 < len(turns) else None
-        try:
-            value = calculate(expression)
-        except ToolError:
-            return None
-        if printed is None or as_number(value) is None or as_number(value) != as_number(printed):
-            return None
-        turns[i] = ("policy", f"{text[: code.start()]}<calculator>{expression}</calculator>")
-        turns[i + 1] = ("tool", value)
-    return turns
+# ---- training -----------------------------------------------------------------------------
 
 
 def demonstration_row(policy: Policy, demonstration: Demonstration) -> packing.Row:
@@ -136,9 +80,6 @@ def demonstration_row(policy: Policy, demonstration: Demonstration) -> packing.R
         node = Segment(author, policy.encode(text, frame), parent=node)
     node.token_ids.append(policy.turn_end)
     return packing.make_row([node], {s: {node: 1.0} for s in node.path() if s.author == "policy"})
-
-
-# ---- training -----------------------------------------------------------------------------
 
 
 def update(policy: Policy, optimizer, rows: list[packing.Row], config: Config) -> float:

@@ -17,13 +17,13 @@ from transformers import AutoTokenizer
 
 from app.config import Config
 from arpo_mini import load_agent, make_tools
+from data.demonstrations import from_file
 from data.demonstrator import demonstrations_of_the_world
 from data.formats import Demonstration, load_questions
 from engine import packing
 from engine.memory import Limits
 from lab import sft
 from lab.coldstart import build_model
-from lab.sft import from_file, main
 
 TINY = str(ROOT / "data" / "tiny-qwen3")
 SHAREGPT = str(ROOT / "tests" / "fixtures" / "sharegpt.jsonl")
@@ -172,7 +172,7 @@ BAD = {
 @pytest.mark.parametrize("flags", BAD)
 def test_bad_input_is_one_line_and_exit_code_2(flags, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refused(main(["--model_name", TINY, *shlex.split(flags)]), BAD[flags])
+    refused(sft.main(["--model_name", TINY, *shlex.split(flags)]), BAD[flags])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -194,7 +194,7 @@ def test_however_it_ends_the_adapter_is_kept(stop, code, policy, tmp_path, monke
     monkeypatch.setattr(sft, "update", update)
     few = "--demonstrations 6 --demonstrations_per_step 2 --output_dir".split()
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    assert main(["--model_name", TINY, *few, str(tmp_path / "run")]) == code
+    assert sft.main(["--model_name", TINY, *few, str(tmp_path / "run")]) == code
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     out, error = capsys.readouterr()
     assert "the adapter is in" in out and ("the loss is nan" if code == 1 else "stopped") in error

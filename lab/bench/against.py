@@ -143,21 +143,43 @@ def trl_trainer(job: Job, system: str | None, schemas: bool, times: StepByStep, 
     asked = [q for step in range(1, steps + 1) for q in job.asked(step)]
     prompts = [[*first, {"role": "user", "content": q.text}] for q in asked]
     rows = {"prompt": prompts, "answers": [q.answers for q in asked]}
-    how = {"learning_rate": 0.0, "lr_scheduler_type": "constant"}  # one policy at every step
-    how |= {"report_to": "none", "logging_strategy": "no", "save_strategy": "no"}
-    how |= {"shuffle_dataset": False, "gradient_checkpointing": False, "disable_tqdm": True}
-    how |= {"output_dir": times.folder, "max_steps": steps, "bf16": torch.cuda.is_available()}
-    how |= {"num_generations": c.group_size, "seed": c.seed, "beta": 0.0}
-    how |= {"per_device_train_batch_size": c.questions_per_step * c.group_size}
-    how |= {"max_completion_length": c.max_total_tokens}
-    how |= {"max_tool_calling_iterations": c.max_tool_calls}
-    how |= {"generation_kwargs": {"max_new_tokens": c.max_segment_tokens}}
-    args = trl.GRPOConfig(chat_template_kwargs={"schemas": schemas}, **how)
-    lora = {"r": c.lora_rank, "lora_alpha": 2 * c.lora_rank, "target_modules": "all-linear"}
-    more = {"peft_config": LoraConfig(task_type="CAUSAL_LM", **lora), "callbacks": [times]}
-    more |= {"tools": [tool_of(job, name) for name in job.agent.tools]}
-    judge, rows = reward_function(tokenizer, {*job.agent.tools}), datasets.Dataset.from_dict(rows)
-    trainer = trl.GRPOTrainer(lm, judge, args, rows, processing_class=tokenizer, **more)
+    args = trl.GRPOConfig(
+        output_dir=times.folder,
+        max_steps=steps,
+        num_generations=c.group_size,
+        per_device_train_batch_size=c.questions_per_step * c.group_size,
+        max_completion_length=c.max_total_tokens,
+        max_tool_calling_iterations=c.max_tool_calls,
+        generation_kwargs={"max_new_tokens": c.max_segment_tokens},
+        chat_template_kwargs={"schemas": schemas},
+        learning_rate=0.0,  # one policy at every step
+        lr_scheduler_type="constant",
+        beta=0.0,
+        bf16=torch.cuda.is_available(),
+        gradient_checkpointing=False,
+        shuffle_dataset=False,
+        seed=c.seed,
+        report_to="none",
+        logging_strategy="no",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=c.lora_rank,
+        lora_alpha=2 * c.lora_rank,
+        target_modules="all-linear",
+    )
+    trainer = trl.GRPOTrainer(
+        lm,
+        reward_function(tokenizer, {*job.agent.tools}),
+        args,
+        datasets.Dataset.from_dict(rows),
+        processing_class=tokenizer,
+        peft_config=lora,
+        callbacks=[times],
+        tools=[tool_of(job, name) for name in job.agent.tools],
+    )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
