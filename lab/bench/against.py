@@ -143,8 +143,31 @@ def trl_trainer(job: Job, system: str | None, schemas: bool, times: StepByStep, 
     asked = [q for step in range(1, steps + 1) for q in job.asked(step)]
     prompts = [[*first, {"role": "user", "content": q.text}] for q in asked]
     rows = {"prompt": prompts, "answers": [q.answers for q in asked]}
-    args = trl.GRPOConfig(
-        output_dir=times.folder,
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=c.lora_rank,
+        lora_alpha=2 * c.lora_rank,
+        target_modules="all-linear",
+    )
+    trainer = trl.GRPOTrainer(
+        lm,
+        reward_function(tokenizer, {*job.agent.tools}),
+        trl_settings(c, times.folder, schemas, steps),
+        datasets.Dataset.from_dict(rows),
+        processing_class=tokenizer,
+        peft_config=lora,
+        callbacks=[times],
+        tools=[tool_of(job, name) for name in job.agent.tools],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def trl_settings(c: Config, folder: str, schemas: bool, steps: int):
+    """Those of ours, at a learning rate of 0: one policy at every step."""
+    trl, _ = import_trl()
+    return trl.GRPOConfig(
+        output_dir=folder,
         max_steps=steps,
         num_generations=c.group_size,
         per_device_train_batch_size=c.questions_per_step * c.group_size,
@@ -152,7 +175,7 @@ def trl_trainer(job: Job, system: str | None, schemas: bool, times: StepByStep, 
         max_tool_calling_iterations=c.max_tool_calls,
         generation_kwargs={"max_new_tokens": c.max_segment_tokens},
         chat_template_kwargs={"schemas": schemas},
-        learning_rate=0.0,  # one policy at every step
+        learning_rate=0.0,
         lr_scheduler_type="constant",
         beta=0.0,
         bf16=torch.cuda.is_available(),
@@ -164,24 +187,6 @@ def trl_trainer(job: Job, system: str | None, schemas: bool, times: StepByStep, 
         save_strategy="no",
         disable_tqdm=True,
     )
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=c.lora_rank,
-        lora_alpha=2 * c.lora_rank,
-        target_modules="all-linear",
-    )
-    trainer = trl.GRPOTrainer(
-        lm,
-        reward_function(tokenizer, {*job.agent.tools}),
-        args,
-        datasets.Dataset.from_dict(rows),
-        processing_class=tokenizer,
-        peft_config=lora,
-        callbacks=[times],
-        tools=[tool_of(job, name) for name in job.agent.tools],
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 def tool_of(job: Job, name: str):
