@@ -1,8 +1,9 @@
 """The same numbers, computed cheaply: models, caches, packed trees, memory."""
 
 import logging
+import os
 
-# It reports a missing optional kernel while it is imported, which peft does.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-# It reports every retry of a download; the end of it is one line of ours.
-logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+# Nothing is compiled here; at its import bitsandbytes would load the compiler: a second.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+for name in ("bitsandbytes", "huggingface_hub"):  # a missing optional kernel, retried downloads
+    logging.getLogger(name).setLevel(logging.ERROR)

@@ -32,7 +32,6 @@ STEPS = 16  # tokens of one `generate` call at most
 LEAVE = 0.4  # a call ends when this share of its rows has: they would be decoded for nothing
 
 LEFT = {"batch_first": True, "padding_side": "left"}
-
 KV = list[Tensor]  # keys and values of a path, layer by layer: (n, heads, d) each, never changed
 
 

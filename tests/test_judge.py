@@ -187,8 +187,7 @@ def test_answers_of_the_mini_world_never_reach_math_verify(monkeypatch):
 
 
 def test_the_judge_does_not_import_sympy():
-    code = "import engine.judge, sys; assert not {'sympy', 'math_verify'} & set(sys.modules)"
-    assert python("-c", code).returncode == 0
+    assert not python("-c", "import engine.judge, sys; sys.exit('sympy' in sys.modules)").returncode
 
 
 HOSTILE = [
