@@ -355,7 +355,7 @@ def test_a_pad_token_beyond_the_vocabulary_is_not_used(tmp_path):
 def test_importing_the_engine_silences_a_logger_first_and_loads_no_compiler():
     code = "import engine, logging, sys; assert 'peft' not in sys.modules; "
     code += "assert logging.getLogger('bitsandbytes.x').getEffectiveLevel() == logging.ERROR; "
-    code += "import arpo_mini; assert 'torch._inductor.compile_fx' not in sys.modules"
+    code += "import bitsandbytes; assert 'torch._inductor.compile_fx' not in sys.modules"
     assert conftest.python("-c", code).returncode == 0
 
 

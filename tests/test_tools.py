@@ -25,8 +25,8 @@ from tools import Search, Tool, ToolCall, ToolError, ToolResult, calculate, esca
 
 
 def seconds(function, *args) -> float:
-    """The best of three runs: the machine may be busy."""
-    return min(timeit.repeat(lambda: function(*args), number=1, repeat=3))
+    """Of CPU time, the best of three runs: the machine may be busy."""
+    return min(timeit.repeat(lambda: function(*args), timer=time.process_time, number=1, repeat=3))
 
 
 def named(**functions) -> dict[str, Tool]:
