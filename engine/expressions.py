@@ -2,8 +2,8 @@
 
 What the policy writes is hostile, and sympy computes some of it in C, where no exception stops it:
 "10^{10^{10}}" takes all time and memory. So a worker process compares, in a fork for each pair.
-The kernel ends the fork when its CPU time is up, whatever it does and whichever thread asked; no
-pair is judged in a state that another one left; and the training process never imports sympy.
+The kernel ends the fork when its CPU time is up, whatever it does and whichever thread asked; and
+no pair is judged in a state that another one left.
 
 Windows has no fork: there the worker itself compares, and is ended when it takes too long.
 """

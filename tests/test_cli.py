@@ -16,7 +16,7 @@ from unittest.mock import Mock
 
 import pytest
 import scripted
-from conftest import ROOT
+from common import ROOT
 from scripted import main, small_tree
 
 import app.cli

@@ -15,7 +15,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import ECHO, ROOT, TINY, TINY_QUESTIONS, python, write_questions
+from common import ECHO, ROOT, TINY, TINY_QUESTIONS, python, write_questions
 
 import arpo_mini
 from advantage import Reward, Segment

@@ -7,7 +7,7 @@ from collections import Counter
 
 import nbformat
 import pytest
-from conftest import ROOT, python
+from common import ROOT, python
 from nbclient import NotebookClient
 
 from app.cli import exit_code

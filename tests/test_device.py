@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ECHO, TINY, TINY_QUESTIONS, TinyPolicy, small_policy
+from common import ECHO, TINY, TINY_QUESTIONS, TinyPolicy, small_policy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map
 

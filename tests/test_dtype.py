@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ECHO, TINY, TINY_QUESTIONS, kept, lines_of, load, roll_out
+from common import ECHO, TINY, TINY_QUESTIONS, kept, lines_of, load, roll_out
 from safetensors.torch import load_file, save_file
 from test_update import flat_gradient, packed_rows
 

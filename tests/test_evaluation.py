@@ -6,7 +6,7 @@ from itertools import combinations
 from unittest.mock import Mock
 
 import pytest
-from conftest import lines_of, write_questions
+from common import lines_of, write_questions
 from scripted import LETTERS, Agent, main, small_tree
 
 import arpo_mini

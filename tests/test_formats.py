@@ -9,7 +9,7 @@ import huggingface_hub.constants
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT
+from common import ROOT
 
 from advantage import reward
 from app.run_folder import fingerprint_file

@@ -10,7 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import ROOT, python
+from common import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -184,10 +184,6 @@ def test_answers_of_the_mini_world_never_reach_math_verify(monkeypatch):
         assert judge_answer(answer, [answer]) == 1
         assert answer == other or judge_answer(other, [answer]) < 1
         judge_answer(f"{other} {answer}", [answer])
-
-
-def test_the_judge_does_not_import_sympy():
-    assert not python("-c", "import engine.judge, sys; sys.exit('sympy' in sys.modules)").returncode
 
 
 HOSTILE = [

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ECHO, TINY, TINY_QUESTIONS, kept, small_policy
+from common import ECHO, TINY, TINY_QUESTIONS, kept, small_policy
 from test_update import flat_gradient
 
 import arpo_mini

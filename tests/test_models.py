@@ -6,10 +6,10 @@ import shutil
 import time
 from dataclasses import replace
 
-import conftest
+import common
 import pytest
 import torch
-from conftest import change_json
+from common import change_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -256,11 +256,11 @@ def test_a_transcript_comes_back_as_recited(tmp_path, kind, pad, template, think
     forks = {"branch_rule": "random", "branch_probability": 1.0, "max_branches": 3, "group_size": 4}
     loaded = {"model_name": str(tmp_path), "load_in_4bit": False, "thinking": thinking}
     config = Config(**loaded, **lengths, **forks)
-    policy, question = conftest.load(config, ADDER), Question("two and two?", ["4"])
+    policy, question = common.load(config, ADDER), Question("two and two?", ["4"])
     prompt, parts = policy.prompt(question.text), [policy.encode(text) for text in SCRIPT]
     assert policy.decode(prompt).endswith("two and two?<|end|>\n<|assistant|>" + end)
     script = recite(policy, prompt + [token for part in parts for token in part])
-    (leaves,) = conftest.roll_out(policy, config, ADDER, [question])
+    (leaves,) = common.roll_out(policy, config, ADDER, [question])
     script.remove()
     assert len(leaves) == 4 and granted([leaves]) == 3
     for leaf in leaves:
@@ -269,7 +269,7 @@ def test_a_transcript_comes_back_as_recited(tmp_path, kind, pad, template, think
         assert judge(policy, leaf, question, config).total == 1.0
     fits = max(leaf.depth() for leaf in leaves)
     small = replace(config, max_segment_tokens=12, micro_batch_tokens=fits)
-    groups = [*conftest.roll_out(policy, small, ADDER, [question]), leaves]
+    groups = [*common.roll_out(policy, small, ADDER, [question]), leaves]
     assert_true_to_the_model(policy, groups[:1], small)
     packed, plain = (rows(groups, small) for rows in (packed_rows, plain_rows))
     assert 2 < len(packed) < len(plain) == 8  # some trees are cut, and some are not
@@ -356,7 +356,7 @@ def test_importing_the_engine_silences_a_logger_first_and_loads_no_compiler():
     code = "import engine, logging, sys; assert 'peft' not in sys.modules; "
     code += "assert logging.getLogger('bitsandbytes.x').getEffectiveLevel() == logging.ERROR; "
     code += "import bitsandbytes; assert 'torch._inductor.compile_fx' not in sys.modules"
-    assert conftest.python("-c", code).returncode == 0
+    assert common.python("-c", code).returncode == 0
 
 
 # ---- folders that lie ----------------------------------------------------------------------
@@ -437,7 +437,7 @@ def test_a_question_too_long_is_named_before_the_work(tmp_path, refused, caplog,
     rows = [{"question": text, "answer": 4} for text in (question, "why? " * 300)]
     path.write_text("\n".join(map(json.dumps, rows)))
     for flag in ("--dataset_path", "--eval_path"):
-        code = conftest.arpo("train", flag, path, "--output_dir", folder)
+        code = common.arpo("train", flag, path, "--output_dir", folder)
         refused(code, f"{path}, question 2", "(512)")
     assert not folder.exists()
     n, asked = len(policy.prompt(question)), [Question(question, ["4"])]
@@ -461,7 +461,7 @@ def test_a_long_result_is_cut_and_the_conversation_goes_on(policy, config, quest
             assert "[cut]" in policy.decode(cut)
     tools = {name: Tool(name, lambda argument: odd, "") for name in ("search", "calculator")}
     config = replace(config, max_result_tokens=33, group_size=2)
-    (leaves,) = conftest.roll_out(policy, config, tools, questions[2:3])
+    (leaves,) = common.roll_out(policy, config, tools, questions[2:3])
     assert all(leaf.author == "policy" for leaf in leaves)  # it was answered
     assert any(28 < len(s.token_ids) <= 33 for s in shared_by(leaves) if s.author == "tool")
 

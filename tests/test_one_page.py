@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ECHO, TINY, TINY_QUESTIONS, roll_out
+from common import ECHO, TINY, TINY_QUESTIONS, roll_out
 from tokenizers import Tokenizer, models
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from transformers import PreTrainedTokenizerFast

@@ -3,7 +3,7 @@
 from unittest.mock import Mock
 
 import pytest
-from conftest import ROOT, lines_of, python, write_questions
+from common import ROOT, lines_of, python, write_questions
 
 from app.config import Config
 from data.files import UserError

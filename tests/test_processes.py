@@ -9,10 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-import conftest
+import common
 import pytest
 import torch
-from conftest import ECHO, ROOT, TINY, TINY_QUESTIONS, TinyPolicy, lines_of, roll_out, small_policy
+from common import ECHO, ROOT, TINY, TINY_QUESTIONS, TinyPolicy, lines_of, roll_out, small_policy
 from test_update import flat_gradient, some_rewards
 
 from app.config import Config
@@ -94,7 +94,7 @@ def test_a_run_of_two_processes_from_its_beginning_to_its_end(tmp_path, tmp_path
     """Killed, interrupted, resumed; the same adapters after every step; process 0 writes alone."""
     run, resume = tmp_path / "run", ["--resume", tmp_path / "run"]
     train, log = (__file__, "train", tmp_path), run / "metrics.jsonl"
-    data = conftest.write_questions(tmp_path_factory.mktemp("data") / "few.jsonl", each=2)
+    data = common.write_questions(tmp_path_factory.mktemp("data") / "few.jsonl", each=2)
     started = launch(*train, *FEW, 50, "--eval_path", data, "--output_dir", run)
     (code, out, error), killed = stopped(started, log, signal.SIGKILL, slice(1, None))
     assert (code, killed[0], killed[1]) == (2, -signal.SIGKILL, "")
@@ -111,7 +111,7 @@ def test_a_run_of_two_processes_from_its_beginning_to_its_end(tmp_path, tmp_path
     assert found == [(step, 3, 9) for step in range(1, steps + 1)]
     assert lines_of(run, "evaluations.jsonl")[-1]["questions"] == 6
     assert {path.name for path in tmp_path.iterdir()} == {"run", "0.jsonl", "1.jsonl"}
-    refused = conftest.python("arpo_mini.py", "train", "--resume", run, "--steps", "99")
+    refused = common.python("arpo_mini.py", "train", "--resume", run, "--steps", "99")
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
     assert "processes is 2 there and 1 here" in refused.stderr
 
@@ -165,4 +165,4 @@ if __name__ == "__main__":
             file.write(json.dumps(sums) + "\n")
 
     RunFolder.remember = told
-    sys.exit(conftest.arpo("train", *args))
+    sys.exit(common.arpo("train", *args))

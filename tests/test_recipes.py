@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, arpo, lines_of, python
+from common import ROOT, arpo, lines_of, python
 from transformers import AutoTokenizer
 
 from app.cli import COMMANDS

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from browser import Browser
-from conftest import change_json, lines_of
+from common import change_json, lines_of
 from scripted import main
 
 from app.page.curves import curve_data, nice_ticks, thinned

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from conftest import ECHO, TINY, TINY_QUESTIONS, roll_out
+from common import ECHO, TINY, TINY_QUESTIONS, roll_out
 
 import arpo_mini
 import engine.writer

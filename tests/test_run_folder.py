@@ -17,7 +17,7 @@ import filelock
 import pytest
 import scripted
 import torch
-from conftest import lines_of, write_questions
+from common import lines_of, write_questions
 from scripted import main
 
 import app.evaluation

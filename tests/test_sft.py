@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, lines_of, python
+from common import ROOT, lines_of, python
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 

@@ -16,7 +16,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from conftest import python
+from common import python
 from mpmath.ctx_mp import MPContext
 
 import tools as toolbox

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, arpo, lines_of
+from common import ROOT, arpo, lines_of
 from test_run_folder import ADAPTER, ctrl_c, spoil, state_of
 
 import tools

@@ -6,7 +6,7 @@ from itertools import pairwise
 import bitsandbytes as bnb
 import pytest
 import torch
-from conftest import TINY, kept, random_trees
+from common import TINY, kept, random_trees
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -173,10 +173,7 @@ def test_only_what_the_policy_sampled_is_trained_and_the_stop_token_is(tiny):
 
 
 def test_one_update_is_on_policy_and_several_are_not(restored, tiny_groups):
-    """A good trajectory becomes likelier; only later updates on the same rollout can be clipped.
-
-    The reference is the model without its adapter.
-    """
+    """Good trajectories become likelier; the clip acts in later updates; reference: no adapter."""
     rows, figures, gains = packed_rows(tiny_groups, TINY), [], []
     batch = make_batch(rows, 0, "cpu")
     assert fixed_logprobs(restored, [batch], TINY) == ([None], [None])
@@ -231,10 +228,7 @@ def test_equal_rewards_train_nothing_and_cost_nothing_but_momentum_acts(restored
 
 
 def test_the_sampler_is_compared_with_the_trainer_token_by_token(restored, tiny_groups):
-    """At every token that it drew, before the first optimizer step, padding left out.
-
-    And however large a gradient is, its norm is no more than 1.
-    """
+    """At every token that it drew, padding left out. And a gradient's norm becomes at most 1."""
     rows = packed_rows(tiny_groups, TINY)
     for row, by in zip(rows, (0.5, -0.25), strict=True):  # only what is written down is changed
         row.sampled_logp = [logp - by for logp in row.sampled_logp]
