@@ -196,6 +196,7 @@ HOSTILE = [
 ENDLESS = ("\\gamma(99999999)", "(x+y+z+a+b+c)^{50}")  # they use up their time
 
 
+@pytest.mark.slow
 def test_hostile_answers_take_bounded_time_in_any_thread():
     """And the answer that another thread waits for stays right."""
     right, asked = ("(x-1)(x+1)", "x^2-1"), [(endless, "\\sqrt{2}") for endless in ENDLESS]
@@ -231,6 +232,7 @@ def test_without_math_verify_one_line_says_what_to_install(monkeypatch):
         judge_answer("3<x", ["x>3"])
 
 
+@pytest.mark.slow
 def test_where_there_is_no_fork_and_no_limit_of_memory(tmp_path, monkeypatch):
     """As on Windows: the worker itself compares, and is ended when a pair takes too long."""
     (tmp_path / "resource.py").write_text("raise ImportError", encoding="utf-8")
