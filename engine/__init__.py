@@ -3,7 +3,7 @@
 import logging
 import os
 
-# Nothing is compiled here; at its import bitsandbytes would load the compiler: a second.
+# Nothing is compiled here. bitsandbytes would load the compiler, which takes a second.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 for name in ("bitsandbytes", "huggingface_hub"):  # a missing optional kernel, retried downloads
     logging.getLogger(name).setLevel(logging.ERROR)

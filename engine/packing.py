@@ -20,7 +20,7 @@ from advantage import Segment, shared_by
 from engine.memory import HEAD_BYTES
 
 MAX_GRAD_NORM = 1.0  # as in the released settings
-SIMILAR = 1.25  # times as long as the shortest of its batch, at most: padding takes T * T, too
+SIMILAR = 1.25  # length of a row / that of the shortest in its batch, at most: padding is work
 
 
 @dataclass
