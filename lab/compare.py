@@ -11,17 +11,16 @@ draw everything, runs/ the folders of the runs.
 
 from __future__ import annotations
 
+import _thread
 import dataclasses
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +32,7 @@ from tqdm import tqdm
 import arpo_mini
 from app import cli
 from app.config import Config, check_training, option
-from app.run_folder import VERSION, digest, put
+from app.run_folder import VERSION, digest, put, to_json
 from app.screen import say
 from data.files import BAD_ROW, UserError, local_files, reason
 from data.formats import load_questions
@@ -182,11 +181,9 @@ def read_run(slot: Path) -> dict | None:
     return {"wish_rate": round(sum(wishes) / max(1, len(wishes)), 4), "points": points}
 
 
-def settings_in(slot: Path) -> dict | None:
-    try:
-        return json.loads((slot / "settings.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+def settings_in(slot: Path) -> dict:
+    """What was asked of a run; written before it begins."""
+    return json.loads((slot / "settings.json").read_text(encoding="utf-8"))
 
 
 def refuse_changed(path: Path, before: dict, now: dict) -> None:
@@ -198,48 +195,41 @@ def refuse_changed(path: Path, before: dict, now: dict) -> None:
 
 # ---- running one --------------------------------------------------------------------------
 
-PATIENCE = 15  # seconds that a process has to stop by itself
 RUN = [sys.executable, "-m", "lab.compare", "run"]
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One process at a time; the lock goes with the process that holds it, however it ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "lock", timeout=0):
-            yield
-    except Timeout:
-        words = "a comparison, or a run of one that was killed, is at work there"
-        raise UserError(f"--output_dir {folder}: {words}") from None
-
-
 def start(settings: dict, slot: Path, threads: int) -> subprocess.Popen:
-    """A training in a process and a session of its own, so that only we pass Ctrl-C on to it."""
+    """A training in a process of its own, which stops when its stdin is closed: by us, or with us.
+
+    Its session is its own, too: Ctrl-C in a terminal comes to us alone.
+    """
     changed = [k for k, v in fingerprints(settings).items() if v != settings["files"].get(k)]
     if changed:
         raise UserError(f"changed since the comparison began: {', '.join(changed)}")
-    with locked(slot):
-        if (slot / "run" / "checkpoints").is_dir():  # it goes on from there
-            refuse_changed(slot, settings_in(slot) or {}, settings)
-        else:
-            shutil.rmtree(slot / "run", ignore_errors=True)
-            (slot / "final.json").unlink(missing_ok=True)  # of what was trained there before
-        (slot / "settings.json").write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
+    if (slot / "run" / "checkpoints").is_dir():  # it goes on from there
+        refuse_changed(slot, settings_in(slot), settings)
+    else:
+        shutil.rmtree(slot, ignore_errors=True)
+        slot.mkdir(parents=True)
+    put(slot / "settings.json", to_json(settings))
     # Threads that wait by spinning slow down every other process on their cores, 5 to 50 times.
     limits = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     limits |= {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
     alone = {"cwd": ROOT, "env": {**os.environ, **limits}, "start_new_session": True}
     with (slot / "log.txt").open("w", encoding="utf-8") as log:
-        streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+        streams = {"stdin": subprocess.PIPE, "stdout": log, "stderr": subprocess.STDOUT}
         return subprocess.Popen([*RUN, str(slot)], **alone, **streams)
+
+
+def stop_with_parent() -> None:
+    """Ctrl-C in this process once the comparison closes our stdin or is gone, even by kill -9."""
+    os.read(0, 1)  # nothing is ever written there
+    _thread.interrupt_main()
 
 
 def play(slot: Path) -> int:
     """What it does: train, or go on with what is there; then evaluate what was trained."""
     settings, folder = settings_in(slot), slot / "run"
-    if settings is None:
-        raise UserError(f"{slot}: no settings.json of a comparison there")
     values = {k: v for k, v in settings.items() if k in TRAIN}
 
     def arpo(command: str, **more) -> int:
@@ -248,27 +238,14 @@ def play(slot: Path) -> int:
 
     if "control" in settings:
         getattr(controls, settings["control"])()
-    with locked(slot):
-        begun = {"resume": folder} if folder.exists() else {**values, "output_dir": folder}
-        code = arpo("train", **begun)
-        if code:
-            return code
-        del values["dataset_path"]  # there, what is evaluated on
-        values |= {"adapter": folder / "adapter", "samples": settings["final_samples"]}
-        values["temperature"] = 1.0  # as the evaluations on the way, whatever trains
-        return arpo("eval", **values, json=slot / "final.json")
-
-
-def stop(processes: list[subprocess.Popen]) -> None:
-    """Ask all to stop, wait, and kill those that do not."""
-    for process in processes:
-        process.send_signal(signal.SIGINT)
-    for process in processes:
-        try:
-            process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    begun = {"resume": folder} if folder.exists() else {**values, "output_dir": folder}
+    code = arpo("train", **begun)
+    if code:
+        return code
+    del values["dataset_path"]  # there, what is evaluated on
+    values |= {"adapter": folder / "adapter", "samples": settings["final_samples"]}
+    values["temperature"] = 1.0  # as the evaluations on the way, whatever trains
+    return arpo("eval", **values, json=slot / "final.json")
 
 
 # ---- all of them --------------------------------------------------------------------------
@@ -314,10 +291,9 @@ class Comparison:
 
     def record(self, run: Run) -> dict | None:
         """The figures of a run, kept; None if it is not whole. Other settings are refused."""
-        before = settings_in(self.slot(run))
-        found = read_run(self.slot(run)) if before else None
+        found = read_run(self.slot(run))
         if found:
-            refuse_changed(self.slot(run), before, self.settings_of(run))
+            refuse_changed(self.slot(run), settings_in(self.slot(run)), self.settings_of(run))
             new = {"overrides": METHODS[run.method], "runs": {}}
             method = self.results["methods"].setdefault(run.method, new)
             method["runs"][str(run.seed)] = found
@@ -347,7 +323,10 @@ class Comparison:
                         bar.write(self.outcome(run, running.pop(run).returncode))
                         bar.update()
             finally:
-                stop(list(running.values()))
+                for process in running.values():  # each saves what it has
+                    process.stdin.close()
+                for process in running.values():
+                    process.wait()
 
     def outcome(self, run: Run, code: int) -> str:
         """Record a process that has ended; a line about it."""
@@ -408,10 +387,13 @@ def compare(args: list[str]) -> int:
     jobs = own.jobs or (1 if torch.cuda.is_available() else min(8, CORES))
     settings = shared_settings(values, own.final_samples)
     seeds = range(own.first_seed, own.first_seed + own.seeds)
-    with locked(folder / "runs"):
-        comparison = Comparison(folder, settings)
-        # seed by seed, so that whatever is there when it is stopped can be compared
-        comparison.train([Run(m, seed) for seed in seeds for m in methods], jobs)
+    try:
+        with FileLock(folder / "runs/lock", timeout=0):  # released however we end
+            comparison = Comparison(folder, settings)
+            # seed by seed, so that whatever is there when it is stopped can be compared
+            comparison.train([Run(m, seed) for seed in seeds for m in methods], jobs)
+    except Timeout:
+        raise UserError(f"--output_dir {folder}: a comparison is at work there") from None
     comparison.report(methods)
     for run, why in comparison.failed.items():
         print(f"error: {run}: {why}", file=sys.stderr)
@@ -428,6 +410,7 @@ def draw(args: list[str]) -> None:
 def main(args: list[str]) -> int:
     command, *rest = args or [""]
     if command == "run" and len(rest) == 1:  # what a comparison starts for each run
+        threading.Thread(target=stop_with_parent, daemon=True).start()
         return exit_code(lambda: play(Path(rest[0])))
     if command == "draw":
         return exit_code(lambda: draw(rest))

@@ -243,9 +243,8 @@ def test_other_settings_do_not_mix(fake, refused, monkeypatch):
 def test_a_run_goes_on_unless_its_settings_or_files_changed(fake, tmp_path, monkeypatch):
     model, slot = tmp_path / "model.safetensors", tmp_path / "grpo" / "0"
     model.write_bytes(b"one")
-    settings = {"steps": 4} | dict.fromkeys(compare.PATHS, "") | {"model_name": str(tmp_path)}
-    settings["seed"] = 0
-    settings["files"] = compare.fingerprints(settings)
+    settings = dict.fromkeys(compare.PATHS, "") | {"model_name": str(tmp_path)}
+    settings |= {"steps": 4, "seed": 0, "files": compare.fingerprints(settings)}
     marker = slot / "run" / "checkpoints" / "of an earlier process"
     for goes_on in (False, True):
         compare.start(settings, slot, threads=1)
@@ -264,17 +263,14 @@ def test_a_run_goes_on_unless_its_settings_or_files_changed(fake, tmp_path, monk
 
 
 def test_one_process_at_a_time(fake, refused):
-    """In the folder of a comparison, and in that of a run that outlived one that was killed."""
-    for held in (fake.folder / "runs", fake.folder / "runs" / "grpo" / "0"):
-        with compare.locked(held):
-            refused(fake("--methods", "grpo", "--seeds", "1"), "is at work there")
+    with compare.FileLock(fake.folder / "runs" / "lock"):
+        refused(fake("--methods", "grpo", "--seeds", "1"), "is at work there")
     assert fake("--methods", "grpo", "--seeds", "1") == 0
     assert fake.trained() == ["grpo 0"]
 
 
-def test_what_a_process_does(tmp_path, monkeypatch, refused):
+def test_what_a_process_does(tmp_path, monkeypatch):
     """What it parses is what the parent records: None, booleans and paths included."""
-    refused(compare.main(["run", str(tmp_path / "nowhere")]), "nowhere: no settings.json")
     values = {**compare.DEFAULTS, "temperature": 0.9}
     comparison = compare.Comparison(tmp_path, compare.shared_settings(values, 5))
     settings = comparison.settings_of(compare.Run("hard-x4", 7))
@@ -501,19 +497,23 @@ def test_a_planted_answer_is_found(kind):
 
 @pytest.mark.slow
 def test_two_methods_two_seeds_two_steps(tmp_path):
-    """The real command: stopped by Ctrl-C, then to the last figure, and again without training."""
+    """The real command: killed, stopped by Ctrl-C, to the last figure, again without training."""
     command = "-m lab.compare --methods grpo,adaptive --seeds 2 --steps 2 --jobs 2".split()
     command += ["--eval_path", write_questions(tmp_path / "few.jsonl"), "--eval_every", "1"]
     command += ["--output_dir", str(tmp_path / "out")]
-    stopped = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE)
     logs = [tmp_path / "out" / "runs" / name / "0" / "log.txt" for name in ("grpo", "adaptive")]
-    while not all(log.exists() and "step 0" in log.read_text() for log in logs):
-        time.sleep(0.1)
-    stopped.send_signal(signal.SIGINT)
-    stopped.communicate(timeout=60)
-    assert stopped.returncode == 130
-    for log in logs:  # the children have gone with it, and saved what they had
-        assert "is saved" in log.read_text() and "stopped" in log.read_text()
+
+    def wait_for(words):
+        while not all(log.exists() and words in log.read_text() for log in logs):
+            time.sleep(0.1)
+
+    for number, code, words in ((signal.SIGKILL, -9, "step 0"), (signal.SIGINT, 130, "step 1")):
+        stopped = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE)
+        wait_for(words)
+        stopped.send_signal(number)
+        stopped.communicate(timeout=60)
+        assert stopped.returncode == code
+        wait_for("is saved"), wait_for("stopped")  # the children save what they have, and go
     for trained in (4, 0):
         done = python(*command, timeout=900)
         assert done.returncode == 0, done.stdout + done.stderr
