@@ -181,6 +181,11 @@ def read_run(slot: Path) -> dict | None:
     return {"wish_rate": round(sum(wishes) / max(1, len(wishes)), 4), "points": points}
 
 
+def has_begun(slot: Path) -> bool:
+    """A run counts from its first checkpoint on; one without any leaves nothing to go on with."""
+    return (slot / "run/checkpoints").is_dir()
+
+
 def settings_in(slot: Path) -> dict:
     """What was asked of a run; written before it begins."""
     return json.loads((slot / "settings.json").read_text(encoding="utf-8"))
@@ -194,31 +199,6 @@ def refuse_changed(path: Path, before: dict, now: dict) -> None:
 
 
 # ---- running one --------------------------------------------------------------------------
-
-RUN = [sys.executable, "-m", "lab.compare", "run"]
-
-
-def start(settings: dict, slot: Path, threads: int) -> subprocess.Popen:
-    """A training in a process of its own, which stops when its stdin is closed: by us, or with us.
-
-    Its session is its own, too: Ctrl-C in a terminal comes to us alone.
-    """
-    changed = [k for k, v in fingerprints(settings).items() if v != settings["files"].get(k)]
-    if changed:
-        raise UserError(f"changed since the comparison began: {', '.join(changed)}")
-    if (slot / "run" / "checkpoints").is_dir():  # it goes on from there
-        refuse_changed(slot, settings_in(slot), settings)
-    else:
-        shutil.rmtree(slot, ignore_errors=True)
-        slot.mkdir(parents=True)
-    put(slot / "settings.json", to_json(settings))
-    # Threads that wait by spinning slow down every other process on their cores, 5 to 50 times.
-    limits = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    limits |= {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
-    alone = {"cwd": ROOT, "env": {**os.environ, **limits}, "start_new_session": True}
-    with (slot / "log.txt").open("w", encoding="utf-8") as log:
-        streams = {"stdin": subprocess.PIPE, "stdout": log, "stderr": subprocess.STDOUT}
-        return subprocess.Popen([*RUN, str(slot)], **alone, **streams)
 
 
 def stop_with_parent() -> None:
@@ -278,27 +258,21 @@ class Comparison:
     def slot(self, run: Run) -> Path:
         return self.folder / "runs" / run.method / str(run.seed)
 
-    def stored(self, run: Run) -> dict | None:
-        method = self.results["methods"].get(run.method)
-        if method is None:
-            return None
-        refuse_changed(self.path, method["overrides"], METHODS[run.method])
-        return method["runs"].get(str(run.seed))
-
     def settings_of(self, run: Run) -> dict:
         """Its Config but for output_dir, and its input files."""
         return {**self.results["settings"], **METHODS[run.method], "seed": run.seed}
 
-    def record(self, run: Run) -> dict | None:
-        """The figures of a run, kept; None if it is not whole. Other settings are refused."""
-        found = read_run(self.slot(run))
-        if found:
-            refuse_changed(self.slot(run), settings_in(self.slot(run)), self.settings_of(run))
-            new = {"overrides": METHODS[run.method], "runs": {}}
-            method = self.results["methods"].setdefault(run.method, new)
-            method["runs"][str(run.seed)] = found
-            self.save()
-        return found
+    def figures(self, run: Run) -> dict | None:
+        """Of a finished run, from results.json or else from its folder; then they are kept."""
+        new = {"overrides": METHODS[run.method], "runs": {}}
+        method, slot = self.results["methods"].setdefault(run.method, new), self.slot(run)
+        refuse_changed(self.path, method["overrides"], METHODS[run.method])
+        if str(run.seed) not in method["runs"] and has_begun(slot):
+            refuse_changed(slot, settings_in(slot), self.settings_of(run))
+            if found := read_run(slot):
+                method["runs"][str(run.seed)] = found
+                self.save()
+        return method["runs"].get(str(run.seed))
 
     def save(self) -> None:
         """Whole or not at all; a line for each list of numbers."""
@@ -306,18 +280,38 @@ class Comparison:
         text = re.sub(r"\[[^\[\]{}]*\]", lambda x: json.dumps(json.loads(x[0])), text)
         put(self.path, text.encode() + b"\n")
 
+    def start(self, run: Run, threads: int) -> subprocess.Popen:
+        """A training in a process of its own; it stops when its stdin is closed: by us, or with us.
+
+        Its session is its own, too: Ctrl-C in a terminal comes to us alone.
+        """
+        settings, slot = self.settings_of(run), self.slot(run)
+        changed = [k for k, v in fingerprints(settings).items() if v != settings["files"].get(k)]
+        if changed:
+            raise UserError(f"changed since the comparison began: {', '.join(changed)}")
+        if not has_begun(slot):
+            shutil.rmtree(slot, ignore_errors=True)
+            slot.mkdir(parents=True)
+            put(slot / "settings.json", to_json(settings))
+        # Threads that wait by spinning slow down every other process on their cores, 5 to 50 times.
+        limits = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        limits |= {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+        alone = {"cwd": ROOT, "env": {**os.environ, **limits}, "start_new_session": True}
+        command = [sys.executable, "-m", "lab.compare", "run", str(slot)]
+        with (slot / "log.txt").open("w", encoding="utf-8") as log:
+            streams = {"stdin": subprocess.PIPE, "stdout": log, "stderr": subprocess.STDOUT}
+            return subprocess.Popen(command, **alone, **streams)
+
     def train(self, runs: list[Run], jobs: int) -> None:
         """Every run that is not finished, `jobs` of them at a time."""
-        # One may be whole in its folder alone: a comparison was killed, its run was not.
-        waiting = [run for run in runs if not (self.stored(run) or self.record(run))]
+        waiting = [run for run in runs if not self.figures(run)]
         running: dict[Run, subprocess.Popen] = {}
         with tqdm(total=len(runs), initial=len(runs) - len(waiting), disable=None) as bar:
             try:
                 while waiting or running:
                     while waiting and len(running) < jobs:
                         run = waiting.pop(0)
-                        threads = max(1, CORES // jobs)
-                        running[run] = start(self.settings_of(run), self.slot(run), threads)
+                        running[run] = self.start(run, max(1, CORES // jobs))
                     time.sleep(POLL)
                     for run in [r for r, process in running.items() if process.poll() is not None]:
                         bar.write(self.outcome(run, running.pop(run).returncode))
@@ -330,7 +324,7 @@ class Comparison:
 
     def outcome(self, run: Run, code: int) -> str:
         """Record a process that has ended; a line about it."""
-        found = self.record(run) if code == 0 else None
+        found = self.figures(run) if code == 0 else None
         if found:
             right, seconds = (found["points"][name][-1] for name in ("sampled", "seconds"))
             return f"{run}: {right:.1%} of the samples right, trained for {seconds:.0f} seconds"
@@ -338,7 +332,9 @@ class Comparison:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         self.failed[run] = f"exit code {code}: {lines[-1] if lines else 'it said nothing'}"
         said = f"{run}: died with {self.failed[run]} (all of it in {log})"
-        if code == 2 and not self.results["methods"]:  # bad input, that of all runs
+        if code == 2 and not any(
+            m["runs"] for m in self.results["methods"].values()
+        ):  # bad input, that of all runs
             raise UserError(said)
         return said
 

@@ -241,25 +241,25 @@ def test_other_settings_do_not_mix(fake, refused, monkeypatch):
 
 
 def test_a_run_goes_on_unless_its_settings_or_files_changed(fake, tmp_path, monkeypatch):
-    model, slot = tmp_path / "model.safetensors", tmp_path / "grpo" / "0"
+    model, run = tmp_path / "model.safetensors", compare.Run("grpo", 0)
     model.write_bytes(b"one")
     settings = dict.fromkeys(compare.PATHS, "") | {"model_name": str(tmp_path)}
-    settings |= {"steps": 4, "seed": 0, "files": compare.fingerprints(settings)}
-    marker = slot / "run" / "checkpoints" / "of an earlier process"
+    settings |= {"steps": 4, "files": compare.fingerprints(settings)}
+    comparison = compare.Comparison(tmp_path, settings)
+    marker = comparison.slot(run) / "run" / "checkpoints" / "of an earlier process"
     for goes_on in (False, True):
-        compare.start(settings, slot, threads=1)
+        comparison.start(run, threads=1)
         assert marker.exists() == goes_on
         marker.touch()
     with pytest.raises(UserError, match="made with steps 4, now 5"):
-        compare.start({**settings, "steps": 5}, slot, threads=1)
+        compare.Comparison(tmp_path, {**settings, "steps": 5}).figures(run)
     assert marker.exists()
     model.write_bytes(b"a cold start made again")
     with pytest.raises(UserError, match=r"comparison began: model_name$"):
-        compare.start(settings, slot, threads=1)
-    inputs = {"model_name", "dataset_path", "eval_path", "documents_path"}
+        comparison.start(run, threads=1)
     monkeypatch.setattr(compare, "local_files", {"owner/set:train": [model]}.__getitem__)
-    config = Config(dataset_path="owner/set:train")  # of the hub
-    assert set(compare.fingerprints(dataclasses.asdict(config))) == inputs
+    found = compare.fingerprints(dataclasses.asdict(Config(dataset_path="owner/set:train")))
+    assert {*found} == {"model_name", "dataset_path", "eval_path", "documents_path"}
 
 
 def test_one_process_at_a_time(fake, refused):
