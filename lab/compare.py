@@ -125,13 +125,11 @@ def shared_settings(values: dict, samples: int) -> dict:
     check_training(config)
     load_questions(config.dataset_path), load_questions(config.eval_path)
     arpo_mini.make_tools(config)
-    settings = dataclasses.asdict(config)
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in OF_THE_RUNS}
     for name in PATHS:
-        if settings[name] and Path(settings[name]).exists():
-            path = Path(settings[name]).resolve()
+        path = Path(settings[name] or "no such path").resolve()
+        if path.exists():
             settings[name] = str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
-    for name in OF_THE_RUNS:
-        del settings[name]
     files = fingerprints(settings)
     return {**settings, "version": VERSION, "final_samples": samples, "files": files}
 
@@ -141,9 +139,9 @@ def fingerprints(settings: dict) -> dict[str, str]:
     found = {}
     for name in PATHS:
         path = ROOT / (settings[name] or "no such path")
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        files = [path, *sorted(path.glob("*"))]  # a file, or a folder and what is in it
         if name.endswith("_path") and not path.exists():  # a data set of the hub
-            files = [Path(file) for file in local_files(settings[name])]
+            files = map(Path, local_files(settings[name]))
         contents = [file.name.encode() + file.read_bytes() for file in files if file.is_file()]
         if contents:
             found[name] = digest(b"".join(contents))[:12]
@@ -246,14 +244,11 @@ class Comparison:
             return
         try:
             self.results = json.loads(self.path.read_text(encoding="utf-8"))
-            before, methods = self.results["settings"], self.results["methods"]
             verdict.check(self.results)
-            if not (settings or any(method["runs"] for method in methods.values())):
-                raise ValueError("it holds no runs")
         except (OSError, *BAD_ROW) as error:
             words = f"cannot use {self.path}: {reason(error)}; choose another --output_dir"
             raise UserError(words) from None
-        refuse_changed(self.path, before, settings or before)
+        refuse_changed(self.path, self.results["settings"], settings or self.results["settings"])
 
     def slot(self, run: Run) -> Path:
         return self.folder / "runs" / run.method / str(run.seed)

@@ -27,6 +27,8 @@ def check(results: dict) -> None:
     objects = [results["settings"], *(m["overrides"] for m in results["methods"].values())]
     if not all(isinstance(each, dict) for each in objects):
         raise ValueError("settings and overrides are objects")
+    if not any(method["runs"] for method in results["methods"].values()):
+        raise ValueError("it holds no runs")
     for name, method in results["methods"].items():
         for seed, run in method["runs"].items():
             steps, right, *_ = columns = [run["points"][each] for each in COLUMNS]
