@@ -6,7 +6,6 @@ Each function replaces functions of arpo_mini.py in the process of one run.
 from __future__ import annotations
 
 import math
-import random
 import statistics
 from collections import Counter
 
@@ -14,7 +13,7 @@ import transformers
 
 import arpo_mini
 from advantage import Segment
-from arpo_mini import Budget, grow, spend_rest
+from arpo_mini import Budget, spend_rest
 from lab.forking import continued, rewards
 
 CONTINUATIONS = 4  # of a tool result, from which the oracle knows how much their rewards differ
@@ -78,11 +77,8 @@ def oracle() -> None:
 def spreads(budget: Budget, results, config, writer, questions, tools) -> dict[Segment, float]:
     """Tool result -> variance of the rewards of what goes on from there."""
     roots = [node for node in budget.places if node.author == "prompt"]  # as they were asked
-    asked = dict(zip(roots, questions, strict=True))
-    # A slot that nobody may take: nothing forks, and what the results share stays in the cache.
-    kept = Budget(1, random.Random(0), most=0, places=dict(budget.places))
-    own, before = dict.fromkeys(asked, kept), writer.prefill_tokens
-    found = continued(writer, results, CONTINUATIONS, own, config, tools)
+    asked, before = dict(zip(roots, questions, strict=True)), writer.prefill_tokens
+    found = continued(writer, results, CONTINUATIONS, config, tools, kept=budget.places)
     writer.prefill_tokens = before
     won = {n: rewards(writer.policy, x, asked[n.path()[0]], config) for n, x in found.items()}
     return {node: statistics.pvariance(some) for node, some in won.items()}
@@ -96,9 +92,7 @@ def live() -> None:
         roots = [Segment("prompt", writer.policy.prompt(q.text)) for q in questions]
         asked = dict(zip(roots, questions, strict=True))
         N, left = config.initial_rollouts, len(roots) * config.group_size
-        # A slot that nobody may take: nothing forks, and the prompts stay in the cache.
-        budgets = {root: Budget(1, random.Random(0), most=0) for root in roots}
-        groups = continued(writer, roots, N, budgets, config, tools)
+        groups = continued(writer, roots, N, config, tools)
         won = {r: {*rewards(writer.policy, groups[r], q, config)} for r, q in asked.items()}
         differ = [root for root in roots if len(won[root]) > 1]
         given = Counter(dict.fromkeys(roots, N))
@@ -107,8 +101,8 @@ def live() -> None:
             some = [root for root in differ or roots if given[root] < most] or roots
             given[min(some, key=given.get)] += 1
         more = [root for root in roots for _ in range(given[root] - N)]
-        for leaf in grow(writer, more, budgets, config, tools):
-            groups[leaf.path()[0]].append(leaf)
+        for root, leaves in continued(writer, more, 1, config, tools).items():
+            groups[root] += leaves
         return list(groups.values())
 
     arpo_mini.rollout = rollout

@@ -46,10 +46,14 @@ COLUMNS = ("question", "call", "H", "H_initial", "spread")  # of a tool result
 # ---- rolling out --------------------------------------------------------------------------
 
 
-def continued(writer: Writer, nodes, k: int, budgets, config, tools) -> dict[Segment, list]:
-    """Node (prompt or tool result) -> the leaves of k paths that go on from it, without forks."""
-    found = {node: [] for node in nodes}
-    for leaf in grow(writer, [node for node in nodes for _ in range(k)], budgets, config, tools):
+def continued(writer: Writer, nodes, k: int, config, tools, kept=()) -> dict[Segment, list]:
+    """Node (prompt or tool result) -> the leaves of k paths that go on from it, without forks.
+
+    Prompts among the nodes, and what is in `kept`, stay in the writer's cache.
+    """
+    budget = Budget(1, random.Random(0), most=0, places=dict.fromkeys(kept, 0.0))  # never spent
+    repeated, found = [node for node in nodes for _ in range(k)], {node: [] for node in nodes}
+    for leaf in grow(writer, repeated, {n.path()[0]: budget for n in nodes}, config, tools):
         # nodes may stand on one path: a leaf belongs to the last of them
         found[[segment for segment in leaf.path() if segment in found][-1]].append(leaf)
     return found
@@ -60,9 +64,7 @@ def continue_from(agent: Agent, nodes, k: int, config: Config, seed: int) -> lis
 
     def work(fitted: Config) -> dict[Segment, list]:
         transformers.set_seed(seed)
-        budgets = {node.path()[0]: Budget(0, random.Random(seed)) for node in nodes}  # no forks
-        writer = Writer(agent.policy, fitted)
-        return continued(writer, nodes, k, budgets, fitted, agent.tools)
+        return continued(Writer(agent.policy, fitted), nodes, k, fitted, agent.tools)
 
     return [*agent.policy.limits.retry(config, work).values()]
 
