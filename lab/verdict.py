@@ -17,9 +17,10 @@ BASELINE = "grpo"
 TARGETS = (0.85, 0.9)  # accuracies: what does it take to get there?
 LAST = 5  # evaluations: their mean swings less than the final accuracy does
 OURS, BESIDE = "step", {"random": "step-random", "default": "arpo-1-of-8-z4", "grpo": "grpo"}
-MORE = [("step-after", theirs) for theirs in ("step-after-random", "step-shuffled")]  # in the table
-MORE += [("step", theirs) for theirs in ("step-after", "16x4", "grpo-live")]
-MORE += [("step-oracle", "step-after")]
+PAIRS = [(OURS, theirs) for theirs in BESIDE.values()]  # whose differences are in the table
+PAIRS += [("step-after", theirs) for theirs in ("step-after-random", "step-shuffled")]
+PAIRS += [(OURS, theirs) for theirs in ("step-after", "16x4", "grpo-live")]
+PAIRS += [("step-oracle", "step-after")]
 
 
 def check(results: dict) -> None:
@@ -96,7 +97,7 @@ def interval(e: Estimate | None, form: str) -> str:
 def row(results: dict, method: str) -> dict[str, str]:
     """What a method reached and what it took, by the heads of the table."""
     runs, base = runs_of(results, method), runs_of(results, BASELINE)
-    cells = {"seeds": str(len(runs))}
+    cells = {"method": method, "seeds": str(len(runs))}
     for count, words in ((1, "accuracy, %"), (LAST, f"of the last {LAST} evaluations, %")):
         found = [*accuracy(runs, count).values()]
         cells[words] = interval(t_interval(found) if found else None, ".1f")
@@ -122,12 +123,10 @@ def row(results: dict, method: str) -> dict[str, str]:
 
 def tables(results: dict, methods: list[str]) -> list[list[list[str]]]:
     """The table and, where there are any, the differences: a head and lines of cells each."""
-    rows = {method: row(results, method) for method in methods}
-    heads = ["method", *next(iter(rows.values()))]
-    found = [[heads, *([method, *cells.values()] for method, cells in rows.items())]]
-    pairs = [*((OURS, theirs) for theirs in BESIDE.values()), *MORE]
+    rows = [row(results, method) for method in methods]
+    found = [[[*rows[0]], *([*cells.values()] for cells in rows)]]
     lines = []
-    for pair in pairs:
+    for pair in PAIRS:
         if {*pair} <= {*methods} and difference(results, *pair):
             both = (difference(results, *pair, count) for count in (1, LAST))
             lines.append([" minus ".join(pair), *(interval(e, "+.1f") for e in both)])
