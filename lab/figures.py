@@ -12,7 +12,7 @@ from lab.intervals import t_interval
 
 # of Okabe and Ito, which stay apart for colour-blind readers
 COLOURS = "#000000 #E69F00 #0072B2 #009E73 #D55E00 #CC79A7 #56B4E9 #8C6D31".split()
-STYLES = ("-", "--", ":")
+CURVES = matplotlib.cycler(linestyle=["-", "--", ":"]) * matplotlib.cycler(color=COLOURS)
 AXES = {
     "step": "training steps (equal rollouts)",
     "tool_calls": "tool calls executed",
@@ -20,8 +20,8 @@ AXES = {
     "seconds": "seconds of training",
 }
 GRID = 60  # points on a curve whose seeds were not evaluated at the same place
-LOOK = {"svg.hashsalt": "arpo_mini", "font.size": 10, "axes.spines.top": False}
-LOOK |= {"axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+LOOK = {"svg.hashsalt": "arpo_mini", "font.size": 10, "axes.prop_cycle": CURVES, "grid.alpha": 0.25}
+LOOK |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
 
 
 def band(runs: dict[str, dict], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -44,12 +44,11 @@ def accuracy(results: dict, methods: list[str], stem: Path) -> None:
         figure = Figure(figsize=(9, 7), layout="constrained")
         axes = figure.subplots(2, 2, sharey=True).flat
         for ax, (name, label) in zip(axes, AXES.items(), strict=True):
-            for i, method in enumerate(methods):
+            for method in methods:
                 x, e = band(verdict.runs_of(results, method), name)
-                colour = COLOURS[i % len(COLOURS)]
-                style = STYLES[i // len(COLOURS) % len(STYLES)]
-                ax.plot(x, 100 * e[:, 0], style, label=method, lw=1.8, color=colour)
-                ax.fill_between(x, *100 * e[:, 1:].T.clip(0, 1), alpha=0.15, lw=0, color=colour)
+                mean, low, high = 100 * e.T.clip(0, 1)
+                (line,) = ax.plot(x, mean, label=method, lw=1.8)
+                ax.fill_between(x, low, high, alpha=0.15, lw=0, color=line.get_color())
             ax.set_xlabel(label)
             ax.set_xlim(left=0)
             ax.xaxis.set_major_formatter(EngFormatter(sep=""))
