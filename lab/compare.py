@@ -205,25 +205,18 @@ def stop_with_parent() -> None:
     _thread.interrupt_main()
 
 
-def play(slot: Path) -> int:
-    """What it does: train, or go on with what is there; then evaluate what was trained."""
+def play(slot: Path) -> None:
+    """Train, or go on with what is there; then evaluate what was trained."""
     settings, folder = settings_in(slot), slot / "run"
-    values = {k: v for k, v in settings.items() if k in TRAIN}
-
-    def arpo(command: str, **more) -> int:
-        flags = [word for k, v in more.items() for word in (f"--{k}", str(v))]
-        return cli.main([command, *flags], arpo_mini.train, arpo_mini.load_agent)
-
     if "control" in settings:
         getattr(controls, settings["control"])()
-    begun = {"resume": folder} if folder.exists() else {**values, "output_dir": folder}
-    code = arpo("train", **begun)
-    if code:
-        return code
-    del values["dataset_path"]  # there, what is evaluated on
-    values |= {"adapter": folder / "adapter", "samples": settings["final_samples"]}
-    values["temperature"] = 1.0  # as the evaluations on the way, whatever trains
-    return arpo("eval", **values, json=slot / "final.json")
+    values = {name: value for name, value in settings.items() if name in TRAIN}
+    config = Config(**values, output_dir=str(folder))
+    arpo_mini.train(config, resume=folder if folder.exists() else None)
+    # at the temperature of the evaluations on the way, whatever trains
+    trained = dataclasses.replace(config, adapter=str(folder / "adapter"), temperature=1.0)
+    algorithm = cli.Algorithm(arpo_mini.train, arpo_mini.load_agent)
+    cli.eval_command(algorithm, trained, settings["final_samples"], None, str(slot / "final.json"))
 
 
 # ---- all of them --------------------------------------------------------------------------

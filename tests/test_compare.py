@@ -270,7 +270,6 @@ def test_one_process_at_a_time(fake, refused):
 
 
 def test_what_a_process_does(tmp_path, monkeypatch):
-    """What it parses is what the parent records: None, booleans and paths included."""
     values = {**compare.DEFAULTS, "temperature": 0.9}
     comparison = compare.Comparison(tmp_path, compare.shared_settings(values, 5))
     settings = comparison.settings_of(compare.Run("hard-x4", 7))
@@ -279,25 +278,24 @@ def test_what_a_process_does(tmp_path, monkeypatch):
     ours = compare.Comparison(tmp_path, typed).settings_of(compare.Run("arpo-1-of-8-z4", 7))
     assert ours["shared_weight"] == 0.5
     (tmp_path / "settings.json").write_text(json.dumps(settings))
-    played = mock.Mock(side_effect=[0, 0, 130])
-    monkeypatch.setattr(cli, "main", played)
-    assert compare.play(tmp_path) == 0
-    (train, *flags), (evaluate, *others) = (call.args[0] for call in played.mock_calls)
-    parser = cli.Parser(prog="train")
-    for item in dataclasses.fields(Config):
-        parser.add_field(item)
-    config = dataclasses.asdict(Config(**parser.parse(flags)))
-    assert train == "train" and config.pop("output_dir") == str(tmp_path / "run")
+    train, evaluate = mock.Mock(side_effect=[None, KeyboardInterrupt]), mock.Mock()
+    monkeypatch.setattr(arpo_mini, "train", train)
+    monkeypatch.setattr(cli, "eval_command", evaluate)
+    compare.play(tmp_path)
+    config = dataclasses.asdict(train.call_args.args[0])
     own = {"version": compare.VERSION, "final_samples": 5, "files": settings["files"]}
-    assert settings.items() <= (config | own).items() and config["shared_weight"] == 1
-    assert config["seed"] == 7 and config.keys() - settings.keys() <= compare.OF_THE_RUNS
-    typed = dict(zip(others[::2], others[1::2], strict=True))
-    assert evaluate == "eval" and "--dataset_path" not in typed
-    end = {"--adapter": str(tmp_path / "run" / "adapter"), "--samples": "5", "--temperature": "1.0"}
-    assert (end | {"--json": str(tmp_path / "final.json")}).items() <= typed.items()
+    assert config["output_dir"] == str(tmp_path / "run") and config["shared_weight"] == 1
+    assert settings.items() <= (config | own).items() and config["seed"] == 7
+    assert config.keys() - settings.keys() <= compare.OF_THE_RUNS
+    end = {"adapter": str(tmp_path / "run" / "adapter"), "temperature": 1.0}
+    algorithm, trained, *others = evaluate.call_args.args
+    assert dataclasses.asdict(trained) == config | end and algorithm.train == train
+    assert others == [5, None, str(tmp_path / "final.json")]
     (tmp_path / "run").mkdir()  # it was begun before, and is stopped now: no evaluation
-    assert compare.play(tmp_path) == 130
-    assert played.mock_calls[-1].args[0] == ["train", "--resume", str(tmp_path / "run")]
+    with pytest.raises(KeyboardInterrupt):
+        compare.play(tmp_path)
+    resumed = [call.kwargs["resume"] for call in train.mock_calls]
+    assert resumed == [None, tmp_path / "run"] and evaluate.call_count == 1
 
 
 BAD = {
