@@ -151,13 +151,17 @@ def fingerprints(settings: dict) -> dict[str, str]:
 # ---- what a run leaves --------------------------------------------------------------------
 
 
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def read_run(slot: Path) -> dict | None:
     """The accuracy curve of a run and what it spent up to each point; None if it is not whole.
 
     The last point of the samples is that of final.json, which has more of them and is written last.
     """
     try:
-        final = json.loads((slot / "final.json").read_text(encoding="utf-8"))
+        final = read_json(slot / "final.json")
         metrics, rows = (
             [json.loads(line) for line in (slot / f"run/{name}.jsonl").open(encoding="utf-8")]
             for name in ("metrics", "evaluations")
@@ -180,13 +184,8 @@ def read_run(slot: Path) -> dict | None:
 
 
 def has_begun(slot: Path) -> bool:
-    """A run counts from its first checkpoint on; one without any leaves nothing to go on with."""
-    return (slot / "run/checkpoints").is_dir()
-
-
-def settings_in(slot: Path) -> dict:
-    """What was asked of a run; written before it begins."""
-    return json.loads((slot / "settings.json").read_text(encoding="utf-8"))
+    """A run counts from its first whole checkpoint on; before, there is nothing to go on with."""
+    return any(slot.glob("run/checkpoints/*/checkpoint.json"))
 
 
 def refuse_changed(path: Path, before: dict, now: dict) -> None:
@@ -207,7 +206,7 @@ def stop_with_parent() -> None:
 
 def play(slot: Path) -> None:
     """Train, or go on with what is there; then evaluate what was trained."""
-    settings, folder = settings_in(slot), slot / "run"
+    settings, folder = read_json(slot / "settings.json"), slot / "run"
     if "control" in settings:
         getattr(controls, settings["control"])()
     values = {name: value for name, value in settings.items() if name in TRAIN}
@@ -236,7 +235,7 @@ class Comparison:
         if settings and not self.path.exists():
             return
         try:
-            self.results = json.loads(self.path.read_text(encoding="utf-8"))
+            self.results = read_json(self.path)
             verdict.check(self.results)
         except (OSError, *BAD_ROW) as error:
             words = f"cannot use {self.path}: {reason(error)}; choose another --output_dir"
@@ -256,7 +255,7 @@ class Comparison:
         method, slot = self.results["methods"].setdefault(run.method, new), self.slot(run)
         refuse_changed(self.path, method["overrides"], METHODS[run.method])
         if str(run.seed) not in method["runs"] and has_begun(slot):
-            refuse_changed(slot, settings_in(slot), self.settings_of(run))
+            refuse_changed(slot, read_json(slot / "settings.json"), self.settings_of(run))
             if found := read_run(slot):
                 method["runs"][str(run.seed)] = found
                 self.save()
@@ -274,9 +273,7 @@ class Comparison:
         Its session is its own, too: Ctrl-C in a terminal comes to us alone.
         """
         settings, slot = self.settings_of(run), self.slot(run)
-        changed = [k for k, v in fingerprints(settings).items() if v != settings["files"].get(k)]
-        if changed:
-            raise UserError(f"changed since the comparison began: {', '.join(changed)}")
+        refuse_changed(self.folder, settings["files"], fingerprints(settings))
         if not has_begun(slot):
             shutil.rmtree(slot, ignore_errors=True)
             slot.mkdir(parents=True)
@@ -285,10 +282,10 @@ class Comparison:
         limits = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         limits |= {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
         alone = {"cwd": ROOT, "env": {**os.environ, **limits}, "start_new_session": True}
+        alone |= {"stdin": subprocess.PIPE, "stderr": subprocess.STDOUT}
         command = [sys.executable, "-m", "lab.compare", "run", str(slot)]
         with (slot / "log.txt").open("w", encoding="utf-8") as log:
-            streams = {"stdin": subprocess.PIPE, "stdout": log, "stderr": subprocess.STDOUT}
-            return subprocess.Popen(command, **alone, **streams)
+            return subprocess.Popen(command, stdout=log, **alone)
 
     def train(self, runs: list[Run], jobs: int) -> None:
         """Every run that is not finished, `jobs` of them at a time."""
@@ -320,9 +317,7 @@ class Comparison:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         self.failed[run] = f"exit code {code}: {lines[-1] if lines else 'it said nothing'}"
         said = f"{run}: died with {self.failed[run]} (all of it in {log})"
-        if code == 2 and not any(
-            m["runs"] for m in self.results["methods"].values()
-        ):  # bad input, that of all runs
+        if code == 2 and not self.path.exists():  # bad input, that of all runs
             raise UserError(said)
         return said
 

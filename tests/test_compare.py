@@ -122,7 +122,8 @@ class FakeProcess:
         settings = json.loads((slot / "settings.json").read_text())
         steps, seed, name = settings["steps"], settings["seed"], slot.parent.name
         self.trained.append(f"{name} {seed}")
-        (slot / "run" / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (slot / "run" / "checkpoints" / "step").mkdir(parents=True, exist_ok=True)
+        (slot / "run" / "checkpoints" / "step" / "checkpoint.json").touch()
 
         def write(name, rows):
             (slot / "run" / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -255,7 +256,7 @@ def test_a_run_goes_on_unless_its_settings_or_files_changed(fake, tmp_path, monk
         compare.Comparison(tmp_path, {**settings, "steps": 5}).figures(run)
     assert marker.exists()
     model.write_bytes(b"a cold start made again")
-    with pytest.raises(UserError, match=r"comparison began: model_name$"):
+    with pytest.raises(UserError, match=r"made with model_name .*, now"):
         comparison.start(run, threads=1)
     monkeypatch.setattr(compare, "local_files", {"owner/set:train": [model]}.__getitem__)
     found = compare.fingerprints(dataclasses.asdict(Config(dataset_path="owner/set:train")))
