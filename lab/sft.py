@@ -31,18 +31,18 @@ from random import Random
 import torch
 from tqdm import tqdm
 
+import arpo_mini
 from advantage import Segment
 from app.config import Config, option
 from app.run_folder import new_folder, put, to_json
 from app.screen import say
-from arpo_mini import make_tools
 from data.demonstrations import from_file
 from data.demonstrator import demonstrations_of_the_world
 from data.files import UserError
 from data.formats import Demonstration
-from engine import packing
 from engine.memory import snapshot
 from engine.model import RESULT_FRAME, Policy, load_policy
+from engine.packing import Row, make_row
 from lab.command import exit_code, parse
 
 SHARED = (  # settings of `train` that it has, too
@@ -72,35 +72,30 @@ class Settings:  # beside those
 # ---- training -----------------------------------------------------------------------------
 
 
-def demonstration_row(policy: Policy, demonstration: Demonstration) -> packing.Row:
-    """Every token with its author: those of the policy weigh 1, its eos among them; others 0."""
+def demonstration_row(policy: Policy, demonstration: Demonstration) -> Row:
+    """Every token with its author: those of the policy weigh 1, its eos among them; others 0.
+
+    The row of a rollout with an advantage of 1, by somebody who was sure: each log-prob was 0.
+    """
     node = Segment("prompt", policy.prompt(demonstration.question))
     for author, text in demonstration.turns:
         frame = RESULT_FRAME if author == "tool" else ()
         node = Segment(author, policy.encode(text, frame), parent=node)
     node.token_ids.append(policy.turn_end)
-    return packing.make_row([node], {s: {node: 1.0} for s in node.path() if s.author == "policy"})
+    row = make_row([node], {s: {node: 1.0} for s in node.path() if s.author == "policy"})
+    row.sampled_logp = [0.0 if weight else math.nan for weight in row.weight]
+    return row
 
 
-def update(policy: Policy, optimizer, rows: list[packing.Row], config: Config) -> float:
+def update(policy: Policy, optimizer, rows: list[Row], config: Config) -> float:
     """One optimizer step: the mean of -log p over the policy's tokens of all rows, in nats.
 
-    Where the memory runs out, the same again with less at once.
+    Where every advantage is 1, ARPO's update has the gradient of this mean; and this mean is its
+    drift, the distance from the log-probs of the row. Out of memory: again, with less at once.
     """
-    total = sum(sum(row.weight) for row in rows)
 
     def work(fitted: Config) -> float:
-        losses = []
-        optimizer.zero_grad()
-        for group in packing.micro_batches(rows, fitted.micro_batch_tokens):
-            batch = packing.make_batch(group, policy.pad_id, policy.device, policy.lm.dtype)
-            logp = packing.token_logprobs(policy, batch, temperature=1.0)  # (B, T)
-            loss = -logp.sum() / total
-            packing.require_finite("the loss", loss, [row.input_ids for row in group])
-            policy.scaler.scale(loss).backward()
-            losses.append(loss.item())
-        packing.take_step(policy, optimizer, total, rows)
-        return sum(losses)
+        return arpo_mini.update(policy, optimizer, rows, fitted)["drift_mean"]
 
     return policy.limits.retry(config, work, snapshot(policy, optimizer))
 
@@ -108,7 +103,7 @@ def update(policy: Policy, optimizer, rows: list[packing.Row], config: Config) -
 def fine_tune(settings: Settings, config: Config) -> None:
     if not config.model_name:
         raise UserError("--model_name is missing: a folder or hub id of a causal LM")
-    tools = make_tools(config)
+    tools = arpo_mini.make_tools(config)
     if settings.data:
         demonstrations, left_out = from_file(settings.data, tools)
     else:
@@ -138,7 +133,7 @@ def train(policy: Policy, rows: list, settings: Settings, config: Config, log: P
     optimizer = torch.optim.AdamW(policy.parameters, lr=config.learning_rate, weight_decay=0.0)
     n, rng = min(settings.demonstrations_per_step, len(rows)), Random(config.seed)
     steps = max(1, math.ceil(settings.epochs * len(rows) / n))
-    waiting: list[packing.Row] = []
+    waiting: list[Row] = []
     with log.open("w", encoding="utf-8") as file:
         for step in (bar := tqdm(range(1, steps + 1), desc="cold start", disable=None)):
             started = time.perf_counter()

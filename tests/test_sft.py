@@ -141,7 +141,7 @@ def test_as_much_at_once_as_fits_the_memory(policy, rows, monkeypatch):
             raise torch.OutOfMemoryError("no memory")
         return real(policy, batch, temperature)
 
-    monkeypatch.setattr(packing, "token_logprobs", small)
+    monkeypatch.setattr("arpo_mini.token_logprobs", small)
     for limits, fits in ((Limits(), 1e9), (Limits(), 300), (Limits(micro_batch_tokens=200), 1e9)):
         sizes, most = [], fits
         monkeypatch.setattr(policy, "limits", limits)
