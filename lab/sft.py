@@ -100,7 +100,9 @@ def update(policy: Policy, optimizer, rows: list[Row], config: Config) -> float:
     return policy.limits.retry(config, work, snapshot(policy, optimizer))
 
 
-def fine_tune(settings: Settings, config: Config) -> None:
+def fine_tune(args: list[str]) -> None:
+    settings, values = parse("lab.coldstart", __doc__, args, Settings, SHARED, **DEFAULTS)
+    config = Config(**values)
     if not config.model_name:
         raise UserError("--model_name is missing: a folder or hub id of a causal LM")
     tools = arpo_mini.make_tools(config)
@@ -150,8 +152,4 @@ def train(policy: Policy, rows: list, settings: Settings, config: Config, log: P
 
 
 def main(args: list[str]) -> int:
-    def work() -> None:
-        settings, values = parse("lab.coldstart", __doc__, args, Settings, SHARED, **DEFAULTS)
-        fine_tune(settings, Config(**values))
-
-    return exit_code(work)
+    return exit_code(lambda: fine_tune(args))
