@@ -17,9 +17,10 @@ from pathlib import Path
 from random import Random
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.models.qwen2 import Qwen2Tokenizer
 
 from app.config import option
 from arpo_mini import SEARCH_CHARS
@@ -31,11 +32,6 @@ from tools import default_tools
 DATA = Path(__file__).parent.parent / "data"
 TURN = ("<|im_start|>", "<|im_end|>")
 TAGS = ("think", "search", "calculator", "result", "answer")
-# Qwen's own pre-tokenizer: words with the space before them, digits one by one.
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 # A system message is dropped: this model learnt the grammar and its tools in the cold start.
 CHAT_TEMPLATE = (
     "{%- for message in messages if message.role != 'system' -%}"
@@ -62,11 +58,8 @@ def corpus(world: dict[str, Entity], tools: dict, taken: set[tuple], seed: int) 
 
 def build_tokenizer(texts: list[str], vocab_size: int = 1280) -> PreTrainedTokenizerFast:
     """Byte-level BPE with Qwen's chat markers; each protocol tag is one token; pad is not eos."""
-    backend = Tokenizer(models.BPE())
-    words = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
-    backend.decoder = decoders.ByteLevel()
+    backend = Qwen2Tokenizer().backend_tokenizer  # words with the space before, single digits
+    backend.normalizer = None  # else other bytes could come back than went in
     alphabet, markers = pre_tokenizers.ByteLevel.alphabet(), ["<|endoftext|>", *TURN]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
