@@ -6,7 +6,6 @@ next, and so do the rewards of a group: else there would be nothing to train.
 """
 
 import dataclasses
-import functools
 import platform
 import re
 import time
@@ -101,38 +100,33 @@ def search_of(policy: Policy, tokens: int) -> Tool:
     return Tool("search", lambda query: text, "words to look for in the documents")
 
 
-def script_of(policy: Policy, size: Size) -> list[tuple[int, int]]:
+def script_of(policy: Policy, size: Size) -> list[list[int]]:
     """What follows the prompt, for even and odd trajectories: the answer's digit differs."""
 
     def segment(end: str) -> list[int]:
         head, tail = policy.encode("<think>"), policy.encode(f"</think>{end}")
         return head + [filler(policy)] * (size.segment - len(head) - len(tail)) + tail
 
-    call, answer = segment("<search>town</search>"), segment("<answer>\\boxed{1}</answer>")
-    tokens = (call + [0] * size.result) * size.turns + answer  # nobody samples a result
-    one, two = (policy.encode(digit)[0] for digit in "12")
-    last = max(i for i, token in enumerate(tokens) if token == one)
-    return [(token, two if i == last else token) for i, token in enumerate(tokens)]
+    turn = segment("<search>town</search>") + [0] * size.result  # nobody samples a result
+    answers = [segment(f"<answer>\\boxed{{{digit}}}</answer>") for digit in "12"]
+    return [turn * size.turns + answer for answer in answers]
 
 
-def force(lm: PreTrainedModel, prompt: int, script: list[tuple[int, int]]) -> None:
+def force(lm: PreTrainedModel, prompt: int, script: list[list[int]]) -> None:
     """From now on `generate` samples the script after the `prompt` tokens of every row."""
-    said = torch.tensor(script, device=lm.device)  # (S, 2)
-    last, answered = (said[:, 0] != said[:, 1]).nonzero().item(), 0
-    original = lm.forward
+    said = torch.tensor(script, device=lm.device)  # (2, S)
+    last, answered = (said[0] != said[1]).nonzero().item(), 0
 
-    @functools.wraps(original)
-    def forward(*args, position_ids=None, **kwargs):
+    def say(module, args, kwargs, out) -> None:
         nonlocal answered
-        out = original(*args, position_ids=position_ids, **kwargs)
-        if not torch.is_grad_enabled():
-            at = (position_ids[:, -1] + 1 - prompt).clamp(0, len(said) - 1)  # (R)
-            odd = (torch.arange(len(at), device=at.device) + answered) % 2  # (R)
-            out.logits[:, -1].scatter_(1, said[at, odd][:, None], 1e4)
-            answered += (at == last).sum().item()
-        return out
+        if torch.is_grad_enabled():  # an update scores what it is given
+            return
+        at = (kwargs["position_ids"][:, -1] + 1 - prompt).clamp(0, said.shape[1] - 1)  # (R)
+        odd = (torch.arange(len(at), device=at.device) + answered) % 2  # (R)
+        out.logits[:, -1].scatter_(1, said[odd, at][:, None], 1e4)
+        answered += (at == last).sum().item()
 
-    lm.forward = forward
+    lm.register_forward_hook(say, with_kwargs=True)
 
 
 # ---- instruments --------------------------------------------------------------------------
