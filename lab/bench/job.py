@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -150,11 +151,8 @@ def counted(policy: Policy) -> Iterator[Counter]:
         seen["update" if torch.is_grad_enabled() else "rollout"] += tokens
         seen["largest"] = max(seen["largest"], torch.is_grad_enabled() * tokens)
 
-    hook = policy.lm.get_decoder().register_forward_pre_hook(count, with_kwargs=True)
-    try:
+    with policy.lm.get_decoder().register_forward_pre_hook(count, with_kwargs=True):
         yield seen
-    finally:
-        hook.remove()
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
@@ -172,11 +170,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
         work()
     events = recorded.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    held = most = 0
-    for _, change in changes:
-        held += change
-        most = max(most, held)
-    return most
+    return max(accumulate((change for _, change in changes), initial=0))
 
 
 def made_on(config: Config, **more) -> dict:
@@ -187,6 +181,5 @@ def made_on(config: Config, **more) -> dict:
     elif info.exists() and (found := re.search("model name.*: (.*)", info.read_text())):
         device = found[1]
     machine = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    defaults = dataclasses.asdict(Config())
-    changed = {k: v for k, v in dataclasses.asdict(config).items() if v != defaults[k]}
+    changed = {k: v for k, v in vars(config).items() if v != getattr(Config, k)}
     return {"machine": machine, "settings": changed | more}
