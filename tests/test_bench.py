@@ -34,24 +34,23 @@ def main(args):
 def test_the_shapes_have_the_parameters_of_the_model_cards(name):
     shape = plan.model_config(name)
     assert plan.model_config(name.partition("/")[2].lower()) == shape  # the short spelling
-    billions = plan.count(shape).weight_bytes(False, b=1) / 1e9
+    billions = plan.weight_bytes(plan.empty(shape), False, b=1) / 1e9
     assert billions == pytest.approx(BILLIONS[name], abs=0.01)
 
 
 def test_predicted_weights_are_those_of_the_loaded_model(policy, policy_4bit, config):
-    counts = plan.count(plan.model_config(TINY))
+    empty = plan.empty(plan.model_config(TINY))
     for loaded, four in ((policy, False), (policy_4bit, True)):
         trained = sum(p.numel() for p in loaded.parameters)
-        assert counts.adapter(config.lora_rank) == trained
-        assert counts.weight_bytes(four, b=4) == memory.weight_bytes(loaded.lm) - 4 * trained
+        assert plan.adapter_size(empty, config.lora_rank) == trained
+        assert plan.weight_bytes(empty, four, b=4) == memory.weight_bytes(loaded.lm) - 4 * trained
 
 
 def test_the_peak_is_the_sum_of_what_is_held_together():
-    shape, config = plan.model_config("qwen3-1.7b"), Config(max_total_tokens=1024)
+    lm, config = plan.empty(plan.model_config("qwen3-1.7b")), Config(max_total_tokens=1024)
     ways = [(8, True), (64, True), (8, False)]  # rows, recompute
     some, many, kept = (
-        plan.predict(shape, plan.count(shape), config, rows, tokens=4096, recompute=twice)
-        for rows, twice in ways
+        plan.predict(lm, config, rows, tokens=4096, recompute=twice) for rows, twice in ways
     )
     fixed = some["weights GiB"] + some["adapter GiB"]
     assert some["peak GiB"] == fixed + max(some["rollout GiB"], some["update GiB"])
@@ -82,8 +81,8 @@ def test_plan_needs_no_weights_and_says_what_fits(capsys, tmp_path):
 @pytest.mark.parametrize(("shape", "group", "tokens", "gib"), gpu.GOALS)
 def test_the_plan_keeps_the_goals(shape, group, tokens, gib):
     sizes = {"group_size": group, "max_total_tokens": tokens, "questions_per_step": 1}
-    known = plan.model_config(shape)
-    planned = plan.planned(known, plan.count(known), Config(**sizes, memory_gb=gib))
+    lm = plan.empty(plan.model_config(shape))
+    planned = plan.planned(lm, Config(**sizes, memory_gb=gib))
     assert planned["fits"] and planned["paths"] == group and planned["tokens a pass"] >= tokens
 
 

@@ -178,9 +178,9 @@ def test_a_cold_start_is_scaled_too(restored_half, tools):
 
 @pytest.mark.parametrize("four", [True, False])
 def test_the_plan_knows_the_dtype(four):
-    shape = plan.model_config("qwen3-1.7b")
+    lm = plan.empty(plan.model_config("qwen3-1.7b"))
     configs = [Config(load_in_4bit=four, dtype=dtype) for dtype in BOUNDS]
-    full, *halves = [plan.planned(shape, plan.count(shape), config) for config in configs]
+    full, *halves = [plan.planned(lm, config) for config in configs]
     assert halves[0] == halves[1] and full["rollout GiB"] > 1.3 * halves[0]["rollout GiB"]
     times = 1.4 if four else 2  # of a model in 4-bit only the embedding
     assert full["weights GiB"] == pytest.approx(times * halves[0]["weights GiB"], rel=0.1)

@@ -69,9 +69,9 @@ def measure(name: str, settings: dict, config: Config) -> dict:
         started = clock()
         steps.append(job.step(number) | {"seconds": clock() - started})
     m = {name: median(step[name] for step in steps) for name in FIGURES}
-    rows, counts = int(min(policy.limits.rollout_rows, config.group_size)), plan.count(shape)
-    at_once = (rows, seen["largest"], policy.limits.recompute)
-    predicted = plan.predict(shape, counts, config, *at_once, policy.lm.dtype.itemsize)
+    limits, rollouts = policy.limits, config.questions_per_step * config.group_size
+    at_once = (min(limits.fitted(config).rollout_rows, rollouts), seen["largest"], limits.recompute)
+    predicted = plan.predict(plan.empty(shape), config, *at_once, policy.lm.dtype.itemsize)
     figures = {"peak GiB": peak / GIB, "plan GiB": predicted["peak GiB"], "seconds": m["seconds"]}
     figures["written/s"] = m["generated_tokens"] / m["seconds_rollout"]
     return figures | {"trained/s": m["train_tokens"] / m["seconds_update"]}

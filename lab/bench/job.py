@@ -28,6 +28,8 @@ from data.formats import Question
 from engine.model import Policy, load_policy
 from tools import Tool, ToolResult, result_text
 
+from . import plan
+
 
 @dataclass
 class Job:
@@ -78,8 +80,7 @@ def forced(config: Config, size: Size, shape: PretrainedConfig) -> Job:
 @contextmanager
 def any_weights(shape: PretrainedConfig) -> Iterator[None]:
     """Within it `load_policy` loads a model of this shape: weights that are all the same number."""
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(shape)
+    empty = plan.empty(shape)
     weights = {k: torch.tensor(0.01).expand(v.shape) for k, v in empty.state_dict().items()}
 
     def from_pretrained(name, config, trust_remote_code, **kwargs):

@@ -14,7 +14,7 @@ and with an adapter of rank r:
 """
 
 import json
-from dataclasses import dataclass
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,66 +48,63 @@ def model_config(name: str) -> PretrainedConfig:
         raise UserError(f"--model_name {name}: {reason(error)}") from None
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Parameters by the way they are stored, counted on the real class without its weights."""
-
-    linear: list[tuple[int, int]]  # (in, out) of every layer that is quantised and adapted
-    other: int  # embedding, head, norms; a tied head is not counted again
-
-    def weight_bytes(self, load_in_4bit: bool, b: int) -> int:
-        """-(-n // m) rounds up: two parameters a byte, a scale for every 64."""
-        sizes = [m * n for m, n in self.linear]
-        nf4 = sum(-(-size // 2) + 4 * -(-size // 64) for size in sizes)
-        return b * self.other + (nf4 if load_in_4bit else b * sum(sizes))
-
-    def adapter(self, rank: int) -> int:
-        return sum(rank * (m + n) for m, n in self.linear)
-
-
-def count(shape: PretrainedConfig) -> Counts:
+def empty(shape: PretrainedConfig) -> nn.Module:
+    """A model of this shape without its weights."""
     with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(shape)
+        return AutoModelForCausalLM.from_config(shape)
+
+
+def linear_layers(lm: nn.Module) -> list[nn.Linear]:
+    """Every layer that is quantised and adapted: all linear ones but the head."""
     head = lm.get_output_embeddings()
-    linear = [m for m in lm.modules() if isinstance(m, nn.Linear) and m is not head]
-    other = sum(p.numel() for p in lm.parameters()) - sum(m.weight.numel() for m in linear)
-    return Counts([(m.in_features, m.out_features) for m in linear], other)
+    return [m for m in lm.modules() if isinstance(m, nn.Linear) and m is not head]
 
 
-def predict(
-    shape, counts: Counts, config: Config, rows: int, tokens: int, recompute: bool, b: int = 2
-) -> dict[str, float]:
+def weight_bytes(lm: nn.Module, load_in_4bit: bool, b: int) -> int:
+    """b bytes a parameter; NF4: two parameters a byte, a scale for every 64."""
+    sizes = [layer.weight.numel() for layer in linear_layers(lm)]
+    other = sum(p.numel() for p in lm.parameters()) - sum(sizes)  # a tied head is there once
+    nf4 = sum(math.ceil(size / 2) + 4 * math.ceil(size / 64) for size in sizes)
+    return b * other + (nf4 if load_in_4bit else b * sum(sizes))
+
+
+def adapter_size(lm: nn.Module, rank: int) -> int:
+    """Parameters of a LoRA adapter."""
+    return sum(rank * (layer.in_features + layer.out_features) for layer in linear_layers(lm))
+
+
+def predict(lm, config: Config, rows: int, tokens: int, recompute: bool, b: int = 2) -> dict:
     """GiB by part: `rows` paths side by side, `tokens` a backward pass, b bytes a number."""
-    V = shape.vocab_size
+    shape, V = lm.config, lm.config.vocab_size
     kept, passing = memory.token_bytes(shape, b, recompute)
     logits = memory.LOGITS * 4 * V * min(tokens, max(1, memory.HEAD_BYTES // (4 * V)))
-    fixed = counts.weight_bytes(config.load_in_4bit, b), 16 * counts.adapter(config.lora_rank)
+    weights = weight_bytes(lm, config.load_in_4bit, b)
+    adapter = 16 * adapter_size(lm, config.lora_rank)
     scores = min(memory.SCORES_BYTES, STEPS * 4 * rows * V)  # of one call of `generate`
     rollout = rows * memory.path_bytes(shape, b, config.max_total_tokens) + scores
     # the head is done when the layers pass back
     update = tokens * kept + b * tokens**2 + max(logits, tokens * passing)
-    peak = sum(fixed) + max(rollout, update)
-    names = [f"{part} GiB" for part in ("weights", "adapter", "rollout", "update", "peak")]
-    return dict(zip(names, (x / GIB for x in (*fixed, rollout, update, peak)), strict=True))
+    parts = {"weights": weights, "adapter": adapter, "rollout": rollout, "update": update}
+    parts["peak"] = weights + adapter + max(rollout, update)
+    return {f"{part} GiB": size / GIB for part, size in parts.items()}
 
 
-def planned(shape: PretrainedConfig, counts: Counts, config: Config) -> dict:
+def planned(lm: nn.Module, config: Config) -> dict:
     """What a run with these settings computes at once, and the memory that takes."""
-    b = 4 if config.dtype == "float32" else 2  # as on a GPU
-    size = counts.weight_bytes(config.load_in_4bit, b)
+    dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16  # as on a GPU
+    b, longest = dtype.itemsize, config.max_total_tokens
+    size = weight_bytes(lm, config.load_in_4bit, b)
     frozen = torch.empty(size, dtype=torch.uint8, device="meta")
-    adapter = torch.empty(counts.adapter(config.lora_rank), device="meta", requires_grad=True)
-    dtype = torch.float32 if b == 4 else torch.bfloat16
+    adapter = torch.empty(adapter_size(lm, config.lora_rank), device="meta", requires_grad=True)
     cpu = {"device": torch.device("cpu"), "dtype": dtype}  # no GPU is asked
-    lm = SimpleNamespace(parameters=lambda: [frozen, adapter], config=shape, **cpu)
-    limits, longest = memory.fit(config, lm), config.max_total_tokens
-    rollouts = config.questions_per_step * config.group_size
-    rows = int(min(config.rollout_rows, limits.rollout_rows, rollouts))
+    loaded = SimpleNamespace(parameters=lambda: [frozen, adapter], config=lm.config, **cpu)
+    limits = memory.fit(config, loaded)
+    fitted, rollouts = limits.fitted(config), config.questions_per_step * config.group_size
+    rows = min(fitted.rollout_rows, rollouts)
     # a trajectory is never cut
-    tokens = min(config.micro_batch_tokens, limits.micro_batch_tokens, rollouts * longest)
-    tokens, recompute = int(max(longest, tokens)), limits.recompute
-    parts = predict(shape, counts, config, rows, tokens, recompute, b)
-    at_once = {"paths": rows, "tokens a pass": tokens, "recomputed": recompute}
+    tokens = max(longest, min(fitted.micro_batch_tokens, rollouts * longest))
+    at_once = {"paths": rows, "tokens a pass": tokens, "recomputed": limits.recompute}
+    parts = predict(lm, config, *at_once.values(), b)
     fits = config.memory_gb is None or parts["peak GiB"] <= config.memory_gb
     return {**at_once, **parts, "limit GiB": config.memory_gb, "fits": fits}
 
@@ -116,11 +113,11 @@ def run(config: Config, typed: dict) -> dict:
     """The plan of the settings as they are, and of each card's preset with what was typed."""
     shape = model_config(config.model_name)
     try:
-        counts = count(shape)
-        plans = {"as set": planned(shape, counts, config)}
+        lm = empty(shape)
+        plans = {"as set": planned(lm, config)}
     except Exception as error:  # deliberately everything: a config.json may hold anything
         raise UserError(f"--model_name {config.model_name}: {reason(error)}") from None
     for card in CARDS:
         cap = {"memory_gb": PRESETS[card]["memory_gb"]}
-        plans[card] = planned(shape, counts, Config(**{**PRESETS[card], **typed, **cap}))
+        plans[card] = planned(lm, Config(**PRESETS[card] | typed | cap))
     return {"model_name": config.model_name, "figures": plans}
