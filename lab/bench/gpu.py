@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
+from itertools import product
 from statistics import median
 
 import torch
@@ -24,14 +26,13 @@ from engine.memory import GIB, OutOfMemory, free_memory, weight_bytes
 from engine.writer import Writer
 
 from . import plan
-from .job import Size, clock, counted, forced, made_on, peak_bytes
+from .job import Size, counted, forced, made_on, peak_bytes
 
-FIGURES = "seconds seconds_rollout seconds_update generated_tokens train_tokens".split()
 TURNS, SEGMENT = 3, 64  # of a trajectory
 FEW = {"initial_rollouts": 2, "questions_per_step": 1}
 REPEATS = 2  # timed steps, after one that is watched for its peak
 SHAPES = ("qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-0.6b")
-CHECKS = {  # each may take a quarter of the time
+CHECKS = {
     "fast tests": [*"-m pytest -q -p no:cacheprovider -n 8 -m".split(), "not slow"],
     "default run": "arpo_mini.py train --output_dir runs/gpu".split(),
 }
@@ -40,24 +41,24 @@ GOALS = [("qwen3-1.7b", 16, 1024, 6), ("qwen3-4b", 8, 1024, 8), ("qwen3-8b", 8, 
 
 
 def cases() -> dict[str, tuple[str, dict]]:
-    """Name -> shape and settings: the goals, the presets, then 4-bit beside bfloat16."""
-    names = ("group_size", "max_total_tokens", "memory_gb", "load_in_4bit")
-    wanted = [(*goal, True) for goal in GOALS]
-    for preset in (PRESETS[card] for card in plan.CARDS):
-        wanted += [(shape, *(preset[k] for k in names[:3]), True) for shape in SHAPES]
-    wanted += [(shape, 8, 1024, None, four) for shape in SHAPES for four in (True, False)]
-    found = {"qwen3-1.7b, --preset 8gb": ("qwen3-1.7b", dict(PRESETS["8gb"]))}
-    for shape, group, tokens, gib, four in wanted:
-        name = f"{shape} {'4-bit' if four else 'bf16'}, {group} paths of {tokens} tokens"
-        name += f", within {gib:g} GiB" if gib else ""
-        found[name] = (shape, dict(zip(names, (group, tokens, gib, four), strict=True)))
+    """Name -> shape and settings: a training, the goals, the presets, 4-bit beside bfloat16."""
+    found = {"qwen3-1.7b, --preset 8gb": ("qwen3-1.7b", PRESETS["8gb"])}
+    for shape, group, tokens, gib in GOALS:
+        name = f"{shape} 4-bit, {group} paths of {tokens} tokens, within {gib} GiB"
+        sizes = {"group_size": group, "max_total_tokens": tokens, "memory_gb": gib}
+        found[name] = (shape, sizes | {"load_in_4bit": True})
+    for card, shape in product(plan.CARDS, SHAPES):
+        found[f"{shape}, --preset {card}"] = (shape, PRESETS[card])
+    for shape, bits in product(SHAPES, ("4-bit", "bf16")):
+        sizes = {"group_size": 8, "max_total_tokens": 1024, "load_in_4bit": bits == "4-bit"}
+        found[f"{shape} {bits}, 8 paths of 1024 tokens"] = (shape, sizes)
     return found
 
 
 def measure(name: str, settings: dict, config: Config) -> dict:
     """A step that is watched for its peak, beside the predicted one; then medians of others."""
     config = dataclasses.replace(config, **FEW | settings)
-    shape, steps = plan.model_config(name), []
+    shape = plan.model_config(name)
     # the results, and a prompt of about their length
     result = config.max_total_tokens // (TURNS + 1) - SEGMENT
     job = forced(config, Size(TURNS, SEGMENT, result), shape)
@@ -65,16 +66,15 @@ def measure(name: str, settings: dict, config: Config) -> dict:
     held = torch.cuda.memory_allocated() if torch.cuda.is_available() else weight_bytes(policy.lm)
     with counted(policy) as seen:
         peak = held + peak_bytes(lambda: job.step(1))
-    for number in range(2, REPEATS + 2):
-        started = clock()
-        steps.append(job.step(number) | {"seconds": clock() - started})
-    m = {name: median(step[name] for step in steps) for name in FIGURES}
     limits, rollouts = policy.limits, config.questions_per_step * config.group_size
     at_once = (min(limits.fitted(config).rollout_rows, rollouts), seen["largest"], limits.recompute)
     predicted = plan.predict(plan.empty(shape), config, *at_once, policy.lm.dtype.itemsize)
-    figures = {"peak GiB": peak / GIB, "plan GiB": predicted["peak GiB"], "seconds": m["seconds"]}
-    figures["written/s"] = m["generated_tokens"] / m["seconds_rollout"]
-    return figures | {"trained/s": m["train_tokens"] / m["seconds_update"]}
+    steps = [job.step(number) for number in range(2, REPEATS + 2)]
+    figures = {"peak GiB": peak / GIB, "plan GiB": predicted["peak GiB"]}
+    figures["seconds"] = median(step["seconds"] for step in steps)
+    figures["written/s"] = median(s["generated_tokens"] / s["seconds_rollout"] for s in steps)
+    figures["trained/s"] = median(s["train_tokens"] / s["seconds_update"] for s in steps)
+    return figures
 
 
 def measured(name: str, settings: dict, config: Config) -> dict:
@@ -99,16 +99,27 @@ def run(config: Config, own) -> dict:
 
 
 def whole(some: dict, config: Config, seconds: float, path: str) -> dict:
-    """First the cases that matter most, then profile and checks, then the other cases."""
-    end, items = time.monotonic() + seconds, [*some.items()]
-    report = sweep(dict(items[: len(GOALS) + 1]), config, 0.4 * seconds, path)
-    report["a decoded token"] = decoding(*items[0][1], config)
-    say(f"a decoded token: {report['a decoded token']}")
-    for name, command in CHECKS.items():
-        report[name] = check(command, seconds / 4)
-        say(f"{name}: {' | '.join(report[name])}")
-    write_text("--json", path, json.dumps(report, indent=1) + "\n")
-    return sweep(dict(items[len(GOALS) + 1 :]), config, end - time.monotonic(), path, report)
+    """Part after part while there is time; what was found so far is written after each.
+
+    The first cases, which matter most, then profile and checks, then the other cases.
+    """
+    end, longest, report = time.monotonic() + seconds, 0.0, made_on(config) | {"figures": {}}
+    work = {name: partial(measured, *case, config) for name, case in some.items()}
+    first, *others = some
+    order = [first, *others[: len(GOALS)], "a decoded token", *CHECKS, *others[len(GOALS) :]]
+    work["a decoded token"] = partial(decoding, *some[first], config)
+    work |= {name: partial(check, command, end) for name, command in CHECKS.items()}
+    for name in order:
+        began = time.monotonic()
+        if began + longest > end:
+            say(f"the time is over before {name}")
+            break
+        found = work[name]()
+        (report["figures"] if name in some else report)[name] = found
+        write_text("--json", path, json.dumps(report, indent=1) + "\n")
+        say(f"{name}: {found}")
+        longest = max(longest, time.monotonic() - began)
+    return report
 
 
 def decoding(name: str, settings: dict, config: Config) -> dict:
@@ -124,26 +135,12 @@ def decoding(name: str, settings: dict, config: Config) -> dict:
     return {kind: round(n / writer.decode_steps, 1) for kind, n in totals.items()}
 
 
-def check(command: list[str], seconds: float) -> list[str]:
-    """The last lines that it printed."""
+def check(command: list[str], end: float) -> str:
+    """The last lines that it printed. It may take half of the time that is left."""
+    seconds = (end - time.monotonic()) / 2
     try:
         how = {"capture_output": True, "text": True, "timeout": seconds}
-        return subprocess.run([sys.executable, *command], **how).stdout.splitlines()[-20:]
+        done = subprocess.run([sys.executable, *command], **how)
+        return " | ".join(done.stdout.splitlines()[-20:])
     except subprocess.TimeoutExpired:
-        return [f"not done in {seconds:.0f} seconds"]
-
-
-def sweep(some: dict, config: Config, seconds: float, path: str, report=None) -> dict:
-    """The cases in turn while there is time; the figures so far are written after each."""
-    report = report or made_on(config) | {"figures": {}}
-    figures, started, longest = report["figures"], time.monotonic(), 0.0
-    for name, case in some.items():
-        began = time.monotonic()
-        if began - started + longest > seconds:
-            say(f"the time is over before {name}")
-            break
-        figures[name] = measured(*case, config)
-        write_text("--json", path, json.dumps(report, indent=1) + "\n")
-        say(f"{name}: {figures[name].get('error', 'measured')}")
-        longest = max(longest, time.monotonic() - began)
-    return report
+        return f"not done in {seconds:.0f} seconds"

@@ -46,9 +46,10 @@ class Job:
         return questions_of_step(self.questions, step, self.agent.config)
 
     def step(self, number: int) -> dict:
-        """The figures of a training step."""
-        asked, config = self.asked(number), self.agent.config
-        return safe_step(self.agent, self.optimizer, asked, config, number)[0]
+        """The figures of a training step, "seconds" by `clock` among them."""
+        started, config = clock(), self.agent.config
+        figures = safe_step(self.agent, self.optimizer, self.asked(number), config, number)[0]
+        return figures | {"seconds": clock() - started}
 
 
 # ---- a forced policy ----------------------------------------------------------------------
