@@ -12,6 +12,8 @@ import dataclasses
 import json
 import re
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from statistics import median
@@ -51,19 +53,18 @@ def plain(config: Config, own) -> dict:
     def on_one_page(n: int) -> dict:
         return one_page.train_step(policy, job.optimizer, job.asked(n), config, tools, n)
 
-    ways = {"one page": on_one_page, "ours": job.step}
-    peaks = [jobs.peak_bytes(lambda step=step: step(1)) for step in ways.values()]
-    runs: dict[str, list[dict]] = {name: [] for name in ways}
-    for number in range(2, own.repeats + 2):
-        for name, step in ways.items():
-            started = clock()
-            with counted(policy) as seen:
-                step(number)
-            tokens = {"tokens, rollout": seen["rollout"], "tokens, update": seen["update"]}
-            runs[name].append({"seconds": clock() - started, **tokens})
-    figures = {"peak GiB": [peak / GIB for peak in peaks]}
-    for key in runs["ours"][0]:
-        figures[key] = [median(run[key] for run in runs[name]) for name in ways]
+    def watched(step: Callable, n: int) -> dict:
+        started = clock()
+        with counted(policy) as seen:
+            step(n)
+        tokens = {f"tokens, {part}": seen[part] for part in ("rollout", "update")}
+        return {"seconds": clock() - started, **tokens}
+
+    ways = (on_one_page, job.step)
+    figures = {"peak GiB": [jobs.peak_bytes(partial(step, 1)) / GIB for step in ways]}
+    runs = [[watched(step, n) for step in ways] for n in range(2, own.repeats + 2)]
+    for key in runs[0][0]:
+        figures[key] = [median(run[key] for run in side) for side in zip(*runs, strict=True)]
     rows = {key: {"one page": a, "ours": b, "share": b / a} for key, (a, b) in figures.items()}
     return made_on(config, repeats=own.repeats) | {"figures": rows}
 
