@@ -14,7 +14,6 @@ import re
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from statistics import median
 
@@ -87,13 +86,6 @@ MATCHES = {  # name: (forced, described, schemas)
 FORCED = Size(turns=2, segment=18, result=20)  # about the mini-world's mean trajectory
 
 
-def import_trl():
-    try:
-        return import_module("trl"), import_module("datasets")
-    except ImportError as error:
-        raise UserError(f"{error.name} is missing; install it with: pip install trl") from None
-
-
 class StepByStep(TrainerCallback):
     """Times each step of TRL, generation included, and takes one of ours after it."""
 
@@ -126,13 +118,12 @@ def our_job(config: Config, forced: bool, described: bool) -> Job:
 
 
 def trl_trainer(job: Job, system: str | None, schemas: bool, times: StepByStep, steps: int):
-    """TRL's trainer of the same job, with `system` as its prompt."""
-    from peft import LoraConfig
+    """TRL's trainer of the same job and the same kind of adapter, with `system` as its prompt."""
+    from datasets import Dataset
+    from trl import GRPOTrainer
 
-    trl, datasets = import_trl()
     c, policy = job.agent.config, job.agent.policy
-    tokenizer = AutoTokenizer.from_pretrained(c.model_name)
-    tokenizer.padding_side = "left"
+    tokenizer = AutoTokenizer.from_pretrained(c.model_name, padding_side="left")
     tokenizer.chat_template = TURNS
     tokenizer.eos_token = "</answer>"  # TRL cuts what follows a call at the last one of these
     tokenizer.response_template = RESPONSE
@@ -142,19 +133,13 @@ def trl_trainer(job: Job, system: str | None, schemas: bool, times: StepByStep, 
     asked = [q for step in range(1, steps + 1) for q in job.asked(step)]
     prompts = [[*first, {"role": "user", "content": q.text}] for q in asked]
     rows = {"prompt": prompts, "answers": [q.answers for q in asked]}
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=c.lora_rank,
-        lora_alpha=2 * c.lora_rank,
-        target_modules="all-linear",
-    )
-    trainer = trl.GRPOTrainer(
+    trainer = GRPOTrainer(
         lm,
         reward_function(tokenizer, {*job.agent.tools}),
         trl_settings(c, times.folder, schemas, steps),
-        datasets.Dataset.from_dict(rows),
+        Dataset.from_dict(rows),
         processing_class=tokenizer,
-        peft_config=lora,
+        peft_config=policy.model.peft_config["default"],
         callbacks=[times],
         tools=[tool_of(job, name) for name in job.agent.tools],
     )
@@ -164,8 +149,9 @@ def trl_trainer(job: Job, system: str | None, schemas: bool, times: StepByStep, 
 
 def trl_settings(c: Config, folder: str, schemas: bool, steps: int):
     """Those of ours, at a learning rate of 0: one policy at every step."""
-    trl, _ = import_trl()
-    return trl.GRPOConfig(
+    from trl import GRPOConfig
+
+    return GRPOConfig(
         output_dir=folder,
         max_steps=steps,
         num_generations=c.group_size,
@@ -230,7 +216,10 @@ def play(config: Config, forced: bool, described: bool, schemas: bool, repeats: 
 
 
 def trl(config: Config, own) -> dict:
-    library, _ = import_trl()
+    try:
+        import trl as library
+    except ImportError:
+        raise UserError("trl is missing; install it with: pip install trl") from None
     config = dataclasses.replace(config, load_in_4bit=False)
     rows = {name: play(config, *match, own.repeats) for name, match in MATCHES.items()}
     return made_on(config, trl=library.__version__, repeats=own.repeats) | {"figures": rows}
