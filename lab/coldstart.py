@@ -13,7 +13,6 @@ import math
 import re
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 
 import torch
@@ -22,14 +21,14 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen2 import Qwen2Tokenizer
 
-from app.config import option
+from app.config import DATA, option
 from arpo_mini import SEARCH_CHARS
 from data.demonstrator import UNSURE, WORLDS, Demonstrator, Hesitation, Turn
 from data.make_world import DOMAINS, Entity, Maker, capital
 from lab.command import exit_code, make_folder, parse
+from lab.sft import fine_tune
 from tools import default_tools
 
-DATA = Path(__file__).parent.parent / "data"
 TURN = ("<|im_start|>", "<|im_end|>")
 TAGS = ("think", "search", "calculator", "result", "answer")
 # A system message is dropped: this model learnt the grammar and its tools in the cold start.
@@ -221,11 +220,8 @@ def cold_start(args: list[str]) -> None:
 
 
 def main(args: list[str]) -> int:
-    if {"--model_name", "--data"} & {arg.partition("=")[0] for arg in args}:
-        from lab import sft
-
-        return sft.main(args)
-    return exit_code(lambda: cold_start(args))
+    of_any_model = {"--model_name", "--data"} & {arg.partition("=")[0] for arg in args}
+    return exit_code(lambda: (fine_tune if of_any_model else cold_start)(args))
 
 
 if __name__ == "__main__":

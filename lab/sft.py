@@ -43,7 +43,7 @@ from data.formats import Demonstration
 from engine.memory import snapshot
 from engine.model import RESULT_FRAME, Policy, load_policy
 from engine.packing import Row, make_row
-from lab.command import exit_code, parse
+from lab.command import parse
 
 SHARED = (  # settings of `train` that it has, too
     "model_name adapter trust_remote_code load_in_4bit dtype lora_rank system_prompt thinking "
@@ -149,7 +149,3 @@ def train(policy: Policy, rows: list, settings: Settings, config: Config, log: P
             file.flush()
             if step == 1 or step == steps or step % max(1, steps // 10) == 0:
                 bar.write(f"step {step:5d} of {steps}  loss {metrics['loss']:.4f}")
-
-
-def main(args: list[str]) -> int:
-    return exit_code(lambda: fine_tune(args))

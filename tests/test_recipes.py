@@ -32,7 +32,7 @@ LESS = "--max_segment_tokens 16 --max_total_tokens 900 --group_size 2 --initial_
 ONE_STEP = f"{LESS} --steps 1 --questions_per_step 2"
 PROGRAMS = {
     "-m lab.corpus": (lambda args: exit_code(lambda: corpus.make(args)), ""),
-    "-m lab.coldstart": (sft.main, "--demonstrations 4 --demonstrations_per_step 2"),
+    "-m lab.coldstart": (coldstart.main, "--demonstrations 4 --demonstrations_per_step 2"),
     "arpo_mini.py train": (lambda args: arpo("train", *args), ONE_STEP),
     "arpo_mini.py eval": (lambda args: arpo("eval", *args), LESS),
 }

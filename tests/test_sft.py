@@ -22,8 +22,7 @@ from data.demonstrator import demonstrations_of_the_world
 from data.formats import Demonstration, load_questions
 from engine import packing
 from engine.memory import Limits
-from lab import sft
-from lab.coldstart import build_model
+from lab import coldstart, sft
 
 TINY = str(ROOT / "data" / "tiny-qwen3")
 SHAREGPT = str(ROOT / "tests" / "fixtures" / "sharegpt.jsonl")
@@ -172,7 +171,7 @@ BAD = {
 @pytest.mark.parametrize("flags", BAD)
 def test_bad_input_is_one_line_and_exit_code_2(flags, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refused(sft.main(["--model_name", TINY, *shlex.split(flags)]), BAD[flags])
+    refused(coldstart.main(["--model_name", TINY, *shlex.split(flags)]), BAD[flags])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -194,7 +193,7 @@ def test_however_it_ends_the_adapter_is_kept(stop, code, policy, tmp_path, monke
     monkeypatch.setattr(sft, "update", update)
     few = "--demonstrations 6 --demonstrations_per_step 2 --output_dir".split()
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    assert sft.main(["--model_name", TINY, *few, str(tmp_path / "run")]) == code
+    assert coldstart.main(["--model_name", TINY, *few, str(tmp_path / "run")]) == code
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     out, error = capsys.readouterr()
     assert "the adapter is in" in out and ("the loss is nan" if code == 1 else "stopped") in error
@@ -209,7 +208,7 @@ def test_what_a_random_model_was_shown_is_what_its_adapter_says(tmp_path):
     model = str(tmp_path / "random")
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     torch.manual_seed(0)
-    lm = build_model(tokenizer)
+    lm = coldstart.build_model(tokenizer)
     # At a fresh model's size of embeddings (tied, and frozen here) no logit gets beyond 2.6.
     lm.get_input_embeddings().weight.data *= 10
     lm.save_pretrained(model), tokenizer.save_pretrained(model)
