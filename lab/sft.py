@@ -25,6 +25,7 @@ import math
 import time
 from collections import Counter
 from dataclasses import dataclass
+from itertools import chain, count, islice
 from pathlib import Path
 from random import Random
 
@@ -134,14 +135,12 @@ def train(policy: Policy, rows: list, settings: Settings, config: Config, log: P
     """Every demonstration in a random order, again and again."""
     optimizer = torch.optim.AdamW(policy.parameters, lr=config.learning_rate, weight_decay=0.0)
     n, rng = min(settings.demonstrations_per_step, len(rows)), Random(config.seed)
-    steps = max(1, math.ceil(settings.epochs * len(rows) / n))
-    waiting: list[Row] = []
+    steps = math.ceil(settings.epochs * len(rows) / n)
+    asked = chain.from_iterable(rng.sample(rows, len(rows)) for _ in count())  # without end
     with log.open("w", encoding="utf-8") as file:
         for step in (bar := tqdm(range(1, steps + 1), desc="cold start", disable=None)):
             started = time.perf_counter()
-            while len(waiting) < n:
-                waiting += rng.sample(rows, len(rows))
-            some, waiting = waiting[:n], waiting[n:]
+            some = list(islice(asked, n))
             optimizer.param_groups[0]["lr"] = config.learning_rate * (1 - (step - 1) / steps)
             metrics = {"step": step, "loss": update(policy, optimizer, some, config)}
             metrics |= {"tokens": sum(map(len, some)), "seconds": time.perf_counter() - started}
