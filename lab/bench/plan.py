@@ -35,17 +35,13 @@ CARDS = ("8gb", "12gb", "16gb", "24gb")
 
 
 def model_config(name: str) -> PretrainedConfig:
-    """Of a published shape (either spelling) or of a folder; UserError names the legal ones."""
+    """Of a published shape (either spelling) or of a folder; ValueError names the legal ones."""
     published = SHORT.get(name.lower(), name)
     if published in NAMES:
         return Qwen3Config(**PUBLISHED["common"], **PUBLISHED[published])
     if not (Path(name) / "config.json").is_file():
-        legal = ", ".join(NAMES)
-        raise UserError(f"--model_name {name}: choose one of {legal}, or a folder with config.json")
-    try:
-        return AutoConfig.from_pretrained(name, local_files_only=True)
-    except Exception as error:  # deliberately everything, as in `run`
-        raise UserError(f"--model_name {name}: {reason(error)}") from None
+        raise ValueError(f"choose one of {', '.join(NAMES)}, or a folder with config.json")
+    return AutoConfig.from_pretrained(name, local_files_only=True)
 
 
 def empty(shape: PretrainedConfig) -> nn.Module:
@@ -111,9 +107,8 @@ def planned(lm: nn.Module, config: Config) -> dict:
 
 def run(config: Config, typed: dict) -> dict:
     """The plan of the settings as they are, and of each card's preset with what was typed."""
-    shape = model_config(config.model_name)
     try:
-        lm = empty(shape)
+        lm = empty(model_config(config.model_name))
         plans = {"as set": planned(lm, config)}
     except Exception as error:  # deliberately everything: a config.json may hold anything
         raise UserError(f"--model_name {config.model_name}: {reason(error)}") from None
