@@ -26,7 +26,7 @@ from engine.memory import GIB, OutOfMemory, free_memory, weight_bytes
 from engine.writer import Writer
 
 from . import plan
-from .job import Size, counted, forced, made_on, peak_bytes
+from .job import Size, forced, made_on, peak_bytes
 
 TURNS, SEGMENT = 3, 64  # of a trajectory
 FEW = {"initial_rollouts": 2, "questions_per_step": 1}
@@ -56,21 +56,18 @@ def cases() -> dict[str, tuple[str, dict]]:
 
 
 def measure(name: str, settings: dict, config: Config) -> dict:
-    """A step that is watched for its peak, beside the predicted one; then medians of others."""
+    """A step that is watched for its peak, beside that of `plan`; then medians of others."""
     config = dataclasses.replace(config, **FEW | settings)
     shape = plan.model_config(name)
     # the results, and a prompt of about their length
     result = config.max_total_tokens // (TURNS + 1) - SEGMENT
     job = forced(config, Size(TURNS, SEGMENT, result), shape)
-    policy = job.agent.policy
-    held = torch.cuda.memory_allocated() if torch.cuda.is_available() else weight_bytes(policy.lm)
-    with counted(policy) as seen:
-        peak = held + peak_bytes(lambda: job.step(1))
-    limits, rollouts = policy.limits, config.questions_per_step * config.group_size
-    at_once = (min(limits.fitted(config).rollout_rows, rollouts), seen["largest"], limits.recompute)
-    predicted = plan.predict(plan.empty(shape), config, *at_once, policy.lm.dtype.itemsize)
+    gpu, lm = torch.cuda.is_available(), job.agent.policy.lm
+    held = torch.cuda.memory_allocated() if gpu else weight_bytes(lm)
+    peak = held + peak_bytes(lambda: job.step(1))
+    planned = plan.planned(plan.empty(shape), config)
     steps = [job.step(number) for number in range(2, REPEATS + 2)]
-    figures = {"peak GiB": peak / GIB, "plan GiB": predicted["peak GiB"]}
+    figures = {"peak GiB": peak / GIB, "plan GiB": planned["peak GiB"]}
     figures["seconds"] = median(step["seconds"] for step in steps)
     figures["written/s"] = median(s["generated_tokens"] / s["seconds_rollout"] for s in steps)
     figures["trained/s"] = median(s["train_tokens"] / s["seconds_update"] for s in steps)

@@ -145,13 +145,12 @@ def clock() -> float:
 
 @contextmanager
 def counted(policy: Policy) -> Iterator[Counter]:
-    """Tokens through the model: "rollout", "update", and the "largest" pass of an update."""
+    """Tokens through the model, in "rollout" and "update"."""
     seen: Counter = Counter()
 
     def count(module, args, kwargs) -> None:
-        tokens = kwargs["input_ids"].numel()
-        seen["update" if torch.is_grad_enabled() else "rollout"] += tokens
-        seen["largest"] = max(seen["largest"], torch.is_grad_enabled() * tokens)
+        part = "update" if torch.is_grad_enabled() else "rollout"
+        seen[part] += kwargs["input_ids"].numel()
 
     with policy.lm.get_decoder().register_forward_pre_hook(count, with_kwargs=True):
         yield seen
