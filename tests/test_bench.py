@@ -123,16 +123,13 @@ def test_a_forced_rollout_has_the_turns_and_tokens_it_was_asked_for(forced):
 
 
 def test_steps_change_nothing_and_their_tokens_are_counted(forced):
-    policy = forced.agent.policy
+    policy, metrics = forced.agent.policy, {}
     before = [p.detach().clone() for p in policy.parameters]
-    with job.counted(policy) as seen:
-        metrics = forced.step(1)
+    seen = job.watched(policy, lambda: metrics.update(forced.step(1)))
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters, strict=True))
-    assert seen["update"] == metrics["train_tokens"]
-    assert seen["rollout"] >= metrics["generated_tokens"] + metrics["prefill_tokens"] - 8
-    with job.counted(policy) as after:
-        pass
-    assert not after  # and no longer than it was asked
+    assert seen["tokens, update"] == metrics["train_tokens"]
+    assert seen["tokens, rollout"] >= metrics["generated_tokens"] + metrics["prefill_tokens"] - 8
+    assert not policy.lm.get_decoder()._forward_pre_hooks  # nothing is counted any longer
 
 
 @pytest.mark.parametrize("four", [False, True])

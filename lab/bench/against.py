@@ -12,7 +12,6 @@ import dataclasses
 import json
 import re
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -32,7 +31,7 @@ from engine.memory import GIB
 from engine.model import chat_frame
 
 from . import job as jobs
-from .job import Job, Size, clock, counted, force, made_on
+from .job import Job, Size, clock, force, made_on, watched
 
 # ---- plain --------------------------------------------------------------------------------
 
@@ -52,16 +51,10 @@ def plain(config: Config, own) -> dict:
     def on_one_page(n: int) -> dict:
         return one_page.train_step(policy, job.optimizer, job.asked(n), config, tools, n)
 
-    def watched(step: Callable, n: int) -> dict:
-        started = clock()
-        with counted(policy) as seen:
-            step(n)
-        tokens = {f"tokens, {part}": seen[part] for part in ("rollout", "update")}
-        return {"seconds": clock() - started, **tokens}
-
     ways = (on_one_page, job.step)
     figures = {"peak GiB": [jobs.peak_bytes(partial(step, 1)) / GIB for step in ways]}
-    runs = [[watched(step, n) for step in ways] for n in range(2, own.repeats + 2)]
+    numbers = range(2, own.repeats + 2)
+    runs = [[watched(policy, partial(step, n)) for step in ways] for n in numbers]
     for key in runs[0][0]:
         figures[key] = [median(run[key] for run in side) for side in zip(*runs, strict=True)]
     rows = {key: {"one page": a, "ours": b, "share": b / a} for key, (a, b) in figures.items()}

@@ -9,7 +9,6 @@ import dataclasses
 import platform
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -143,17 +142,18 @@ def clock() -> float:
     return time.perf_counter()
 
 
-@contextmanager
-def counted(policy: Policy) -> Iterator[Counter]:
-    """Tokens through the model, in "rollout" and "update"."""
-    seen: Counter = Counter()
+def watched(policy: Policy, work: Callable[[], object]) -> dict:
+    """Seconds by `clock`, and the tokens that went through the model in rollout and update."""
+    seen = {"seconds": 0.0, "tokens, rollout": 0, "tokens, update": 0}
 
     def count(module, args, kwargs) -> None:
         part = "update" if torch.is_grad_enabled() else "rollout"
-        seen[part] += kwargs["input_ids"].numel()
+        seen[f"tokens, {part}"] += kwargs["input_ids"].numel()
 
     with policy.lm.get_decoder().register_forward_pre_hook(count, with_kwargs=True):
-        yield seen
+        started = clock()
+        work()
+        return seen | {"seconds": clock() - started}
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
