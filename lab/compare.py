@@ -2,7 +2,7 @@
 
     python -m lab.compare [--methods main] [--seeds 8] [--steps 100] [--jobs N] [--output_dir DIR]
     python -m lab.compare draw [DIR]                 the table and the figures of results.json again
-    python -m lab.compare entropy [--adapter DIR]    does it pay to fork where the policy hesitates?
+    python -m lab.compare entropy --forced FILE      does the policy hesitate after a result?
 
 Every run is an `arpo_mini.py train`, and an `eval` of what it trained with more samples, in a
 process of its own. A run that is finished is not trained again: results.json holds what it takes to

@@ -6,6 +6,7 @@ Each function replaces functions of arpo_mini.py in the process of one run.
 from __future__ import annotations
 
 import math
+import random
 import statistics
 from collections import Counter
 
@@ -13,8 +14,10 @@ import transformers
 
 import arpo_mini
 from advantage import Segment
-from arpo_mini import Budget, spend_rest
-from lab.forking import continued, rewards
+from arpo_mini import Budget, grow, judge, spend_rest
+from data.formats import Question
+from engine.model import Policy
+from engine.writer import Writer
 
 CONTINUATIONS = 4  # of a tool result, from which the oracle knows how much their rewards differ
 SIGMA = 1.0  # k of the threshold mean + k * std
@@ -72,6 +75,23 @@ def oracle() -> None:
         return spend_rest(budget, config)
 
     arpo_mini.rollout, arpo_mini.spend_rest = watched, spend
+
+
+def continued(writer: Writer, nodes, k: int, config, tools, kept=()) -> dict[Segment, list]:
+    """Node (prompt or tool result) -> the leaves of k paths that go on from it, without forks.
+
+    Prompts among the nodes, and what is in `kept`, stay in the writer's cache.
+    """
+    budget = Budget(1, random.Random(0), most=0, places=dict.fromkeys(kept, 0.0))  # never spent
+    repeated, found = [node for node in nodes for _ in range(k)], {node: [] for node in nodes}
+    for leaf in grow(writer, repeated, {n.path()[0]: budget for n in nodes}, config, tools):
+        # nodes may stand on one path: a leaf belongs to the last of them
+        found[[segment for segment in leaf.path() if segment in found][-1]].append(leaf)
+    return found
+
+
+def rewards(policy: Policy, leaves: list[Segment], question: Question, config) -> list[float]:
+    return [judge(policy, leaf, question, config).total for leaf in leaves]
 
 
 def spreads(budget: Budget, results, config, writer, questions, tools) -> dict[Segment, float]:

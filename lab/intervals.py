@@ -1,4 +1,4 @@
-"""How sure is a mean over a few seeds? Intervals, paired differences, rank correlation.
+"""How sure is a mean over a few seeds? Intervals and paired differences.
 
 Pure functions on plain numbers. An estimate is (mean, low, high), its 95 % interval; low and high
 are None where one value alone says nothing about its spread.
@@ -33,38 +33,3 @@ def paired(ours: dict, theirs: dict, of: Callable = lambda a, b: a - b) -> Estim
     """The interval of of(a, b), by default the difference, over the keys (seeds) both have."""
     both = [key for key in ours if key in theirs]
     return t_interval([of(ours[key], theirs[key]) for key in both]) if both else None
-
-
-def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Correlation of the ranks, in [-1, 1]; nan where one of them never changes."""
-
-    def ranks(values: Sequence[float]) -> np.ndarray:
-        """Equal values share the mean of their ranks: (n,) -> (n,)."""
-        _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
-        return (counts.cumsum() - (counts - 1) / 2)[index]
-
-    with np.errstate(invalid="ignore"):  # 0 / 0
-        return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
-
-
-def bootstrap(
-    statistic: Callable[[np.ndarray], float], clusters: list[np.ndarray], draws: int = 1000
-) -> Estimate | None:
-    """Percentile interval of a statistic of rows: (n_i, columns) arrays -> (value, low, high).
-
-    Whole clusters are drawn again, because the nodes of one question resemble each other. None
-    where the statistic is not defined (nothing varies). It seeds itself.
-    """
-    rng = np.random.default_rng(0)
-    value = float(statistic(np.concatenate(clusters)))
-    if len(clusters) < 2 and np.isfinite(value):
-        return value, None, None
-    again = []
-    for _ in range(draws):
-        picked = rng.integers(len(clusters), size=len(clusters))
-        again.append(statistic(np.concatenate([clusters[i] for i in picked])))
-    again = [x for x in again if np.isfinite(x)]
-    if not np.isfinite(value) or not again:
-        return None
-    low, high = np.percentile(again, [2.5, 97.5])
-    return value, float(low), float(high)

@@ -24,7 +24,7 @@ from app.config import Config
 from data.files import UserError
 from entropy import Decision
 from lab import compare, controls, figures, forking, verdict
-from lab.intervals import T_975, bootstrap, paired, spearman, t_interval
+from lab.intervals import T_975, paired, t_interval
 
 # ---- statistics ---------------------------------------------------------------------------
 
@@ -39,7 +39,7 @@ def test_the_quantiles_of_student_cut_off_five_percent():
     assert len(T_975) == 30
 
 
-def test_intervals_and_rank_correlation_by_hand():
+def test_intervals_by_hand():
     half = 2.776 * math.sqrt(2.5) / math.sqrt(5)  # s^2 of 1..5 is 10 / 4
     assert t_interval([1, 2, 3, 4, 5]) == pytest.approx((3, 3 - half, 3 + half))
     assert t_interval([0.7]) == (0.7, None, None)  # one seed says nothing about its spread
@@ -48,21 +48,6 @@ def test_intervals_and_rank_correlation_by_hand():
     assert paired(ours, theirs) == pytest.approx((0.75, 0.75 - half, 0.75 + half))
     assert paired(ours, theirs, of=lambda a, b: a / b)[0] == pytest.approx(2)
     assert paired({"0": 1.0}, {"1": 1.0}) is None
-    assert spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
-    # ranks 1, 2.5, 2.5, 4 and 1, 2, 3, 4: 4.5 / sqrt(4.5 * 5)
-    assert spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
-    assert math.isnan(spearman([1, 1, 1], [1, 2, 3]))
-
-
-def test_the_bootstrap_draws_whole_clusters():
-    """Copies of a value within a cluster are no more evidence: the interval stays as wide."""
-    values = np.random.default_rng(1).normal(size=(50, 1, 1))
-    single = bootstrap(np.mean, list(values))
-    assert bootstrap(np.mean, [np.repeat(v, 20, axis=0) for v in values]) == pytest.approx(single)
-    half = (single[2] - single[1]) / 2
-    assert half == pytest.approx(1.96 * values.std() / math.sqrt(50), rel=0.1)
-    assert bootstrap(lambda rows: math.nan, list(values)) is None
-    assert bootstrap(np.mean, list(values[:1])) == (values[0, 0, 0], None, None)
 
 
 # ---- what the table says ------------------------------------------------------------------
@@ -310,7 +295,8 @@ BAD = {
     "--final_samples 100000": ["--final_samples 100000", "at most 10000"],
     "--dataset_path no/such.jsonl": ["no/such.jsonl", "No such file"],
     "entropy --continuations 1": ["--continuations 1", "at least 2"],
-    "entropy --adapter no/such/adapter": ["no/such/adapter"],
+    "entropy --forced data/test.jsonl --adapter no/such/adapter": ["no/such/adapter"],
+    "entropy": ["--forced", "legal: "],
     "draw a": ["unknown: --output_dir", "lab.compare draw"],
 }
 
@@ -338,7 +324,7 @@ def test_every_method_is_a_legal_training():
 )
 def test_a_control_spends_the_same_budget(tiny, control, monkeypatch):
     judged = itertools.count()
-    monkeypatch.setattr(forking, "judge", lambda *_: Reward(next(judged) % 2, 1.0, True, 1))
+    monkeypatch.setattr(controls, "judge", lambda *_: Reward(next(judged) % 2, 1.0, True, 1))
     for name in ("rollout", "running_threshold", "spend_rest"):  # put back at the end
         monkeypatch.setattr(arpo_mini, name, getattr(arpo_mini, name))
     config = dataclasses.replace(TINY, **{**compare.STEP, "questions_per_step": 2})
@@ -419,13 +405,16 @@ def test_the_band_is_drawn_as_far_as_every_seed_went():
 def test_a_continuation_goes_on_where_the_trajectory_stood(policy, config, tools, questions):
     """Greedy from the prompt, and greedy again from its tool results: the same tokens."""
     greedy = dataclasses.replace(config, temperature=0.0, branch_rule="none")
-    agent = arpo_mini.Agent(policy, tools, greedy)
     roots = [Segment("prompt", policy.prompt(q.text)) for q in questions[3:5]]
-    groups = forking.continue_from(agent, roots, 1, greedy, 0)
-    paths = [leaves[0].path() for leaves in groups]
+
+    def go_on(nodes, k):
+        writer = arpo_mini.Writer(policy, greedy)
+        return [*controls.continued(writer, nodes, k, greedy, tools).values()]
+
+    paths = [leaves[0].path() for leaves in go_on(roots, 1)]
     nodes = [(path, s) for path in paths for s in path[:-1] if s.author == "tool"]
     assert len(nodes) >= 3  # some stand on one path
-    groups = forking.continue_from(agent, [node for _, node in nodes], 2, greedy, 0)
+    groups = go_on([node for _, node in nodes], 2)
     for (path, node), leaves in zip(nodes, groups, strict=True):
         assert len(set(leaves)) == 2
         for leaf in leaves:
@@ -443,7 +432,7 @@ def test_entropies_at_given_calls_are_those_of_the_model(policy, config, tools):
     one = dataclasses.replace(config, entropy_tokens=1, temperature=8.0)
     agent = arpo_mini.Agent(policy, tools, one)
     asked = [forking.read_forced(row) for row in rows]
-    found = forking.measure_forced(agent, asked, 2, one)
+    found = forking.measure(agent, asked, 2, one)
     for i, answer in enumerate(("mayor is", "\nSo.\n")):
         nodes = forking.given_nodes(agent, asked[i], one)
         read = policy.decode(nodes[1].path_tokens())
@@ -454,8 +443,8 @@ def test_entropies_at_given_calls_are_those_of_the_model(policy, config, tools):
             expected = torch.distributions.Categorical(logits=logits / 8).entropy()
             assert H * math.log(policy.vocab_size) == pytest.approx(expected.item(), rel=1e-4)
             assert H > 0.01
-    start, after, gain, share = forking.forced_answers([[0, 0.1, 0.4], [1, 0.2, 0.1]]).values()
-    assert (start[0], after[0]) == pytest.approx((0.15, 0.25)) and share[0] == 0.5
+    start, after, gain, share = forking.answers([[0, 0.1, 0.4], [1, 0.2, 0.1]]).values()
+    assert (start[0], after[0]) == pytest.approx((0.15, 0.25)) and share[0] == 0.5 > share[1] > 0
     assert gain == pytest.approx(t_interval([0.3, -0.1]))
 
 
@@ -473,22 +462,6 @@ def test_calls_that_cannot_be_given_are_refused(row, flags, words, tmp_path, ref
     (tmp_path / "f.json").write_text(row)
     where = ["--forced", str(tmp_path / "f.json"), "--output_dir", str(tmp_path)]
     refused(compare.main(["entropy", *where, *flags]), words)
-
-
-@pytest.mark.parametrize("kind", ["tells", "does not", "never varies"])
-def test_a_planted_answer_is_found(kind):
-    """[question, call, H, H_initial, spread]: two calls of 40 questions."""
-    rng = np.random.default_rng(0)
-    spread = {"tells": lambda H: H**3, "does not": lambda H: rng.random()}.get(kind, lambda H: 0.0)
-    nodes = [[q, c, H := rng.random(), 0.5, spread(H)] for q in range(40) for c in (1, 2)]
-    found = forking.answers(nodes)
-    e = found["Spearman of H and spread"]
-    if kind == "tells":
-        assert e == pytest.approx((1, 1, 1))
-        assert found["spread, gain > 0"][0] > 0.125 > found["spread, gain <= 0"][0]
-    else:
-        assert (e is None) if kind == "never varies" else e[1] < 0 < e[2]
-    assert forking.answers([]) == {}
 
 
 # ---- processes ----------------------------------------------------------------------------
@@ -529,13 +502,10 @@ def test_two_methods_two_seeds_two_steps(tmp_path):
 
 @pytest.mark.slow
 def test_the_entropy_study_from_end_to_end(tmp_path, capsys):
-    flags = ["--questions", "2", "--continuations", "4", "--output_dir", str(tmp_path)]
-    assert compare.main(["entropy", *flags]) == 0
-    result = json.loads((tmp_path / "cold-start.json").read_text())
+    flags = ["--forced", "data/test.jsonl", "--questions", "2", "--continuations", "4"]
+    assert compare.main(["entropy", *flags, "--output_dir", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "cold-start-forced.json").read_text())
     assert result["settings"] == {"questions": 6, "continuations": 4, "seed": 0}
-    assert len(result["nodes"]) >= 6
-    for question, call, H, H_initial, spread in result["nodes"]:
-        assert 0 <= question < 6 and call >= 1 and 0 <= H <= 1 and 0 <= H_initial <= 1
-        assert 0 <= spread <= 2
-    assert any(node[-1] > 0 for node in result["nodes"])
-    assert "Spearman" in capsys.readouterr().out
+    assert [question for question, *_ in result["nodes"]] == [*range(6)]
+    assert all(0 <= start < after <= 1 for _, start, after in result["nodes"])
+    assert "share of gains > 0" in capsys.readouterr().out
