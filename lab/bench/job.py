@@ -9,8 +9,8 @@ import dataclasses
 import platform
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -77,8 +77,7 @@ def forced(config: Config, size: Size, shape: PretrainedConfig) -> Job:
     return Job(Agent(policy, tools, config), [Question("forced", ["1"])])
 
 
-@contextmanager
-def any_weights(shape: PretrainedConfig) -> Iterator[None]:
+def any_weights(shape: PretrainedConfig) -> AbstractContextManager:
     """Within it `load_policy` loads a model of this shape: weights that are all the same number."""
     empty = plan.empty(shape)
     weights = {k: torch.tensor(0.01).expand(v.shape) for k, v in empty.state_dict().items()}
@@ -86,8 +85,7 @@ def any_weights(shape: PretrainedConfig) -> Iterator[None]:
     def from_pretrained(name, config, trust_remote_code, **kwargs):
         return type(empty).from_pretrained(None, config=shape, state_dict=weights, **kwargs)
 
-    with mock.patch.object(AutoModelForCausalLM, "from_pretrained", from_pretrained):
-        yield
+    return mock.patch.object(AutoModelForCausalLM, "from_pretrained", from_pretrained)
 
 
 def filler(policy: Policy) -> int:
