@@ -59,11 +59,10 @@ def build_tokenizer(texts: list[str], vocab_size: int = 1280) -> PreTrainedToken
     """Byte-level BPE with Qwen's chat markers; each protocol tag is one token; pad is not eos."""
     backend = Qwen2Tokenizer().backend_tokenizer  # words with the space before, single digits
     backend.normalizer = None  # else other bytes could come back than went in
-    alphabet, markers = pre_tokenizers.ByteLevel.alphabet(), ["<|endoftext|>", *TURN]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        initial_alphabet=alphabet,
-        special_tokens=markers,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>", *TURN],
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
