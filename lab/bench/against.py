@@ -154,7 +154,6 @@ def trl_settings(c: Config, folder: str, schemas: bool, steps: int):
         generation_kwargs={"max_new_tokens": c.max_segment_tokens},
         chat_template_kwargs={"schemas": schemas},
         learning_rate=0.0,
-        lr_scheduler_type="constant",
         beta=0.0,
         bf16=torch.cuda.is_available(),
         gradient_checkpointing=False,
