@@ -2,7 +2,7 @@
 
     python -m lab.compare [--methods main] [--seeds 8] [--steps 100] [--jobs N] [--output_dir DIR]
     python -m lab.compare draw [DIR]                 the table and the figures of results.json again
-    python -m lab.compare entropy --forced FILE      does the policy hesitate after a result?
+    python -m lab.compare entropy [--forced FILE]    does the policy hesitate after a result?
 
 Every run is an `arpo_mini.py train`, and an `eval` of what it trained with more samples, in a
 process of its own. A run that is finished is not trained again: results.json holds what it takes to
@@ -389,8 +389,8 @@ def draw(args: list[str]) -> None:
 def main(args: list[str]) -> int:
     command, *rest = args or [""]
     if command == "run" and len(rest) == 1:  # what a comparison starts for each run
-        threading.Thread(target=stop_with_parent, daemon=True).start()
-        return exit_code(lambda: play(Path(rest[0])))
+        watcher = threading.Thread(target=stop_with_parent, daemon=True)
+        return exit_code(lambda: watcher.start() or play(Path(rest[0])))
     if command == "draw":
         return exit_code(lambda: draw(rest))
     if command == "entropy":

@@ -1,6 +1,6 @@
 """Does a policy hesitate after a tool result, more than at the start?
 
-    python -m lab.compare entropy --forced FILE [--model_name M] [--questions N] [--name NAME]
+    python -m lab.compare entropy [--forced FILE] [--model_name M] [--questions N] [--name NAME]
 
 A policy that does not know the format yet makes no call by itself, so the call is given: a row of
 FILE has a question and, if you like, a call and a result; else the question's own text is searched.
@@ -115,7 +115,7 @@ TAKEN = (  # the settings of `train` that matter here
 class Flags:
     questions: int = option(120, "how many of each domain", 1, 10**6)
     continuations: int = option(8, "K: beginnings at each place", 2, 10_000)
-    forced: str | None = option(None, "file of questions whose first call is given")
+    forced: str = option(Config.eval_path, "file of questions whose first call is given")
     name: str | None = option(None, "of the files; none: cold-start, or the adapter's run")
     output_dir: str = option(str(ROOT / "lab/results/entropy"), "folder of the results")
 
@@ -123,18 +123,18 @@ class Flags:
 def study(args: list[str]) -> None:
     own, values = parse("lab.compare entropy", __doc__, args, Flags, TAKEN)
     config = Config(**values, branch_rule="none")
-    rows = [row for _, row in read_rows(own.forced, read_forced, FORCED)] if own.forced else []
+    rows = [row for _, row in read_rows(own.forced, read_forced, FORCED)]
     if not rows:
         raise UserError(f"--forced {own.forced} holds no questions; legal: {FORCED}")
-    name = Path(config.adapter).resolve().parent.name if config.adapter else "cold-start"
-    path = Path(own.output_dir, f"{own.name or name + '-forced'}.json")
+    policy = Path(config.adapter).resolve().parent.name if config.adapter else "cold-start"
+    path = Path(own.output_dir, f"{own.name or policy + '-forced'}.json")
     if path.exists():
         raise UserError(f"{path} is there already; choose another --name or remove it")
     questions, agent = first_per_domain(rows, own.questions), load_agent(config)
     make_folder(path.parent)
     found = measure(agent, questions, own.continuations, config)
-    settings = {"questions": len(questions), "continuations": own.continuations}
-    settings["seed"] = config.seed
+    sizes = {"questions": len(questions), "continuations": own.continuations}
+    settings = sizes | {"seed": config.seed}
     result = {"settings": settings, "answers": answers(found), "columns": COLUMNS}
     result["nodes"] = [[round(value, 5) for value in row] for row in found]
     path.write_text(json.dumps(result) + "\n", encoding="utf-8")

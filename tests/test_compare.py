@@ -296,7 +296,7 @@ BAD = {
     "--dataset_path no/such.jsonl": ["no/such.jsonl", "No such file"],
     "entropy --continuations 1": ["--continuations 1", "at least 2"],
     "entropy --forced data/test.jsonl --adapter no/such/adapter": ["no/such/adapter"],
-    "entropy": ["--forced", "legal: "],
+    "entropy --forced /dev/null": ["--forced /dev/null", "legal: "],
     "draw a": ["unknown: --output_dir", "lab.compare draw"],
 }
 
