@@ -134,9 +134,8 @@ def study(args: list[str]) -> None:
     make_folder(path.parent)
     found = measure(agent, questions, own.continuations, config)
     sizes = {"questions": len(questions), "continuations": own.continuations}
-    settings = sizes | {"seed": config.seed}
-    result = {"settings": settings, "answers": answers(found), "columns": COLUMNS}
-    result["nodes"] = [[round(value, 5) for value in row] for row in found]
+    result = {"settings": sizes | {"seed": config.seed}, "answers": answers(found)}
+    result |= {"columns": COLUMNS, "nodes": [[round(x, 5) for x in row] for row in found]}
     path.write_text(json.dumps(result) + "\n", encoding="utf-8")
     print_rows(("", "value", "95 % interval"), [cells(*item) for item in result["answers"].items()])
     say(str(path))
