@@ -20,6 +20,7 @@ from pathlib import Path
 import peft
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers.utils import cached_file
 
 import tools as toolbox
@@ -178,7 +179,7 @@ def load_policy(config, tools: dict[str, toolbox.Tool], trainable: bool) -> Poli
     except Exception as error:  # deliberately everything: a folder may hold anything
         names = f"--model_name {config.model_name} --adapter {config.adapter}"
         legal = "; --trust_remote_code true runs it" if "trust_remote_code" in str(error) else ""
-        if re.search("Repo id|couldn't connect|Can't find 'adapter", str(error)):
+        if re.search("Repo id|couldn't connect|does not appear to have", str(error)):
             legal = "; legal: a folder, or owner/name on the hub"
         if config.load_in_4bit and re.search("bitsandbytes|4.?bit", str(error)):
             legal = "; --load_in_4bit false does without it"  # as on some systems' CPUs
@@ -236,23 +237,22 @@ def add_adapter(lm, config, trainable: bool) -> peft.PeftModel:
         model = peft.get_peft_model(lm, lora)
         lora.target_modules = sorted(lora.target_modules)  # a set: its order would change each run
         return model
-    lora, usual = peft.PeftConfig.from_pretrained(folder), vars(peft.LoraConfig())
-    # As written, too: this version of peft leaves out what only a newer one knows.
-    said = vars(lora) | peft.LoraConfig.from_json_file(cached_file(folder, "adapter_config.json"))
+    said = peft.LoraConfig.from_json_file(cached_file(folder, "adapter_config.json"))
+    usual = vars(peft.LoraConfig())
     odd = {k for k, v in said.items() if v and v not in (usual.get(k), "gaussian")}
     if odd := odd - {*PLAIN_LORA.split()}:
         raise ValueError(f"the adapter is not a plain LoRA but has {', '.join(sorted(odd))}")
+    known = {k: v for k, v in said.items() if k in usual}  # a newer peft writes more
+    lora = peft.LoraConfig(**known | {"inference_mode": not trainable})
     if not all(alpha > 0 for alpha in (lora.lora_alpha, *(lora.alpha_pattern or {}).values())):
         raise ValueError("its lora_alpha must be above 0: else the adapter adds nothing")
-    if Path(folder).is_dir() and not Path(folder, "adapter_model.safetensors").exists():
-        raise ValueError("the adapter has no adapter_model.safetensors")  # a .bin is a pickle
-    lora.inference_mode = not trainable
+    weights = load_file(cached_file(folder, "adapter_model.safetensors"))
     model = peft.PeftModelForCausalLM(lm, lora)
-    missing = model.load_adapter(folder, "default", is_trainable=trainable).missing_keys
     own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    foreign = sorted(peft.load_peft_weights(folder, device="cpu").keys() - own.keys())
+    missing, foreign = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     if missing or foreign:  # peft would write a foreign one over the base model, or drop it
         raise ValueError(f"missing adapter keys: {missing[:3]}, foreign ones: {foreign[:3]}")
+    peft.set_peft_model_state_dict(model, weights)
     return model
 
 
