@@ -60,7 +60,6 @@ class Policy:
     tokenizer: transformers.PreTrainedTokenizerBase
     system_prompt: str
     eos_ids: list[int]  # each ends what is written; first the one that the chat template writes
-    pad_id: int
     closers: set[int]  # tokens whose text holds a '>': only they can complete a tag
     frame: Sequence[str] = ("", "")  # the chat before and after a question
     limits: Limits = field(default_factory=Limits)  # how much of it is computed at once
@@ -71,7 +70,7 @@ class Policy:
         self.lm = self.model.get_base_model()  # the adapter's layers sit inside it and stay live
         self.device, self.processes = self.lm.device, joined()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]  # the adapter
-        self.turn_end = self.eos_ids[0]  # what a demonstration ends with
+        self.turn_end = self.pad_id = self.eos_ids[0]  # ends a demonstration; fills up its row
         shape = self.lm.config.get_text_config()
         self.vocab_size = shape.vocab_size
         half = self.lm.dtype == torch.float16  # else its methods hand through what they are given
@@ -154,14 +153,12 @@ def load_policy(config, tools: dict[str, toolbox.Tool], trainable: bool) -> Poli
                 # On such a CPU bitsandbytes would repack the weights for inference, and the packed
                 # product has no backward: every gradient below it would silently be missing.
                 layer.support_avx512bf16_for_cpu = False
-        vocabulary, pad_id = range(lm.config.get_text_config().vocab_size), tokenizer.pad_token_id
-        pad_id = pad_id if pad_id in vocabulary else ends[0]
         # A model's own generation settings (Qwen3: top_k 20) would sample from another policy.
-        lm.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=pad_id)
+        lm.generation_config = transformers.GenerationConfig(eos_token_id=ends)
         lm.gradient_checkpointing_enable({"use_reentrant": False})  # while `recomputed` says so
         closers = {i for token, i in tokenizer.get_vocab().items() if ">" in token}
         frame = chat_frame(tokenizer, system_prompt, config, tools)
-        policy = Policy(model, tokenizer, system_prompt, ends, pad_id, closers, frame)
+        policy = Policy(model, tokenizer, system_prompt, ends, closers, frame)
         added = tokenizer.added_tokens_decoder.items()
         policy.markers.update(ends, (i for i, t in added if t.special or is_tag(t.content)))
         words = " ".join(frame).replace(system_prompt, "")  # [INST] need not be a token

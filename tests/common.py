@@ -189,7 +189,7 @@ def small_policy(kind=Policy, vocab_size=60, layers=2, **changes):
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(lm, lora).eval()
     lm.gradient_checkpointing_enable({"use_reentrant": False})
-    return with_random_adapter(kind(model, None, "", eos_ids=[0], pad_id=0, closers=set()))
+    return with_random_adapter(kind(model, None, "", eos_ids=[0], closers=set()))
 
 
 @pytest.fixture(scope="session")

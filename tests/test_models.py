@@ -346,12 +346,6 @@ def test_what_a_closing_token_carries_is_not_judged(tmp_path):
     assert reward(turns, ["4"], judge=lambda *pair: 1.0, tools_used=1).total == 1.0
 
 
-def test_a_pad_token_beyond_the_vocabulary_is_not_used(tmp_path):
-    tokenizer = {"added": [f"<{i}>" for i in range(60)], "pad_token": "<59>"}
-    policy = load(save_model(tmp_path, tokenizer=tokenizer))
-    assert policy.pad_id == policy.turn_end
-
-
 def test_importing_the_engine_silences_a_logger_first_and_loads_no_compiler():
     code = "import engine, logging, sys; assert 'peft' not in sys.modules; "
     code += "assert logging.getLogger('bitsandbytes.x').getEffectiveLevel() == logging.ERROR; "
