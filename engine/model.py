@@ -35,7 +35,6 @@ from engine.processes import joined
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-warnings.filterwarnings("ignore", message="Unexpected keyword arguments")  # refused below
 
 SYSTEM_PROMPT = """\
 Answer the question. Think first; then either call one tool and wait for its result, or answer.
@@ -170,9 +169,8 @@ def load_policy(config, tools: dict[str, toolbox.Tool], trainable: bool) -> Poli
         require_same_logprobs(policy, config)
         policy.limits = fit(config, lm)
     except torch.OutOfMemoryError as error:
-        words = f"does not fit into memory ({reason(error)})"
-        lighter = "--load_in_4bit true or a smaller model takes less"
-        raise OutOfMemory(f"--model_name {config.model_name} {words}; {lighter}") from None
+        words = f"--model_name {config.model_name} does not fit into memory ({reason(error)})"
+        raise OutOfMemory(f"{words}; --load_in_4bit true or a smaller model takes less") from None
     except Exception as error:  # deliberately everything: a folder may hold anything
         names = f"--model_name {config.model_name} --adapter {config.adapter}"
         legal = "; --trust_remote_code true runs it" if "trust_remote_code" in str(error) else ""
