@@ -140,6 +140,7 @@ def as_intervals(text: str) -> str:
     return RAY.sub(interval, text).replace("or", r"\cup") if rays and rays[1] == rays[4] else text
 
 
+@lru_cache(maxsize=4096)  # the trajectories of a question often answer the same
 def ask_worker(texts: tuple[str, str]) -> bool:
     """One line to the worker process and one back."""
     forks = hasattr(os, "fork")

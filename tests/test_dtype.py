@@ -56,9 +56,11 @@ def rows(config, policy, tools, questions):
     return packed_rows(roll_out(policy, config, tools, questions[2:3]), config)
 
 
-@pytest.mark.parametrize(
-    "dtype, four", [("float32", True), ("float16", False), ("float16", True), ("bfloat16", True)]
-)
+DTYPES = [("float16", True), ("bfloat16", True)]
+DTYPES += [pytest.param(*x, marks=pytest.mark.slow) for x in [("float32", True), ("float16", 0)]]
+
+
+@pytest.mark.parametrize("dtype, four", DTYPES)
 def test_every_dtype_samples_what_it_trains_and_has_the_gradient_of_float32(
     dtype, four, config, tools, questions, policy, policy_4bit, rows, monkeypatch
 ):

@@ -196,8 +196,13 @@ HOSTILE = [
 ENDLESS = ("\\gamma(99999999)", "(x+y+z+a+b+c)^{50}")  # they use up their time
 
 
+@pytest.fixture
+def nothing_kept(monkeypatch):
+    monkeypatch.setattr(expressions, "ask_worker", expressions.ask_worker.__wrapped__)
+
+
 @pytest.mark.slow
-def test_hostile_answers_take_bounded_time_in_any_thread():
+def test_hostile_answers_take_bounded_time_in_any_thread(nothing_kept):
     """And the answer that another thread waits for stays right."""
     right, asked = ("(x-1)(x+1)", "x^2-1"), [(endless, "\\sqrt{2}") for endless in ENDLESS]
     for hostile in HOSTILE:
@@ -218,14 +223,19 @@ def test_hostile_answers_take_bounded_time_in_any_thread():
 
 
 def test_a_worker_is_started_again_and_a_child_waits_for_no_thread():
-    expressions.start_worker(os.getpid()).kill()
     assert judge_answer("3<x", ["x>3"]) == 1
+    ended = expressions.start_worker(os.getpid())
+    ended.kill()
+    assert judge_answer("3<x", ["x>3"]) == 1  # known: nobody is asked
+    assert expressions.start_worker(os.getpid()) is ended
+    assert judge_answer("7<x", ["x>7"]) == 1
+    assert expressions.start_worker(os.getpid()) is not ended
     with expressions.LOCK:
         child = os.fork() or os._exit(expressions.LOCK.locked())
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_without_math_verify_one_line_says_what_to_install(monkeypatch):
+def test_without_math_verify_one_line_says_what_to_install(monkeypatch, nothing_kept):
     expressions.start_worker.cache_clear()
     monkeypatch.setattr(sys, "executable", shutil.which("true"))
     with pytest.raises(RuntimeError, match=r"pip install -r requirements\.txt"):
@@ -233,7 +243,7 @@ def test_without_math_verify_one_line_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.slow
-def test_where_there_is_no_fork_and_no_limit_of_memory(tmp_path, monkeypatch):
+def test_where_there_is_no_fork_and_no_limit_of_memory(tmp_path, monkeypatch, nothing_kept):
     """As on Windows: the worker itself compares, and is ended when a pair takes too long."""
     (tmp_path / "resource.py").write_text("raise ImportError", encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

@@ -346,6 +346,7 @@ def test_what_a_closing_token_carries_is_not_judged(tmp_path):
     assert reward(turns, ["4"], judge=lambda *pair: 1.0, tools_used=1).total == 1.0
 
 
+@pytest.mark.slow
 def test_importing_the_engine_silences_a_logger_first_and_loads_no_compiler():
     code = "import engine, logging, sys; assert 'peft' not in sys.modules; "
     code += "assert logging.getLogger('bitsandbytes.x').getEffectiveLevel() == logging.ERROR; "
