@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -125,13 +126,12 @@ def shared_settings(values: dict, samples: int) -> dict:
     check_training(config)
     load_questions(config.dataset_path), load_questions(config.eval_path)
     arpo_mini.make_tools(config)
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in OF_THE_RUNS}
+    shared = {k: v for k, v in dataclasses.asdict(config).items() if k not in OF_THE_RUNS}
     for name in PATHS:
-        path = Path(settings[name] or "no such path").resolve()
+        path = Path(shared[name] or "no such path").resolve()
         if path.exists():
-            settings[name] = str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
-    files = fingerprints(settings)
-    return {**settings, "version": VERSION, "final_samples": samples, "files": files}
+            shared[name] = str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+    return shared | {"version": VERSION, "final_samples": samples, "files": fingerprints(shared)}
 
 
 def fingerprints(settings: dict) -> dict[str, str]:
@@ -151,8 +151,14 @@ def fingerprints(settings: dict) -> dict[str, str]:
 # ---- what a run leaves --------------------------------------------------------------------
 
 
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_json(path: Path, check: Callable[[dict], None] = dict) -> dict:
+    """What is in a file that a comparison has written; UserError where it cannot be used."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        check(found)
+    except (OSError, *BAD_ROW) as error:
+        raise UserError(f"{path}: {reason(error)}; choose another --output_dir") from None
+    return found
 
 
 def read_run(slot: Path) -> dict | None:
@@ -166,7 +172,7 @@ def read_run(slot: Path) -> dict | None:
             [json.loads(line) for line in (slot / f"run/{name}.jsonl").open(encoding="utf-8")]
             for name in ("metrics", "evaluations")
         )
-    except (OSError, ValueError):
+    except (OSError, ValueError, UserError):
         return None
     accuracy = {(row["step"], row["decoding"]): row["accuracy"] for row in rows}
     accuracy[len(metrics), "sampled"] = final["sampled"]["accuracy"]
@@ -234,12 +240,7 @@ class Comparison:
         self.failed: dict[Run, str] = {}
         if settings and not self.path.exists():
             return
-        try:
-            self.results = read_json(self.path)
-            verdict.check(self.results)
-        except (OSError, *BAD_ROW) as error:
-            words = f"cannot use {self.path}: {reason(error)}; choose another --output_dir"
-            raise UserError(words) from None
+        self.results = read_json(self.path, verdict.check)
         refuse_changed(self.path, self.results["settings"], settings or self.results["settings"])
 
     def slot(self, run: Run) -> Path:
@@ -358,8 +359,7 @@ class Flags:  # beside those of `train`
 
 
 def compare(args: list[str]) -> int:
-    flags = TRAIN - OF_THE_RUNS
-    own, values = parse("lab.compare", __doc__, args, Flags, flags, **DEFAULTS)
+    own, values = parse("lab.compare", __doc__, args, Flags, TRAIN - OF_THE_RUNS, **DEFAULTS)
     methods, folder = choose(own.methods), Path(own.output_dir).resolve()
     if values["eval_part"] == 0:
         raise UserError("--eval_part 0: a comparison is made of evaluations; legal: at least 1")
@@ -391,10 +391,9 @@ def main(args: list[str]) -> int:
     if command == "run" and len(rest) == 1:  # what a comparison starts for each run
         watcher = threading.Thread(target=stop_with_parent, daemon=True)
         return exit_code(lambda: watcher.start() or play(Path(rest[0])))
-    if command == "draw":
-        return exit_code(lambda: draw(rest))
-    if command == "entropy":
-        return exit_code(lambda: forking.study(rest))
+    others = {"draw": draw, "entropy": forking.study}
+    if command in others:
+        return exit_code(lambda: others[command](rest))
     return exit_code(lambda: compare(args))
 
 

@@ -97,8 +97,8 @@ def test_the_predicted_peak_is_near_the_measured_one(monkeypatch):
     monkeypatch.setattr(plan, "model_config", lambda name: shape)
     monkeypatch.setattr(gpu, "REPEATS", 1)
     monkeypatch.setattr(gpu, "TURNS", 1)
-    settings = {"group_size": 4, "max_total_tokens": 400, "micro_batch_tokens": 800}
-    figures = gpu.measured("a shape", settings, Config(entropy_tokens=8, dtype="float32"))
+    settings = {"group_size": 4, "max_total_tokens": 400}
+    figures = gpu.measured("a shape", settings, Config(entropy_tokens=8))
     assert figures["plan GiB"] / figures["peak GiB"] == pytest.approx(1, abs=0.15)
     assert figures["seconds"] > 0 and figures["written/s"] > 0 and figures["trained/s"] > 0
 

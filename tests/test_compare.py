@@ -220,7 +220,7 @@ def test_other_settings_do_not_mix(fake, refused, monkeypatch):
     damages += [('"settings"', '"settings": null, "_"'), ('"sampled"', '"_"')]
     for text in ("[]", *(before.replace(*damage) for damage in damages)):
         path.write_text(text)
-        assert text != before and check("cannot use", "results.json") is None
+        assert text != before and check("results.json: ", "choose another") is None
     path.write_text('{"settings": {}, "methods": {"grpo": {"overrides": {}, "runs": {}}}}')
     refused(compare.main(["draw", str(fake.folder)]), f"{path}: it holds no runs")
     assert fake.trained() == [] and (fake.folder / "kept.json").read_text() == before
@@ -240,6 +240,9 @@ def test_a_run_goes_on_unless_its_settings_or_files_changed(fake, tmp_path, monk
     with pytest.raises(UserError, match="made with steps 4, now 5"):
         compare.Comparison(tmp_path, {**settings, "steps": 5}).figures(run)
     assert marker.exists()
+    (comparison.slot(run) / "settings.json").write_text("{")
+    with pytest.raises(UserError, match=r"grpo/0/settings\.json: .*; choose another"):
+        comparison.figures(run)
     model.write_bytes(b"a cold start made again")
     with pytest.raises(UserError, match=r"made with model_name .*, now"):
         comparison.start(run, threads=1)
@@ -386,7 +389,7 @@ def test_results_are_drawn_again_the_same(results, tmp_path, capsys, refused, mo
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert set(drawn()) == words and "pip install matplotlib" in capsys.readouterr().out
     (second / "results.json").write_text("[]")
-    refused(compare.main(["draw", str(folder)]), f"cannot use {second / 'results.json'}: ")
+    refused(compare.main(["draw", str(folder)]), f"error: {second / 'results.json'}: ")
 
 
 def test_the_band_is_drawn_as_far_as_every_seed_went():

@@ -80,11 +80,8 @@ def assert_true_to_the_model(policy, groups, config, tolerance=1e-4, at_least=40
 
 # rollout_rows, temperature, N, Z; M = 8
 WAYS = [(1, 0.7, 5, 2), (3, 1.0, 1, 7), (8, 1.3, 2, 1), (16, 1.0, 8, 4), (128, 1.0, 3, 0)]
-WAYS = [
-    pytest.param(rule, *WAYS[(i + j) % 5], marks=[pytest.mark.slow] * (j > 0))
-    for i, rule in enumerate(RULES)
-    for j in (0, 2)
-]
+WAYS = [(rule, *WAYS[(i + j) % 5]) for i, rule in enumerate(RULES) for j in (0, 2)]
+WAYS[1::2] = [pytest.param(*way, marks=pytest.mark.slow) for way in WAYS[1::2]]
 
 
 @pytest.mark.parametrize("rule, rows, temperature, N, Z", WAYS)

@@ -314,8 +314,8 @@ def test_a_hostile_expression_is_answered_at_once():
         except ToolError as error:
             assert 0 < len(str(error)) < 200
 
-    for expression in hostile + legal:  # 1 to 20 ms; without bounds minutes, or no end
-        assert seconds(answered, expression) < 0.1, expression[:30]
+    for expression in hostile + legal:  # a millisecond each, but 99 powers or sines 10 to 20
+        assert seconds(answered, expression) < (0.1 if expression in legal else 0.02), expression
 
 
 EXACT = ["{} + {}", "{} - {}", "{} * {}", "{} / {}", "({}) % ({})", "{} // {}", "-{}", "+{}"]

@@ -56,18 +56,19 @@ def cases() -> dict[str, tuple[str, dict]]:
 
 
 def measure(name: str, settings: dict, config: Config) -> dict:
-    """A step that is watched for its peak, beside that of `plan`; then medians of others."""
+    """A step that is watched for its peak, beside the predicted one; then medians of others."""
     config = dataclasses.replace(config, **FEW | settings)
     shape = plan.model_config(name)
-    # the results, and a prompt of about their length
-    result = config.max_total_tokens // (TURNS + 1) - SEGMENT
+    result = config.max_total_tokens // (TURNS + 1) - SEGMENT  # the prompt is about as long
     job = forced(config, Size(TURNS, SEGMENT, result), shape)
-    gpu, lm = torch.cuda.is_available(), job.agent.policy.lm
-    held = torch.cuda.memory_allocated() if gpu else weight_bytes(lm)
+    lm, limits = job.agent.policy.lm, job.agent.policy.limits
+    held = torch.cuda.memory_allocated() or weight_bytes(lm)  # on a CPU: 0
     peak = held + peak_bytes(lambda: job.step(1))
-    planned = plan.planned(plan.empty(shape), config)
+    rows = min(limits.fitted(config).rollout_rows, config.questions_per_step * config.group_size)
+    sizes = (rows, limits.in_use[1], limits.recompute, lm.dtype.itemsize)  # of the last, long pass
+    predicted = plan.predict(plan.empty(shape), config, *sizes)
     steps = [job.step(number) for number in range(2, REPEATS + 2)]
-    figures = {"peak GiB": peak / GIB, "plan GiB": planned["peak GiB"]}
+    figures = {"peak GiB": peak / GIB, "plan GiB": predicted["peak GiB"]}
     figures["seconds"] = median(step["seconds"] for step in steps)
     figures["written/s"] = median(s["generated_tokens"] / s["seconds_rollout"] for s in steps)
     figures["trained/s"] = median(s["train_tokens"] / s["seconds_update"] for s in steps)
