@@ -40,15 +40,6 @@ class Row:
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    def sees(self) -> Tensor:
-        """(T, T): True where a token (row) attends to a token (column): itself, its ancestors."""
-        T = len(self)
-        mask = torch.ones(T, T, dtype=torch.bool).tril()  # right where each follows the one before
-        forks = [t for t in range(1, T) if self.parent[t] != t - 1]
-        for start, end in zip(forks, [*forks[1:], T], strict=False):  # a run of tokens each
-            mask[start:end, :start] = mask[self.parent[start], :start]
-        return mask
-
 
 def make_row(leaves: list[Segment], advantages: dict[Segment, dict[Segment, float]]) -> Row:
     """The tree of these leaves, parents first; `advantages[segment][leaf]` for policy segments."""
@@ -115,16 +106,17 @@ def make_batch(rows: list[Row], pad_id: int, device, dtype=torch.float32) -> Bat
         fill = [fills.get(item.name, 0)]
         values = [getattr(row, item.name) + fill * (T - len(row)) for row in rows]
         padded[item.name] = torch.tensor(values, device=device)  # (B, T)
-    chains = all(row.parent == list(range(-1, len(row) - 1)) for row in rows)
-    if chains:  # causal rows need no more than their padding
-        mask = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in rows], device=device)
+    if all(row.parent == list(range(-1, len(row) - 1)) for row in rows):  # no fork: causal
+        mask = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in rows])
     else:
-        mask = torch.full((len(rows), 1, T, T), torch.finfo(dtype).min, dtype=dtype)
-        mask.diagonal(dim1=2, dim2=3).zero_()  # padding sees itself
-        for i, row in enumerate(rows):
-            mask[i, 0, : len(row), : len(row)].masked_fill_(row.sees(), 0.0)
-        mask = mask.to(device)
-    return Batch(attention_mask=mask, **padded)
+        # (B, T, T): a token (row) sees a token (column): itself, and what the one before it sees.
+        sees = torch.eye(T, dtype=torch.bool).repeat(len(rows), 1, 1)
+        for tree, row in zip(sees, rows, strict=True):
+            for t, before in enumerate(row.parent[1:], start=1):
+                tree[t] |= tree[before]
+        mask = torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
+        mask = mask[:, None]  # (B, 1, T, T)
+    return Batch(attention_mask=mask.to(device), **padded)
 
 
 def micro_batches(rows: list[Row], token_budget: int) -> list[list[Row]]:
