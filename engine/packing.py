@@ -29,7 +29,7 @@ class Row:
 
     input_ids: list[int] = field(default_factory=list)
     position_ids: list[int] = field(default_factory=list)  # depth in the tree
-    parent: list[int] = field(default_factory=list)  # index of the token before it
+    parent: list[int] = field(default_factory=list)  # index of the token before it, or -1
     weight: list[int] = field(default_factory=list)  # trajectories it counts for; 0: not sampled
     A_plus: list[float] = field(default_factory=list)  # sum of their positive advantages
     A_minus: list[float] = field(default_factory=list)  # sum of their negative advantages
@@ -39,6 +39,13 @@ class Row:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+
+@dataclass(kw_only=True)
+class Batch(Row):
+    """Rows padded to one length: (B, T) tensors. The logits at `parent[t]` score token t."""
+
+    attention_mask: Tensor  # (B, T), or additive (B, 1, T, T) where a row holds a whole tree
 
 
 def make_row(leaves: list[Segment], advantages: dict[Segment, dict[Segment, float]]) -> Row:
@@ -81,22 +88,6 @@ def split_tree(leaves: list[Segment], limit: int) -> list[list[Segment]]:
         inside.update(leaf.path())
         groups[-1].append(leaf)
     return groups
-
-
-@dataclass
-class Batch:
-    """Rows padded to one length. Index t of every (B, T) tensor describes token t."""
-
-    input_ids: Tensor  # (B, T)
-    attention_mask: Tensor  # (B, T), or additive (B, 1, T, T) where a row holds a whole tree
-    position_ids: Tensor  # (B, T)
-    parent: Tensor  # (B, T) index of the token whose logits score token t; -1: none
-    weight: Tensor  # (B, T) trajectories that token t counts for; 0: prompt, tool or padding
-    A_plus: Tensor  # (B, T)
-    A_minus: Tensor  # (B, T)
-    n_plus: Tensor  # (B, T)
-    n_minus: Tensor  # (B, T)
-    sampled_logp: Tensor  # (B, T) log-prob the sampler drew token t with; nan: it drew none
 
 
 def make_batch(rows: list[Row], pad_id: int, device, dtype=torch.float32) -> Batch:
