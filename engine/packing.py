@@ -78,14 +78,11 @@ def split_tree(leaves: list[Segment], limit: int) -> list[list[Segment]]:
     order = {segment: i for i, segment in enumerate(shared_by(leaves))}
     if sum(len(segment.token_ids) for segment in order) <= limit:
         return [leaves]
-    groups, inside, size = [], set(), limit
+    groups = [[]]
     for leaf in sorted(leaves, key=lambda leaf: [order[segment] for segment in leaf.path()]):
-        size += sum(len(segment.token_ids) for segment in leaf.path() if segment not in inside)
-        if size > limit:
+        together = shared_by([*groups[-1], leaf])
+        if groups[-1] and sum(len(segment.token_ids) for segment in together) > limit:
             groups.append([])
-            inside = set()
-            size = sum(len(segment.token_ids) for segment in leaf.path())
-        inside.update(leaf.path())
         groups[-1].append(leaf)
     return groups
 
