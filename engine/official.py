@@ -103,8 +103,6 @@ def f1_score(prediction: str, answers: str | list[str]) -> float:
 
 # ---- evaluation (evaluation/src) ----------------------------------------------------------
 
-NONE = {"em": 0, "acc": 0, "f1": 0.0, "math_equal": 0}
-
 
 def official_judge(text: str, answers: list[str], is_math: bool) -> dict:
     """`judge` by the released code: `text` is the whole transcript, results included."""
@@ -115,8 +113,8 @@ def official_scores(prediction: str, text: str, answers: list[str], is_math: boo
     """Prediction, em, acc (the answer stands in the prediction), f1 and math_equal."""
     if not prediction:  # quirk: then whatever was said last is the answer
         prediction = "\n".join(text.replace("\n\n", "\n").strip().split("\n")[-5:])
-    scores = compare(prediction, answers, is_math) if prediction else NONE
-    return {"prediction": prediction, **scores}
+    given = answers if prediction else []
+    return {"prediction": prediction, **compare(prediction, given, is_math)}
 
 
 def official_prediction(text: str) -> str:
@@ -146,16 +144,13 @@ def compare(prediction: str, answers: list[str], is_math: bool) -> dict:
     if not is_math and len(answers) == 1 and answers[0].startswith("["):
         answers = re.split(r",\s*", answers[0].strip("[]"))  # quirk: it is taken for a list
     normalise = single_spaced if is_math else without_articles
-    p, scores = normalise(prediction.lower()), NONE
-    for a in (normalise(answer.lower()) for answer in answers):
-        now = {
-            "em": int(p == a),
-            "acc": int(a in p),  # quirk: any text holds an answer that is an article
-            "f1": overlap(p.split(), a.split()),
-            "math_equal": int(official_math_equal(p, a)),
-        }
-        scores = {name: max(scores[name], now[name]) for name in scores}
-    return scores
+    p, *answers = (normalise(text.lower()) for text in (prediction, *answers))
+    return {
+        "em": int(p in answers),
+        "acc": int(any(a in p for a in answers)),  # quirk: any text holds an answer "the"
+        "f1": max((overlap(p.split(), a.split()) for a in answers), default=0.0),
+        "math_equal": int(any(official_math_equal(p, a) for a in answers)),
+    }
 
 
 def official_math_equal(a: str | None, b: str | None) -> bool:
