@@ -79,15 +79,13 @@ def official_boxed(text: str) -> str | None:
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, no ASCII punctuation, no articles, single spaces (SQuAD, deep_research.py)."""
-    return without_articles(text.lower().translate(str.maketrans("", "", string.punctuation)))
+    """As below, without ASCII punctuation (SQuAD, deep_research.py)."""
+    return normalised(text.translate(str.maketrans("", "", string.punctuation)))
 
 
-def without_articles(text: str) -> str:
-    return single_spaced(re.sub(r"\b(a|an|the)\b", " ", text))
-
-
-def single_spaced(text: str) -> str:
+def normalised(text: str, articles: bool = False) -> str:
+    """Lower case, single spaces, no articles unless they are wanted."""
+    text = text.lower() if articles else re.sub(r"\b(a|an|the)\b", " ", text.lower())
     return " ".join(text.split())
 
 
@@ -143,8 +141,7 @@ def compare(prediction: str, answers: list[str], is_math: bool) -> dict:
     """The highest of each score over the answers."""
     if not is_math and len(answers) == 1 and answers[0].startswith("["):
         answers = re.split(r",\s*", answers[0].strip("[]"))  # quirk: it is taken for a list
-    normalise = single_spaced if is_math else without_articles
-    p, *answers = (normalise(text.lower()) for text in (prediction, *answers))
+    p, *answers = (normalised(text, articles=is_math) for text in (prediction, *answers))
     return {
         "em": int(p in answers),
         "acc": int(any(a in p for a in answers)),  # quirk: any text holds an answer "the"
