@@ -169,14 +169,12 @@ def recomputed(lm: torch.nn.Module) -> Iterator[None]:
 
     transformers does it for layers in training mode; nothing else enters it, so no dropout acts.
     """
-    layers = [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for layer in layers:
-        layer.training = True
+    for module in lm.modules():
+        module.training = isinstance(module, GradientCheckpointingLayer)
     try:
         yield
     finally:
-        for layer in layers:
-            layer.training = False
+        lm.eval()
 
 
 class NonFinite(FloatingPointError):
