@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -199,10 +200,8 @@ class NonFinite(FloatingPointError):
 
 def require_finite(name: str, value: Tensor, rows: Iterable[list[int]]) -> None:
     """NonFinite unless all of `value` is finite; where its first dimension is `rows`, those."""
-    finite = value.isfinite()
-    if finite.all():
-        return
-    if value.dim() > 1:  # (B, ..)
-        good = finite.flatten(1).all(dim=1).tolist()
-        rows = [row for row, fine in zip(rows, good, strict=True) if not fine]
-    raise NonFinite(f"{name} is {value[~finite].flatten()[0].item()}", rows)
+    bad = ~value.isfinite()
+    if bad.any():
+        if value.dim() > 1:  # (B, ..)
+            rows = compress(rows, bad.flatten(1).any(dim=1).tolist())
+        raise NonFinite(f"{name} is {value[bad][0].item()}", [*rows])
