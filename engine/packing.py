@@ -56,10 +56,9 @@ def make_row(leaves: list[Segment], advantages: dict[Segment, dict[Segment, floa
         credit = [advantages[segment][leaves[i]] for i in below] if segment in advantages else []
         plus, minus = [a for a in credit if a > 0], [a for a in credit if a < 0]
         parent = last.get(segment.parent, -1)
-        depth = row.position_ids[parent] + 1 if parent >= 0 else 0
         n, before = len(segment.token_ids), len(row)
         row.input_ids += segment.token_ids
-        row.position_ids += range(depth, depth + n)
+        row.position_ids += range(segment.depth() - n, segment.depth())
         row.parent += [parent, *range(before, before + n - 1)]
         row.sampled_logp += segment.logp or [math.nan] * n
         counts = {"weight": len(credit), "n_plus": len(plus), "n_minus": len(minus)}
