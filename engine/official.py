@@ -104,26 +104,24 @@ def f1_score(prediction: str, answers: str | list[str]) -> float:
 
 def official_judge(text: str, answers: list[str], is_math: bool) -> dict:
     """`judge` by the released code: `text` is the whole transcript, results included."""
-    return official_scores(official_prediction(text), text, answers, is_math)
-
-
-def official_scores(prediction: str, text: str, answers: list[str], is_math: bool) -> dict:
-    """Prediction, em, acc (the answer stands in the prediction), f1 and math_equal."""
-    if not prediction:  # quirk: then whatever was said last is the answer
-        prediction = "\n".join(text.replace("\n\n", "\n").strip().split("\n")[-5:])
+    prediction = official_prediction(text) or last_lines(text)
     given = answers if prediction else []
     return {"prediction": prediction, **compare(prediction, given, is_math)}
 
 
+def last_lines(text: str) -> str:
+    """Quirk: where nothing was answered, whatever was said last is the answer."""
+    return "\n".join(text.replace("\n\n", "\n").strip().split("\n")[-5:])
+
+
 def official_prediction(text: str) -> str:
     r"""The last \boxed in the last <answer>..</answer>, or what stands there; without tags, any."""
-    found = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
-    within = found[-1] if found else text
-    box = last_boxed(within)
+    tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    box = last_boxed(tagged[-1] if tagged else text)
     for opening in ("\\boxed{", "\\text{"):
         if box.startswith(opening) and box.endswith("}"):
             box = box[len(opening) : -1]
-    return box or (within if found else "")
+    return box or (tagged[-1] if tagged else "")
 
 
 def last_boxed(text: str) -> str:
@@ -138,7 +136,7 @@ def last_boxed(text: str) -> str:
 
 
 def compare(prediction: str, answers: list[str], is_math: bool) -> dict:
-    """The highest of each score over the answers."""
+    """em, acc (an answer stands in the prediction), f1, math_equal: the best over the answers."""
     if not is_math and len(answers) == 1 and answers[0].startswith("["):
         answers = re.split(r",\s*", answers[0].strip("[]"))  # quirk: it is taken for a list
     p, *answers = (normalised(text, articles=is_math) for text in (prediction, *answers))
