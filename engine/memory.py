@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import gc
 import logging
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch.utils._pytree import tree_map_only
 
 from data.files import UserError
@@ -109,7 +109,8 @@ class Limits:
                 if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in words:
                     raise
             undo()
-            free_memory()  # here the frames of the failed attempt, and their tensors, are gone
+            # Here the frames of the failed attempt, and their tensors, are gone.
+            clear_device_cache(garbage_collection=True)
             self.shrink(words)
 
     def shrink(self, words: str) -> None:
@@ -124,11 +125,6 @@ class Limits:
             least = f"out of memory with --{name} {size}, the smallest there is ({words})"
             smaller = "--max_total_tokens, --max_segment_tokens, --lora_rank or --model_name"
             raise OutOfMemory(f"{least}; it takes a smaller {smaller}")
-
-
-def free_memory() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()  # without a GPU it does nothing
 
 
 def fit(config, lm: torch.nn.Module) -> Limits:

@@ -37,7 +37,7 @@ from app.run_folder import VERSION, digest, put, to_json
 from app.screen import say
 from data.files import BAD_ROW, UserError, local_files, reason
 from data.formats import load_questions
-from lab import controls, forking, verdict
+from lab import controls, figures, forking, verdict
 from lab.command import TRAIN, exit_code, parse, print_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -335,11 +335,6 @@ class Comparison:
             print_rows(head, lines)
         verdict.write(self.results, stored, world, self.folder)
         say(f"{self.folder}: results.json, table.md, summary.json")
-        try:
-            from lab import figures
-        except ImportError as error:
-            say(f"no figures ({error}): pip install matplotlib, then the same command again")
-            return
         families = {f: names for f, names in FAMILIES.items() if set(names) <= set(methods)}
         for family, names in families.items() or [("chosen", methods)]:
             figures.accuracy(self.results, list(names), self.folder / f"accuracy-{family}")
@@ -386,15 +381,18 @@ def draw(args: list[str]) -> None:
     Comparison(Path(parser.parse(args)["folder"])).report([*METHODS])
 
 
+def run_one(slot: Path) -> None:
+    """What a comparison starts for each run: `play`, until it ends or we are left alone."""
+    threading.Thread(target=stop_with_parent, daemon=True).start()
+    play(slot)
+
+
 def main(args: list[str]) -> int:
     command, *rest = args or [""]
-    if command == "run" and len(rest) == 1:  # what a comparison starts for each run
-        watcher = threading.Thread(target=stop_with_parent, daemon=True)
-        return exit_code(lambda: watcher.start() or play(Path(rest[0])))
-    others = {"draw": draw, "entropy": forking.study}
-    if command in others:
-        return exit_code(lambda: others[command](rest))
-    return exit_code(lambda: compare(args))
+    if command == "run" and len(rest) == 1:
+        return exit_code(lambda: run_one(Path(rest[0])))
+    other = {"draw": draw, "entropy": forking.study}.get(command)
+    return exit_code(lambda: other(rest) if other else compare(args))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The figure of a comparison, as SVG and PNG. Needs matplotlib; nothing else here imports it."""
+"""The figure of a comparison, as SVG and PNG."""
 
 from pathlib import Path
 

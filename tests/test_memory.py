@@ -1,5 +1,6 @@
 """Lean memory: what is never there at once, what is computed in pieces, and running out of it."""
 
+import gc
 import itertools
 import math
 from dataclasses import replace
@@ -128,7 +129,7 @@ WORDS = "CUDA out of memory. Tried to allocate 2 GiB\n more words"
 @pytest.fixture(autouse=True)
 def no_gc(monkeypatch):
     """Looking at all of torch takes a third of a second."""
-    monkeypatch.setattr(memory.gc, "collect", lambda: None)
+    monkeypatch.setattr(gc, "collect", lambda: None)
 
 
 def failing(real, *calls):

@@ -16,13 +16,14 @@ from itertools import product
 from statistics import median
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 
 from app.cli import refuse_unwritable, write_text
 from app.config import PRESETS, Config
 from app.screen import say
 from arpo_mini import rollout
 from data.files import UserError
-from engine.memory import GIB, OutOfMemory, free_memory, weight_bytes
+from engine.memory import GIB, OutOfMemory, weight_bytes
 from engine.writer import Writer
 
 from . import plan
@@ -82,7 +83,7 @@ def measured(name: str, settings: dict, config: Config) -> dict:
     except (torch.OutOfMemoryError, OutOfMemory) as error:
         return {"error": str(error).splitlines()[0]}
     finally:
-        free_memory()
+        clear_device_cache(garbage_collection=True)
         if torch.cuda.is_available():
             torch.cuda.set_per_process_memory_fraction(1.0)
 
