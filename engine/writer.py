@@ -13,12 +13,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria
 
 from advantage import Segment
 from data.files import UserError
@@ -93,9 +92,15 @@ class Writer:
         steps = max(end - n for end, n in zip(ends.limits, before, strict=True))
         steps = min(steps, STEPS, max(1, SCORES_BYTES // (4 * R * V)))
         input_ids, mask, cache = self.batch(drafts, steps)  # (R, W), (R, C + W)
-        known = {"attention_mask": mask, "past_key_values": cache, "max_new_tokens": steps}
-        hooks = {"logits_processor": [Finite(drafts)], "stopping_criteria": [ends]}
-        out = self.policy.lm.generate(input_ids, self.sampling, **known, **hooks)
+        known = {"attention_mask": mask, "past_key_values": cache}
+        until = {"max_new_tokens": steps, "stopping_criteria": [ends]}
+
+        def finite(lm, args, out) -> None:
+            """Nothing is sampled from logits that are no numbers."""
+            require_finite("a logit", out.logits[:, -1], (d.path_tokens() for d in drafts))
+
+        with self.policy.lm.register_forward_hook(finite):
+            out = self.policy.lm.generate(input_ids, self.sampling, **known, **until)
         S = len(out.scores)
         self.decode_steps += S
         added = [len(draft.token_ids) - n for draft, n in zip(drafts, before, strict=True)]
@@ -213,14 +218,3 @@ class SegmentEnd(StoppingCriteria):
             done.append(draft.stop is not None or len(draft.token_ids) >= limit)
         enough = sum(done) >= self.leave * len(done)
         return torch.tensor([enough or end for end in done], device=input_ids.device)
-
-
-@dataclass
-class Finite(LogitsProcessor):
-    """Nothing is sampled from logits that are no numbers."""
-
-    drafts: list[Segment]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        require_finite("a logit", scores, (draft.path_tokens() for draft in self.drafts))
-        return scores
