@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, GenerationConfig, StoppingCriteria
+from transformers import DynamicCache, GenerationConfig
 
 from advantage import Segment
 from data.files import UserError
@@ -56,6 +57,9 @@ class Writer:
 
     def begin(self, nodes: list[Segment], k: int) -> list[Segment]:
         """Policy segments after nodes (a node twice: a fork): their first k tokens and entropy."""
+        if any(node.depth() >= self.longest for node in nodes):
+            limits = f"{self.config.max_total_tokens}, the model's context {self.policy.context}"
+            raise UserError(f"--max_total_tokens {limits}: a prompt leaves no room to answer")
         drafts = [Segment("policy", [], parent=node) for node in nodes]
         # Where several start from a node that is unread, one of them reads it for all.
         unread = Counter(node for node in nodes if node not in self.kv)
@@ -88,12 +92,13 @@ class Writer:
         paths = max(R, len(self.kv))  # those that wait take memory, too
         self.policy.limits.in_use = "rollout_rows", min(self.config.rollout_rows, paths)
         before = [len(draft.token_ids) for draft in drafts]
-        ends = SegmentEnd(self, drafts, limit, 1.0 if begins else LEAVE)
-        steps = max(end - n for end, n in zip(ends.limits, before, strict=True))
-        steps = min(steps, STEPS, max(1, SCORES_BYTES // (4 * R * V)))
+        steps = min(limit - min(before), STEPS, max(1, SCORES_BYTES // (4 * R * V)))
         input_ids, mask, cache = self.batch(drafts, steps)  # (R, W), (R, C + W)
         known = {"attention_mask": mask, "past_key_values": cache}
-        until = {"max_new_tokens": steps, "stopping_criteria": [ends]}
+        most, longest = self.config.max_segment_tokens, self.longest
+        rooms = [min(most, longest - draft.parent.depth()) for draft in drafts]
+        advance = partial(self.advance, drafts, rooms, limit, 1.0 if begins else LEAVE)
+        until = {"max_new_tokens": steps, "stopping_criteria": [advance]}
 
         def finite(lm, args, out) -> None:
             """Nothing is sampled from logits that are no numbers."""
@@ -111,6 +116,22 @@ class Writer:
         own = torch.arange(S - 1) < torch.tensor(added)[:, None]  # (R, S - 1)
         seen = torch.cat([mask.bool(), own.to(mask.device)], dim=1)  # (R, C + W + S - 1)
         self.store(drafts, seen, out.past_key_values, begins)
+
+    def advance(self, drafts, rooms, limit, leave, input_ids: Tensor, scores, **kwargs) -> Tensor:
+        """Give every sampled token to its segment. Which rows have ended, (R)?
+
+        All of them when the share `leave` has: a row that has ended is decoded for nothing. By text
+        and not by token id, because a tag may be split over several tokens.
+        """
+        ended = []
+        for draft, room, token in zip(drafts, rooms, input_ids[:, -1].tolist(), strict=True):
+            if draft.stop is None and len(draft.token_ids) < limit:
+                draft.token_ids.append(token)
+                full = "length" if len(draft.token_ids) >= room else None
+                draft.stop = self.policy.why_ended(draft.token_ids) or full
+            ended.append(draft.stop is not None or len(draft.token_ids) >= limit)
+        enough = sum(ended) >= leave * len(ended)
+        return torch.tensor([enough or end for end in ended], device=input_ids.device)
 
     def record(self, drafts, added: list[int], scores: tuple[Tensor, ...], sampled: Tensor) -> None:
         """Tell each draft what its new tokens were drawn with: log-prob and entropy, in nats."""
@@ -188,33 +209,3 @@ def read_by(draft: Segment, unread: int) -> int:
     """How many of the last `unread` tokens of a path stand in prompts and results."""
     authors = [segment.author for segment in draft.path() for _ in segment.token_ids]
     return sum(author != "policy" for author in authors[-unread:])
-
-
-class SegmentEnd(StoppingCriteria):
-    """Gives every sampled token to its segment, and ends a row when its segment is complete.
-
-    By text and not by token id, because a tag may be split over several tokens. The call ends when
-    the share `leave` of its rows has ended, so that they can be dropped.
-    """
-
-    def __init__(self, writer: Writer, drafts: list[Segment], limit: int, leave: float):
-        self.policy, self.drafts, self.leave = writer.policy, drafts, leave
-        most = writer.config.max_segment_tokens
-        self.room = [min(most, writer.longest - draft.parent.depth()) for draft in drafts]
-        if min(self.room) < 1:
-            raise UserError(
-                f"--max_total_tokens {writer.config.max_total_tokens}, the model's context "
-                f"{writer.policy.context}: a prompt leaves no room to answer"
-            )
-        self.limits = [min(room, limit) for room in self.room]
-
-    def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
-        done, rows = [], zip(self.drafts, self.limits, self.room, strict=True)
-        for token, (draft, limit, room) in zip(input_ids[:, -1].tolist(), rows, strict=True):
-            if draft.stop is None and len(draft.token_ids) < limit:
-                draft.token_ids.append(token)
-                full = "length" if len(draft.token_ids) >= room else None
-                draft.stop = self.policy.why_ended(draft.token_ids) or full
-            done.append(draft.stop is not None or len(draft.token_ids) >= limit)
-        enough = sum(done) >= self.leave * len(done)
-        return torch.tensor([enough or end for end in done], device=input_ids.device)
