@@ -109,7 +109,6 @@ class Writer:
         S = len(out.scores)
         self.decode_steps += S
         added = [len(draft.token_ids) - n for draft, n in zip(drafts, before, strict=True)]
-        self.record(drafts, added, out.scores, out.sequences[:, -S:])
         if self.on_scores:
             self.on_scores(drafts, added, out.scores)
         # The cache has seen all but the token sampled last, and pads after the end of a row.
@@ -118,30 +117,25 @@ class Writer:
         self.store(drafts, seen, out.past_key_values, begins)
 
     def advance(self, drafts, rooms, limit, leave, input_ids: Tensor, scores, **kwargs) -> Tensor:
-        """Give every sampled token to its segment. Which rows have ended, (R)?
+        """Give every new token to its segment, with its log-prob and entropy. Which rows end, (R)?
 
         All of them when the share `leave` has: a row that has ended is decoded for nothing. By text
         and not by token id, because a tag may be split over several tokens.
         """
-        ended = []
-        for draft, room, token in zip(drafts, rooms, input_ids[:, -1].tolist(), strict=True):
+        new, ended = input_ids[:, -1:], []  # (R, 1)
+        logp = scores[-1].log_softmax(dim=-1).gather(1, new)  # (R, 1)   what it was drawn with
+        H = token_entropy(scores[-1])  # (R)   in nats, as logp
+        drawn = zip(new[:, 0].tolist(), logp[:, 0].tolist(), H.tolist(), strict=True)
+        for draft, room, (token, token_logp, token_H) in zip(drafts, rooms, drawn, strict=True):
             if draft.stop is None and len(draft.token_ids) < limit:
                 draft.token_ids.append(token)
+                draft.logp.append(token_logp)
+                draft.token_entropy.append(token_H)
                 full = "length" if len(draft.token_ids) >= room else None
                 draft.stop = self.policy.why_ended(draft.token_ids) or full
             ended.append(draft.stop is not None or len(draft.token_ids) >= limit)
         enough = sum(ended) >= leave * len(ended)
         return torch.tensor([enough or end for end in ended], device=input_ids.device)
-
-    def record(self, drafts, added: list[int], scores: tuple[Tensor, ...], sampled: Tensor) -> None:
-        """Tell each draft what its new tokens were drawn with: log-prob and entropy, in nats."""
-        pairs = zip(scores, sampled.T, strict=True)  # (R, V), (R): a step at a time
-        logp = [step.log_softmax(dim=-1).gather(1, y[:, None])[:, 0] for step, y in pairs]
-        H = torch.stack([token_entropy(step) for step in scores], dim=1).tolist()  # (R, S)
-        logp = torch.stack(logp, dim=1).tolist()  # (R, S)
-        for draft, n, new_logp, new_H in zip(drafts, added, logp, H, strict=True):
-            draft.logp += new_logp[:n]
-            draft.token_entropy += new_H[:n]
 
     # ---- the cache ------------------------------------------------------------------------
 
