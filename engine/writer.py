@@ -50,10 +50,9 @@ class Writer:
         self.prefill_tokens = self.decode_steps = 0
         # One temperature and no top_k; training: the whole distribution, the one it scores.
         drawn = {"temperature": config.temperature, "top_k": 0, "top_p": config.top_p}
-        rule = {"do_sample": True, **drawn} if config.temperature > 0 else {"do_sample": False}
         ids = {"eos_token_id": policy.eos_ids, "pad_token_id": policy.pad_id}
         wanted = {"output_scores": True, "return_dict_in_generate": True}
-        self.sampling = GenerationConfig(**rule, **ids, **wanted)
+        self.sampling = GenerationConfig(do_sample=config.temperature > 0, **drawn, **ids, **wanted)
 
     def begin(self, nodes: list[Segment], k: int) -> list[Segment]:
         """Policy segments after nodes (a node twice: a fork): their first k tokens and entropy."""
