@@ -60,10 +60,10 @@ class Policy:
     system_prompt: str
     eos_ids: list[int]  # each ends what is written; first the one that the chat template writes
     closers: set[int]  # tokens whose text holds a '>': only they can complete a tag
-    frame: Sequence[str] = ("", "")  # the chat before and after a question
-    limits: Limits = field(default_factory=Limits)  # how much of it is computed at once
     markers: set[int] = field(default_factory=set)  # what begins or ends something: tags and such
     spelled: re.Pattern = re.compile(NOTHING)  # the same as text, token or not
+    frame: Sequence[str] = ("", "")  # the chat before and after a question
+    limits: Limits = field(default_factory=Limits)  # how much of it is computed at once
 
     def __post_init__(self) -> None:
         self.lm = self.model.get_base_model()  # the adapter's layers sit inside it and stay live
@@ -157,14 +157,13 @@ def load_policy(config, tools: dict[str, toolbox.Tool], trainable: bool) -> Poli
         lm.gradient_checkpointing_enable({"use_reentrant": False})  # while `recomputed` says so
         closers = {i for token, i in tokenizer.get_vocab().items() if ">" in token}
         frame = chat_frame(tokenizer, system_prompt, config, tools)
-        policy = Policy(model, tokenizer, system_prompt, ends, closers, frame)
         added = tokenizer.added_tokens_decoder.items()
-        policy.markers.update(ends, (i for i, t in added if t.special or is_tag(t.content)))
+        marks = {t.content: i for i, t in added if i in ends or t.special or is_tag(t.content)}
         words = " ".join(frame).replace(system_prompt, "")  # [INST] need not be a token
-        marks = re.findall(r"\[/?[A-Z_]+\]|<</?[A-Z_]+>>", words)
-        marks += [t.content for i, t in added if i in policy.markers]
-        marks = "|".join(map(re.escape, sorted(marks, key=len, reverse=True)))
-        policy.spelled = re.compile(marks or NOTHING)
+        words = [*marks, *re.findall(r"\[/?[A-Z_]+\]|<</?[A-Z_]+>>", words)]
+        spelled = re.compile("|".join(map(re.escape, words)) or NOTHING)
+        markers = {*ends, *marks.values()}
+        policy = Policy(model, tokenizer, system_prompt, ends, closers, markers, spelled, frame)
         doing = "compute trees with"
         require_same_logprobs(policy, config)
         policy.limits = fit(config, lm)
