@@ -6,7 +6,6 @@ are refused because they would train silently wrong. Nothing here is the algorit
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import re
@@ -14,7 +13,7 @@ import unicodedata
 import warnings
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import peft
@@ -104,8 +103,7 @@ class Policy:
         def beginning(n: int) -> list[int]:
             text = self.spelled.sub(toolbox.broken, result.text[:n])
             text += " [cut]" * (n < len(result.text))
-            some = dataclasses.replace(result, text=text)
-            return self.encode(toolbox.result_text(some), RESULT_FRAME)
+            return self.encode(toolbox.result_text(replace(result, text=text)), RESULT_FRAME)
 
         longest = min(len(result.text), CHARS_A_TOKEN * most)
         if len(token_ids := beginning(longest)) <= most:
