@@ -251,9 +251,8 @@ def add_adapter(lm, config, trainable: bool) -> peft.PeftModel:
 def is_tag(text: str) -> bool:
     """A bracket of any script, but no plain one, or a bar, and a word after it: [INST], |x|."""
     signs, kinds = "<|\uff5c\u25c1", ("Ps", "Pi")
-    known = [x in signs or (x != "(" and unicodedata.category(x) in kinds) for x in text]
-    opens = [i for i, opened in enumerate(known) if opened]
-    return bool(opens) and re.search(r"\w", text[opens[0] :]) is not None
+    opens = [x in signs or (x != "(" and unicodedata.category(x) in kinds) for x in text]
+    return True in opens and re.search(r"\w", text[opens.index(True) :]) is not None
 
 
 def read_system_prompt(path: str | None, tools: dict[str, toolbox.Tool]) -> str:
