@@ -93,10 +93,10 @@ class Writer:
         before = [len(draft.token_ids) for draft in drafts]
         steps = min(limit - min(before), STEPS, max(1, SCORES_BYTES // (4 * R * V)))
         input_ids, mask, cache = self.batch(drafts, steps)  # (R, W), (R, C + W)
-        known = {"attention_mask": mask, "past_key_values": cache}
         most, longest = self.config.max_segment_tokens, self.longest
         rooms = [min(most, longest - draft.parent.depth()) for draft in drafts]
         advance = partial(self.advance, drafts, rooms, limit, 1.0 if begins else LEAVE)
+        known = {"attention_mask": mask, "past_key_values": cache}
         until = {"max_new_tokens": steps, "stopping_criteria": [advance]}
 
         def finite(lm, args, out) -> None:
