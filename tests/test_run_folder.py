@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -105,16 +106,13 @@ PLACES = {  # what is spoilt, where, the last step that is complete then
 }
 
 
-def signalled(number):
-    return lambda: os.kill(os.getpid(), number)
-
-
-ctrl_c, sigterm, killed = map(signalled, (signal.SIGINT, signal.SIGTERM, signal.SIGKILL))
-sighup = signalled(getattr(signal, "SIGHUP", signal.SIGTERM))
+ctrl_c = partial(signal.raise_signal, signal.SIGINT)
+sigterm = partial(signal.raise_signal, signal.SIGTERM)
+killed = partial(signal.raise_signal, signal.SIGKILL)
 STOPS = {  # how it ends: what does it, the exit code
     "Ctrl-C": (ctrl_c, 130),
     "SIGTERM": (sigterm, 143),
-    "SIGHUP": (sighup, 143),
+    "SIGHUP": (partial(signal.raise_signal, signal.SIGHUP), 143),
     "nan": (Mock(side_effect=FloatingPointError("step 4: the loss is nan")), 1),
     "lost device": (Mock(side_effect=RuntimeError("the device is lost")), None),
 }
