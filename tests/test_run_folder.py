@@ -5,6 +5,7 @@ A matrix learns instead of a policy (scripted.py); test_train.py does some of it
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import re
@@ -74,15 +75,10 @@ def state_of(folder):
 
 def spoil(patch, owner, name, stop, done, call=1, after=False):
     """`stop()` once: at the `call`-th use of the function since step `done` was completed."""
-    real, remember, steps, calls = getattr(owner, name), run_folder.RunFolder.remember, [], []
-
-    def remembered(run, step):
-        remember(run, step)
-        steps.append(step)
+    real, remember, uses = getattr(owner, name), run_folder.RunFolder.remember, itertools.count(1)
 
     def spoiled(*args, **kwargs):
-        calls.append(1) if done in steps else None
-        now = len(calls) == call
+        now = next(uses) == call
         if now and stop is killed and name == "write":  # in the middle of it
             real(args[0], args[1][: len(args[1]) // 2], *args[2:])
         stop() if now and not after else None
@@ -90,8 +86,11 @@ def spoil(patch, owner, name, stop, done, call=1, after=False):
         stop() if now and after else None
         return result
 
+    def remembered(run, step):
+        remember(run, step)
+        patch.setattr(owner, name, spoiled) if step == done else None
+
     patch.setattr(run_folder.RunFolder, "remember", remembered)
-    patch.setattr(owner, name, spoiled)
 
 
 PLACES = {  # what is spoilt, where, the last step that is complete then
