@@ -278,19 +278,15 @@ def without(name, then=lambda path: None):
     return damage
 
 
-def replaced_by_a_folder(name):
-    return without(name, Path.mkdir)
-
-
 SIX = "checkpoints/step-000006"
 FALLS_BACK = [  # to step 4, and ends like the uninterrupted run
     *(edited(name, lambda data: data[:-20]) for name in LOGS),
     edited("metrics.jsonl", lambda data: data[:-1]),
     *(cut("metrics.jsonl", lines) for lines in (1, 2)),
-    replaced_by_a_folder(f"{SIX}/checkpoint.json"),
+    without(f"{SIX}/checkpoint.json", then=Path.mkdir),
     bit_flipped(f"{SIX}/{ADAPTER}"),
     without(SIX),
-    without(SIX, Path.touch),
+    without(SIX, then=Path.touch),
 ]
 
 
@@ -308,7 +304,7 @@ ODD = [
     *(changed("checkpoint.json", step=x) for x in (None, 5, "6", [6])),
     changed("checkpoint.json", made_by=[1]),
     *(bit_flipped(name) for name in run_folder.CHECKPOINT),
-    *(replaced_by_a_folder(name) for name in ("checkpoint.json", *run_folder.CHECKPOINT)),
+    *(without(name, then=Path.mkdir) for name in ("checkpoint.json", *run_folder.CHECKPOINT)),
 ]
 
 
@@ -327,7 +323,7 @@ GOES_ON = {  # after step 6, with a word
     "metrics.jsonl, line 1: groups: it must be a number": edited(
         "metrics.jsonl", lambda data: data.replace(b'"groups":', b'"groups": true, "was":', 1)
     ),
-    "metrics.jsonl, line 0: Is a directory": replaced_by_a_folder("metrics.jsonl"),
+    "metrics.jsonl, line 0: Is a directory": without("metrics.jsonl", then=Path.mkdir),
     "the evaluation after step 0 is not": without("evaluations.jsonl"),
     "line 1: no figures": write("evaluations.jsonl", '{"step": 0, "decoding": "greedy", "domains":'
         '{}, "questions": 3, "accuracy": 1, "well_formed": 1, "tool_calls": 1}\n'),
@@ -355,14 +351,14 @@ REFUSED = {
     ],
     "its checkpoints are gone": without("checkpoints"),
     "config.json: No such file": without("config.json"),
-    "config.json: Is a directory": replaced_by_a_folder("config.json"),
+    "config.json: Is a directory": without("config.json", then=Path.mkdir),
     "it is not a run": write("config.json", "[" * 100_000),
     "config.json: 'list'": write("config.json", "[]"),
     "--steps None: it must be of type int": changed("config.json", steps=None),
     f"not of version {run_folder.VERSION}, which does not have the settings keep, packed": changed(
         "config.json", keep=2, packed=True
     ),
-    "cannot write to": replaced_by_a_folder("lock"),
+    "cannot write to": without("lock", then=Path.mkdir),
     "peft is 0.3 there and": edited(
         f"{SIX}/checkpoint.json", lambda data: re.sub(rb'"peft": "[^"]*"', b'"peft": "0.3"', data)
     ),
