@@ -35,11 +35,10 @@ def run_folder(tmp_path):
     return Path(shutil.copytree(RUN, tmp_path / "small"))
 
 
-def report(*folders, **flags):
+def report(*folders, html=None):
     """The page of some runs, and the data in it."""
-    more = [word for name, value in flags.items() for word in (f"--{name}", value)]
-    assert main("report", *folders, *more) == 0
-    text = Path(flags.get("html", folders[0] / "report.html")).read_text(encoding="utf-8")
+    assert main("report", *folders, *(["--html", html] if html else [])) == 0
+    text = (html or folders[0] / "report.html").read_text(encoding="utf-8")
     packed = re.search(r'id="data">([^<]*)<', text)[1]
     return text, json.loads(gzip.decompress(base64.b64decode(packed)))
 
