@@ -229,8 +229,7 @@ SHELL = {  # command line after `python -c ..`: (exit codes of main, its stderr)
 @pytest.mark.slow
 @pytest.mark.parametrize("end", SHELL)
 def test_a_screen_that_takes_no_more(end, few, tmp_path):
-    quiet = 'import logging; logging.getLogger("bitsandbytes").setLevel(40)'  # as the engine does
-    code = f"{quiet}; import sys, scripted; sys.exit(scripted.main(*sys.argv[1:]))"
+    code = "import engine, scripted, sys; sys.exit(scripted.main(*sys.argv[1:]))"
     run = f"{sys.executable} -c '{code}' train --output_dir {tmp_path}/run --eval_path {few}"
     shell = f"{run} --steps 500 --eval_part 0 --save_every 99 {end}; exit ${{PIPESTATUS[0]}}"
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
