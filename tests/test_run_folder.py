@@ -221,10 +221,11 @@ def test_no_run_overwrites_another_and_the_newest_is_resumed(few, tmp_path, caps
 
 # ---- damaged ------------------------------------------------------------------------------
 
-JUNK = ["", "junk", "[1]", "null", '{"step": null}', '{"step": true}', '{"step": 1.5}', "\x00",
-        '{"step": -1}', '{"step": "2"}', "{}", '{"step": 1e999}', "[" * 100_000, '{"step":' * 9999,
-        '{"step": 2', '{"reward": 1}',
-        '{"step": true, "question": "", "nodes": [], "leaves": []}']  # fmt: skip
+JUNK = ["", "junk", "[1]", "null", "{}", "\x00", "[" * 100_000, '{"step":' * 9999, '{"step": 2']
+JUNK += [  # all that a tree needs, but for the step
+    f'{{"step": {step}, "question": "", "nodes": [], "leaves": []}}'
+    for step in ("null", "true", "1.5", "-1", '"2"', "1e999")
+]
 
 
 @pytest.mark.parametrize("name", LOGS)
