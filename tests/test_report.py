@@ -266,14 +266,6 @@ def test_hostile_text_never_stands_in_the_page_as_markup():
     assert visible("a\n\t\x00\u202e\ud800é") == "a\n\t\\u{0}\\u{202e}\\u{d800}é"
 
 
-@pytest.fixture
-def known(tab, run_folder):
-    """The page of the known run at its third step; what else the link says means nothing."""
-    report(run_folder)
-    tab.open(run_folder / "report.html", "#step=3&shade=&run=length&question=length")
-    return tab
-
-
 # ---- in the browser ------------------------------------------------------------------------
 
 
@@ -293,6 +285,14 @@ def tab(browser):
     assert browser.errors == []
     assert all(url.startswith(("file:", "about:")) for url in browser.requests)
     assert len(browser.requests) <= 1
+
+
+@pytest.fixture
+def known(tab, run_folder):
+    """The page of the known run at its third step; what else the link says means nothing."""
+    report(run_folder)
+    tab.open(run_folder / "report.html", "#step=3&shade=&run=length&question=length")
+    return tab
 
 
 BOX = """({
