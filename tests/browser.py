@@ -9,11 +9,8 @@ import shutil
 import subprocess
 import time
 
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --hide-scrollbars --force-device-scale-factor=1 "
-    "--no-first-run --disable-extensions --disable-background-networking --disable-dev-shm-usage "
-    "--remote-debugging-pipe"
-).split()
+FLAGS = """--headless --no-sandbox --hide-scrollbars --disable-dev-shm-usage
+    --disable-background-networking --remote-debugging-pipe""".split()
 PIPES = 'exec "$@" 3<&0 4>&1'  # it reads commands from descriptor 3, and writes answers to 4
 KEYS = {"Enter": 13, "Escape": 27, "Home": 36, "ArrowLeft": 37, "ArrowRight": 39, "ArrowDown": 40}
 

@@ -22,14 +22,12 @@ FAST = [n for n in grade.NAMES if n != "8"]
 
 def wrong_answers():
     """(exercise, the check that catches it, part of its hint, text of the solution, wrong text)."""
-    number, cases = "", []
-    for line in (ROOT / "tests/wrong_answers.txt").read_text().splitlines():
-        if line.startswith("# exercise"):
-            number = line[-1]
-        elif line and line[0] != "#":
-            parts = re.fullmatch(r"(\w+) \((.*?)\): `(.*)` => `(.*)`", line).groups()
-            cases.append((number, *(part.replace("\\n", "\n") for part in parts)))
-    return cases
+    text = (ROOT / "tests/wrong_answers.txt").read_text()
+    for section in text.split("\n# exercise ")[1:]:
+        number, *cases = section.split("\n")
+        for case in filter(None, cases):
+            parts = re.fullmatch(r"(\w+) \((.*?)\): `(.*)` => `(.*)`", case).groups()
+            yield number, *(part.replace("\\n", "\n") for part in parts)
 
 
 def checks(number):

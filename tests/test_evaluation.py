@@ -62,7 +62,6 @@ def test_questions_are_asked_in_parts_and_each_has_its_seed():
     assert told == [2, 2, 2, 1] and [r["question"] for r in records] == [q.text for q in QUESTIONS]
     assert agent.asked == [(n, 3, 0.5, 2_000_006 + 2 * i) for i, n in enumerate(told)]
     assert records == evaluate(Agent(), QUESTIONS, config, samples=3)
-    assert records != evaluate(Agent(), QUESTIONS, dataclasses.replace(config, seed=3), samples=3)
     assert len(records[0]["accuracy"]) == len(records[0]["em"]) == 3
     assert {r["domain"] for r in records} == set("abc") and records[0]["tool_calls"] == 1
     assert [q.text[0] for q in first_per_domain(QUESTIONS, 2)] == list("01236")
