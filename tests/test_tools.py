@@ -17,7 +17,6 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from common import python
-from mpmath.ctx_mp import MPContext
 
 import tools as toolbox
 from data.files import Document
@@ -234,10 +233,11 @@ comb(10**9, 10**9 - 2) -> 499999999500000000   factorial(100) -> {math.factorial
 log(8, 2) -> 3   floor(log(243, 3)) -> 5   ln(e) -> 1   math.pi -> 3.141592654   tan(pi) -> 0
 floor((10**24)**(1/3)) -> 100000000   floor(sqrt(10**16-1)) -> 99999999   sqrt(10**400) -> 1e+200
 log(2, 1.00000001) -> 69314718.4   floor(e**50) -> 5184705528587072464087   ln(exp(706)) -> 706
-min(pi, 3.5) -> 3.141592654   999999.999999999 * 1 -> 999999.999999999
+min(pi, 3.5) -> 3.141592654   999999.999999999 * 1 -> 999999.999999999   1/pi -> 0.3183098862
 (-1.000000001)**(10**9) -> 2.718281827   acos(0.9999999999) -> 0.00001414213562   lcm(-4) -> 4
-floor(1 - 10**-200) -> 0   sin(10**100) -> -0.3723761237
+floor(1 - 10**-200) -> 0   sin(10**100) -> -0.3723761237   log2(10) -> 3.321928095
 round(sqrt(7.155625), 2) -> 2.68   sqrt(10**10 + 1) - 10**5 -> 0.000005   sin(pi * 10**30) -> 0
+cos(1) -> 0.5403023059   asin(0.3) -> 0.304692654   atan(2) -> 1.107148718   exp(2) -> 7.389056099
 10*log10(0.1**320) -> -3200   sqrt(10**9+1) - 31622 - 0.7766 -> 0.00001749518162
 3 * 4 = -> 12   3 × 4 ÷ 2 − 1 -> 5   {"1+" * 199 + "1"} -> 200   {"(" * 50 + "1" + ")" * 50} -> 1
 """
@@ -318,49 +318,36 @@ def test_a_hostile_expression_is_answered_at_once():
         assert seconds(answered, expression) < (0.1 if expression in legal else 0.02), expression
 
 
-EXACT = ["{} + {}", "{} - {}", "{} * {}", "{} / {}", "({}) % ({})", "{} // {}", "-{}", "+{}"]
-EXACT += ["({} + {})", "({} - {})", "({}) / ({})", "({})**2", "({})**3", "({})**-1", "abs({})"]
-EXACT += ["min({}, {})", "max({}, {})", "round({}, 1)", "round({})", "floor({})", "ceil({})"]
-FLOATS = ["{} + {}", "({}) - ({})", "{} * {}", "({}) / ({})", "({})**2", "1.5**({})", "sqrt({})"]
-FLOATS += [f"{name}({{}})" for name in "sin cos tan asin acos atan ln log2 log10 exp".split()]
+FORMS = ["{} + {}", "{} - {}", "{} * {}", "{} / {}", "({}) % ({})", "{} // {}", "-{}", "+{}"]
+FORMS += ["({} + {})", "({} - {})", "({}) / ({})", "({})**2", "({})**3", "({})**-1", "abs({})"]
+FORMS += ["min({}, {})", "max({}, {})", "round({}, 1)", "round({})", "floor({})", "ceil({})"]
 
 
-def random_expression(rng: random.Random, forms: list[str], depth: int) -> str:
+def random_expression(rng: random.Random, depth: int) -> str:
     if depth == 0 or rng.random() < 0.2:
         return rng.choice([str(rng.randint(0, 99)), f"{rng.randint(0, 999) / 100}", "10", "0", "2"])
-    inner = [random_expression(rng, forms, depth - 1) for _ in range(2)]
-    return rng.choice(forms).format(*inner)
+    inner = [random_expression(rng, depth - 1) for _ in range(2)]
+    return rng.choice(FORMS).format(*inner)
 
 
-@pytest.mark.parametrize("forms", [EXACT, FLOATS], ids=["exact", "floats"])
-def test_calculator_equals_python_on_random_expressions(forms):
-    rng, results = random.Random(2), []
+def test_calculator_equals_fractions_on_random_expressions():
+    rng, values = random.Random(2), 0
     names = {"abs": abs, "min": min, "max": max, "F": Fraction, "floor": math.floor}
     names |= {"round": lambda value, digits=0: round(value, int(digits)), "ceil": math.ceil}
-    if forms is FLOATS:  # in 300 digits, where only sin(0) and the like are 0
-        mp = MPContext()
-        mp.dps, names["F"], names["log2"] = 300, mp.mpf, lambda x: mp.log(x, 2)
-        names |= {n: getattr(mp, n) for n in "ln sqrt sin cos tan asin acos atan log10 exp".split()}
     for _ in range(1000):
-        expression = random_expression(rng, forms, rng.randint(1, 4))
-        exact = re.sub(r"(?<![\w.])[\d.]+", lambda number: f"F('{number[0]}')", expression)
+        expression = random_expression(rng, rng.randint(1, 4))
+        fractions = re.sub(r"(?<![\w.])[\d.]+", lambda number: f"F('{number[0]}')", expression)
         try:
-            value = eval(exact, names)
-            assert value == 0 or 1e-290 < abs(value) < 1e308 or forms is EXACT
-            text = calculate(expression)
-        except (ZeroDivisionError, OverflowError, ValueError, AssertionError):  # a ToolError, too
-            with pytest.raises(ToolError) as refused:
+            value = eval(fractions, names)
+        except ZeroDivisionError:
+            with pytest.raises(ToolError, match="division by zero"):
                 calculate(expression)
-            results.append(str(refused.value)[:7])
             continue
-        results.append("value")
-        if forms is FLOATS:
-            assert math.isclose(float(text), value, rel_tol=1e-9, abs_tol=1e-14), expression
-        else:  # all digits, or ten
-            error = abs(Fraction(text) - value)
-            assert error == 0 or (error <= abs(value) / 10**9 and len(text) > 9), expression
-            assert "e" not in text or not 1e-9 <= abs(value) < 1e15
-    assert results.count("value") > 500 and results.count("too few") < 20
+        text, values = calculate(expression), values + 1
+        error = abs(Fraction(text) - value)  # all digits, or ten
+        assert error == 0 or (error <= abs(value) / 10**9 and len(text) > 9), expression
+        assert "e" not in text or not 1e-9 <= abs(value) < 1e15
+    assert values > 500
 
 
 # --- search ---------------------------------------------------------------------------------------
