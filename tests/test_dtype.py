@@ -20,7 +20,6 @@ from engine import model
 from engine.memory import snapshot
 from engine.packing import NonFinite
 from engine.writer import Writer
-from lab import sft
 from lab.bench import plan
 
 # Measured: 5e-6, 0.01 and 0.03 nats between sampler and trainer at the worst token; 0.003 and 0.02
@@ -160,14 +159,6 @@ def test_a_model_too_loud_for_float16_is_refused_and_names_the_others(tmp_path):
     words = "too large for float16; --dtype bfloat16 or --dtype float32"
     with pytest.raises(UserError, match=f"{folder}.*{words}"):
         model.load_policy(dataclasses.replace(loud, dtype="float16"), {}, trainable=True)
-
-
-def test_a_cold_start_is_scaled_too(half, tools):
-    policy, config, optimizer = half
-    rows = [sft.demonstration_row(policy, *sft.demonstrations_of_the_world(1, tools, 0, 0.0))]
-    policy.scaler = torch.amp.GradScaler("cpu", growth_interval=1)
-    first, second = (sft.update(policy, optimizer, rows, config) for _ in range(2))
-    assert second < first and policy.scaler.get_scale() == 2**18
 
 
 @pytest.mark.parametrize("four", [True, False])
