@@ -10,7 +10,6 @@ import time
 import timeit
 import tracemalloc
 import unicodedata
-import warnings
 from fractions import Fraction
 from unittest.mock import Mock
 
@@ -275,12 +274,12 @@ is not arithmetic | [1, 2]   'a' * 3   1 # one   1 | 2   3:4   \frac12   √16  
 """  # noqa: RUF001
 
 
+@pytest.mark.filterwarnings("error")
 def test_calculator_says_what_is_wrong():
     lines = [line.replace(r"\n", "\n").split(" | ", 1) for line in REFUSED.strip().splitlines()]
     pairs = [(one, words) for words, some in lines for one in some.split("   ")]
     for expression, words in [*pairs, ("", "missing"), ("\x00", "character"), ("1 \ud800", "char")]:
-        with warnings.catch_warnings(), pytest.raises(ToolError) as error:
-            warnings.simplefilter("error")
+        with pytest.raises(ToolError) as error:
             calculate(expression)
         assert words in str(error.value), expression
         assert len(str(error.value)) < 200  # it is read by a policy with a short context
