@@ -11,6 +11,7 @@ import timeit
 import tracemalloc
 import unicodedata
 from fractions import Fraction
+from itertools import accumulate
 from unittest.mock import Mock
 
 import numpy as np
@@ -362,11 +363,9 @@ def bm25(documents, query, k1=1.5, b=0.75):
 
 def random_documents(rng, count: int, vocabulary: int, length: int) -> list[Document]:
     words = [f"w{i}" for i in range(vocabulary)]
-    weights = [1 / (i + 1) for i in range(vocabulary)]
-    lengths = [rng.randint(2, length) for _ in range(count)]
-    stream = iter(rng.choices(words, weights, k=sum(lengths)))
-    texts = (" ".join(next(stream) for _ in range(n)) for n in lengths)
-    return [Document(f"w{i % 7}", text) for i, text in enumerate(texts)]
+    zipf = list(accumulate(1 / (i + 1) for i in range(vocabulary)))  # common words and rare ones
+    texts = (rng.choices(words, cum_weights=zipf, k=rng.randint(2, length)) for _ in range(count))
+    return [Document(f"w{i % 7}", " ".join(text)) for i, text in enumerate(texts)]
 
 
 @pytest.mark.parametrize(
