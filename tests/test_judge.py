@@ -164,12 +164,11 @@ def test_nothing_is_no_answer(empty):
         assert judge_answer(empty, [answer]) == judge_answer(answer, [empty]) == 0
 
 
-@given(st.text(), st.text())
-def test_a_text_is_right_for_itself_and_every_text_is_judged(a, b):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judge, "same_expression", lambda *pair: False)
-        assert judge_answer(a, [a]) == (clean(a) != "")
-        assert 0 <= judge_answer(a, [b]) <= 1
+@given(a=st.text(), b=st.text())
+def test_a_text_is_right_for_itself_and_every_text_is_judged(monkeypatch, a, b):
+    monkeypatch.setattr(judge, "same_expression", lambda *pair: False)
+    assert judge_answer(a, [a]) == (clean(a) != "")
+    assert 0 <= judge_answer(a, [b]) <= 1
 
 
 # ---- cost -----------------------------------------------------------------------------------
