@@ -4,11 +4,10 @@ import dataclasses
 import functools
 import math
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from common import ECHO, TINY, TINY_QUESTIONS, lines_of, load, roll_out
+from common import ECHO, ROOT, TINY, TINY_QUESTIONS, lines_of, load, roll_out
 from safetensors.torch import load_file, save_file
 from test_update import flat_gradient, packed_rows
 
@@ -113,7 +112,7 @@ def test_a_gradient_that_overflows_is_skipped_counted_and_said(half, rows):
         assert policy.scaler.get_scale() == 2**15 and changed  # the second one was made
         figures, changed = moved(updates=1)
         assert figures["grad_norm"] is None and not changed
-        metrics = lines_of(Path(__file__).parent / "run", "metrics.jsonl")[0] | figures
+        metrics = lines_of(ROOT / "tests" / "run", "metrics.jsonl")[0] | figures
         assert any(words.startswith("1 updates skipped") for words in notes(metrics))
         policy.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
         with pytest.raises(NonFinite, match="the gradient norm is"):
