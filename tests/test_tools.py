@@ -103,7 +103,6 @@ class Evil(str):
         raise RuntimeError("evil")
 
     __len__ = __getitem__ = __format__ = __eq__ = __contains__ = replace = __str__
-    __hash__ = str.__hash__
 
 
 def failing(message):  # an error whose message is made when it is asked for
