@@ -3,6 +3,7 @@
 import engine  # noqa: F401, I001  first: it silences what bitsandbytes says at its import
 
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -28,7 +29,6 @@ from app.config import Config
 from app.evaluation import first_per_domain
 from arpo_mini import make_tools, rollout
 from data.formats import Question, load_questions
-from engine.memory import Limits
 from engine.model import Policy, load_policy
 from engine.writer import Writer
 from tools import Tool, ToolResult
@@ -232,10 +232,8 @@ def kept(parameters):
 
 @pytest.fixture
 def restored(tiny):
-    """The tiny model, whose adapter a test may train."""
-    with kept(tiny.parameters):
-        yield tiny
-    tiny.limits = Limits()
+    """A copy of the tiny model, which a test may train."""
+    return copy.deepcopy(tiny)
 
 
 @st.composite

@@ -10,7 +10,6 @@ from app.config import DATA, Config
 from arpo_mini import make_tools
 from data import decisive_world, make_world
 from data.demonstrator import RIGHT_WAY, UNSURE, WORLDS, Demonstrator, Hesitation
-from engine.judge import judge_answer
 from lab import coldstart
 from lab.coldstart import encode, soft_targets
 from tools import ToolCall, run_one
@@ -47,7 +46,6 @@ def test_every_problem_is_solved_by_its_steps_with_the_real_tools(made, tools):
             result = run_one(ToolCall(step.tool, step.argument), tools)
             assert result.ok and all(part in result.text for part in step.found.split(" and "))
         assert step.found == problem.answer
-        assert judge_answer(problem.answer, [problem.answer]) == 1
         calls[problem.domain, len(problem.steps)] += 1
         used = {step.tool for step in problem.steps}
         expected = {"math": {"calculator"}, "knowledge": {"search"}}.get(problem.domain)

@@ -1,15 +1,13 @@
 """float16 and bfloat16: the same training within a bound; numbers that are none end a step."""
 
-import copy
 import dataclasses
 import functools
 import math
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from common import ECHO, TINY, TINY_QUESTIONS, kept, lines_of, load, roll_out
+from common import ECHO, ROOT, TINY, TINY_QUESTIONS, lines_of, load, roll_out
 from safetensors.torch import load_file, save_file
 from test_update import flat_gradient, packed_rows
 
@@ -18,10 +16,9 @@ from app.health import notes
 from arpo_mini import Agent, safe_step, update
 from data.files import UserError
 from engine import model
-from engine.memory import Limits, snapshot
+from engine.memory import snapshot
 from engine.packing import NonFinite
 from engine.writer import Writer
-from lab import sft
 from lab.bench import plan
 
 # Measured: 5e-6, 0.01 and 0.03 nats between sampler and trainer at the worst token; 0.003 and 0.02
@@ -33,20 +30,12 @@ def still(policy):
     return torch.optim.SGD(policy.parameters, lr=0.0)
 
 
-@pytest.fixture(scope="module")
-def half(config, tools):
-    config = dataclasses.replace(config, group_size=3, dtype="float16")
-    return load(config, tools), config
-
-
 @pytest.fixture
-def restored_half(half):
-    """The policy in float16, whose adapter and scale a test may change; and an optimizer."""
-    policy, config = half
-    scaler, policy.limits = copy.deepcopy(policy.scaler), Limits()
-    with kept(policy.parameters):
-        yield policy, config, torch.optim.AdamW(policy.parameters, lr=1e-3)
-    policy.scaler = scaler
+def half(config, tools):
+    """A policy in float16, which a test may train; its settings and an optimizer."""
+    config = dataclasses.replace(config, group_size=3, dtype="float16")
+    policy = load(config, tools)
+    return policy, config, torch.optim.AdamW(policy.parameters, lr=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +91,9 @@ def test_auto_is_what_the_machine_has_natively(monkeypatch):
         Config(dtype="half")
 
 
-def test_a_gradient_that_overflows_is_skipped_counted_and_said(restored_half, rows):
+def test_a_gradient_that_overflows_is_skipped_counted_and_said(half, rows):
     """The weights stay, the scale is halved; where it is 1 already, the number itself is wrong."""
-    policy, config, optimizer = restored_half
+    policy, config, optimizer = half
     infinite = []
 
     def overflow(grad):
@@ -123,7 +112,7 @@ def test_a_gradient_that_overflows_is_skipped_counted_and_said(restored_half, ro
         assert policy.scaler.get_scale() == 2**15 and changed  # the second one was made
         figures, changed = moved(updates=1)
         assert figures["grad_norm"] is None and not changed
-        metrics = lines_of(Path(__file__).parent / "run", "metrics.jsonl")[0] | figures
+        metrics = lines_of(ROOT / "tests" / "run", "metrics.jsonl")[0] | figures
         assert any(words.startswith("1 updates skipped") for words in notes(metrics))
         policy.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
         with pytest.raises(NonFinite, match="the gradient norm is"):
@@ -134,9 +123,9 @@ def test_a_gradient_that_overflows_is_skipped_counted_and_said(restored_half, ro
     assert update(fresh, still(fresh), [row], config)["grad_norm"] == 0
 
 
-def test_a_repeated_step_has_its_first_scale(restored_half, questions, tools, monkeypatch, caplog):
+def test_a_repeated_step_has_its_first_scale(half, questions, tools, monkeypatch, caplog):
     """Also between `unscale_` and the end of an optimizer step, which GradScaler remembers."""
-    policy, config, optimizer = restored_half
+    policy, config, optimizer = half
     config = dataclasses.replace(config, questions_per_step=1, kl_coefficient=0.1)
     policy.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
     real, fails = torch.optim.AdamW.step, [True]
@@ -169,14 +158,6 @@ def test_a_model_too_loud_for_float16_is_refused_and_names_the_others(tmp_path):
     words = "too large for float16; --dtype bfloat16 or --dtype float32"
     with pytest.raises(UserError, match=f"{folder}.*{words}"):
         model.load_policy(dataclasses.replace(loud, dtype="float16"), {}, trainable=True)
-
-
-def test_a_cold_start_is_scaled_too(restored_half, tools):
-    policy, config, optimizer = restored_half
-    rows = [sft.demonstration_row(policy, *sft.demonstrations_of_the_world(1, tools, 0, 0.0))]
-    policy.scaler = torch.amp.GradScaler("cpu", growth_interval=1)
-    first, second = (sft.update(policy, optimizer, rows, config) for _ in range(2))
-    assert second < first and policy.scaler.get_scale() == 2**18
 
 
 @pytest.mark.parametrize("four", [True, False])
