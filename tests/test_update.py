@@ -160,18 +160,6 @@ def test_loss_is_the_textbook_one(tiny_groups):
     assert clipped == cut > 0
 
 
-def test_only_what_the_policy_sampled_is_trained_and_the_stop_token_is(tiny):
-    """Also where pad is eos: authorship decides, not token ids."""
-    prompt = Segment("prompt", [5, 0, 6])
-    leaf, short = Segment("policy", [7, 8, 0], prompt), Segment("policy", [9], prompt)
-    counted = {leaf: {leaf: 1.0}, short: {short: -1.0}}
-    batch = make_batch([make_row([leaf], counted), make_row([short], counted)], 0, "cpu")
-    assert batch.weight.tolist() == [[0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 0, 0]]
-    assert batch.attention_mask.tolist() == [[1] * 6, [1, 1, 1, 1, 0, 0]]
-    logp = token_logprobs(tiny, batch, 1.0)
-    assert logp[0, 5] < 0 and logp[1, 4:].tolist() == [0, 0]
-
-
 def test_one_update_is_on_policy_and_several_are_not(restored, tiny_groups):
     """Good trajectories become likelier; the clip acts in later updates; reference: no adapter."""
     rows, figures, gains = packed_rows(tiny_groups, TINY), [], []
