@@ -13,6 +13,7 @@ import pytest
 import torch
 from common import ROOT, lines_of, python
 from safetensors.torch import load_file
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer
 
 from app.config import Config
@@ -98,14 +99,10 @@ def test_who_writes_results_or_programs_is_left_out(tools, policy):
 
 
 def labelled_loss(policy, rows):
-    """The textbook way: all logits, labels of -100 where somebody else wrote, no padding."""
-    losses = []
-    for row in rows:
-        logits = policy.lm(input_ids=torch.tensor([row.input_ids])).logits[0, :-1]  # (T-1, V)
-        labels = [i if w else -100 for i, w in zip(row.input_ids, row.weight, strict=True)]
-        target = torch.tensor(labels[1:])
-        losses.append(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
-    return sum(losses) / sum(sum(row.weight) for row in rows)
+    """As transformers has it: labels of -100 where somebody else wrote, and in the padding."""
+    ids = pad_sequence([torch.tensor(row.input_ids) for row in rows], batch_first=True)
+    own = pad_sequence([torch.tensor(row.weight) for row in rows], batch_first=True) > 0
+    return policy.lm(ids, labels=ids.where(own, -100)).loss
 
 
 def test_only_what_the_policy_wrote_has_a_gradient(policy, rows, monkeypatch):
