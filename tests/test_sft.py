@@ -1,10 +1,8 @@
 """The cold start of any model: what counts, what is left out, and the pipeline it begins."""
 
 import json
-import os
 import shlex
 import signal
-import time
 from collections import Counter
 from pathlib import Path
 from unittest import mock
@@ -179,8 +177,7 @@ def test_however_it_ends_the_adapter_is_kept(stop, code, policy, tmp_path, monke
             return 1.0
         if stop == "nan":
             raise FloatingPointError("the loss is nan")
-        os.kill(os.getpid(), getattr(signal, stop))
-        time.sleep(1)
+        signal.raise_signal(getattr(signal, stop))
 
     update = mock.Mock(side_effect=stopped)
     monkeypatch.setattr(policy.model.peft_config["default"], "target_modules", {"embed_tokens"})
