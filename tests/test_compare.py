@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
+import mpmath
 import pytest
 import torch
 from common import ECHO, ROOT, TINY, TINY_QUESTIONS, python, write_questions
@@ -30,12 +30,10 @@ from lab.intervals import T_975, paired, t_interval
 
 
 def test_the_quantiles_of_student_cut_off_five_percent():
-    """The density of t, integrated with u = atan(x / sqrt(df)): cos(u) ** (df - 1) / constant."""
-    for df, quantile in enumerate(T_975, start=1):
-        ends = math.atan(quantile / math.sqrt(df)), math.pi / 2
-        angles = [np.linspace(0, end, 20_001) for end in ends]
-        inside, whole = (np.trapezoid(np.cos(u) ** (df - 1), u) for u in angles)
-        assert inside / whole == pytest.approx(0.95, abs=5e-5), df  # three decimals
+    """P(|t| > q) is a regularised incomplete beta function."""
+    for df, q in enumerate(T_975, start=1):
+        p = mpmath.betainc(df / 2, 0.5, 0, df / (df + q * q), regularized=True)
+        assert float(p) == pytest.approx(0.05, abs=5e-5), df  # three decimals
     assert len(T_975) == 30
 
 
