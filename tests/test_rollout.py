@@ -110,31 +110,6 @@ def test_what_is_sampled_is_what_is_trained(tiny, rule, rows, temperature, N, Z)
                 assert segment.decision.granted <= segment.decision.forks or rule == "step"
 
 
-def three_drafts(roots, starts):
-    """What is written after the first result of three paths, with these H at their start."""
-    drafts = []
-    for root, H_initial, H in zip(roots, starts, (0.5, 0.9, 0.7), strict=True):
-        first = Segment("policy", [1], root, entropy=H_initial)
-        drafts.append(Segment("policy", [9], Segment("tool", [50], first), entropy=H))
-    return drafts
-
-
-def test_the_budget_goes_to_the_largest_gains_first():
-    """Where a level wants more forks than there are; and its order decides nothing."""
-    root = Segment("prompt", [30])
-    drafts = three_drafts([root] * 3, [0.4] * 3)
-    a, b, c = (draft.parent for draft in drafts)
-    budget = Budget(slots=5, rng=random.Random(0))
-    forked = decide_forks(drafts, {root: budget}, replace(TINY, max_branches=3))
-    assert forked == [b, b, b, c, c] and budget.slots == 0
-    assert [(n.decision.granted, n.decision.forks) for n in (a, b, c)] == [(0, 3), (3, 3), (2, 3)]
-    adaptive = replace(TINY, branch_rule="adaptive", entropy_sigma=0.0, max_branches=9)
-    for order in (drafts, drafts[::-1]):
-        a.decision = b.decision = c.decision = None
-        decide_forks(order, {root: Budget(0, random.Random(0), history=[0.1, 0.3])}, adaptive)
-        assert [n.decision.forks for n in (a, b, c)] == [2, 4, 3]
-
-
 STEP = replace(TINY, branch_rule="step", group_size=4, initial_rollouts=1, max_leaves=6)
 ABOVE = [[-1.0] * 50] * 2  # scores of two steps, after which every result is above the threshold
 
@@ -159,7 +134,10 @@ def test_a_step_has_one_budget(tiny, score, scores, at_once, most):
 def test_a_step_spends_its_budget_by_hand():
     """At once above the threshold; then by score, a question's limit and, at last, the question."""
     config, roots = replace(STEP, max_branches=2), [Segment("prompt", [30]) for _ in range(3)]
-    drafts = three_drafts(roots, (0.05, 0.09, 0.07))
+    drafts = []  # what is written after the first result of three paths
+    for root, H_initial, H in zip(roots, (0.05, 0.09, 0.07), (0.5, 0.9, 0.7), strict=True):
+        first = Segment("policy", [1], root, entropy=H_initial)
+        drafts.append(Segment("policy", [9], Segment("tool", [50], first), entropy=H))
     a, b, c = (draft.parent for draft in drafts)
     budget = Budget(9, random.Random(0), most=4, threshold=0.8)
     budgets = dict.fromkeys(roots, budget)
