@@ -77,7 +77,7 @@ def test_the_laboratory_shortened(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:std")  # of what students write
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "name", "hint", "right", "wrong"), wrong_answers())
+@pytest.mark.parametrize(("number", "name", "hint", "right", "wrong"), [*wrong_answers()])
 def test_a_typical_mistake_is_caught_by_its_check(tmp_path, number, name, hint, right, wrong):
     text = solution(number)
     assert text.count(right) == 1
