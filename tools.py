@@ -293,8 +293,8 @@ def read_expression(expression: str) -> str:
     if len(expression) > MAX_CHARS:
         raise ToolError(f"{len(expression)} characters are too many, {MAX_CHARS} are allowed")
     text = expression.translate(str.maketrans("\u00d7\u00f7\u2212", "*/-"))
-    text = " ".join(text.split()).removesuffix("=").strip()  # 3 * 4 =
-    text = re.sub(r"(?<![\w.])math\.(?=[a-z])", "", text)  # math.sqrt(2)
+    text = re.sub(r"([\w.)])\s*\n\s*([-+*/%])(?![^(]*\))", r"\1; \2", text)  # 12, and then -5
+    text = re.sub(r"(?<![\w.])math\.(?=[a-z])| ?=\Z", "", " ".join(text.split()))  # 3 * 4 =
     for pattern, advice in ADVICE.items():
         if found := re.search(pattern, text, re.ASCII):
             raise ToolError(advice.format(found[0]))

@@ -78,7 +78,9 @@ def read_rows(name: str, read: Callable[[Any], Any], legal: str) -> Iterator[tup
             except BAD_ROW as error:
                 keys = [f"{key:.20}" for key in row][:9] if isinstance(row, dict) else []
                 there = f"; its keys: {', '.join(keys)}" if keys else ""
-                raise UserError(f"{place}: {reason(error)}; legal: {legal}{there}") from None
+                form = "JSON lines, a JSON array or parquet, of rows such as "
+                form = form if isinstance(error, json.JSONDecodeError) else ""
+                raise UserError(f"{place}: {reason(error)}; legal: {form}{legal}{there}") from None
 
 
 def with_plain_keys(row: Any) -> dict[str, Any]:
@@ -229,8 +231,9 @@ def read_document(row: dict) -> Document:
     title = row.get("title") or ""
     there = [key for key in TEXT_KEYS if key in row]
     text = row[next((key for key in there if row[key]), there[0] if there else "text")]
-    if isinstance(text, list):  # of paragraphs or sentences
-        text = " ".join(text)
+    if isinstance(text, list):  # of paragraphs or sentences, or of both
+        parts = (part if isinstance(part, list) else [part] for part in text)
+        text = " ".join(sentence for part in parts for sentence in part)
     if not isinstance(title, str) or not isinstance(text, str):
         raise ValueError("title and text are texts")
     quoted = re.match(r'"(.+)"\r?\n', text)  # Search-R1's contents: "Title", a line end, the text

@@ -13,6 +13,7 @@ The form of every row is told by its keys, in upper or lower case; files.py says
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import logging
@@ -30,8 +31,9 @@ logger = logging.getLogger("arpo_mini")
 
 MAX_CHARS = 1_000_000  # a tokenizer takes seconds and gigabytes for ten times as many
 QUESTION_KEYS = ("question", "problem", "query", "prompt")
-ANSWER_KEYS = ("final_answer", "expected_answer", "answer", "answers", "golden_answers")
-ANSWER_KEYS += ("possible_answers", "target")
+ANSWER_KEYS = ("final_answer", "expected_answer", "answer_number", "answer", "answers")
+ANSWER_KEYS += ("golden_answers", "possible_answers", "target")
+ALIAS_KEYS = ("answer_aliases", "aliases", "alt_ans")  # of 2Wiki, MuSiQue, CRAG
 FORMAT = re.compile("</?(?:think|answer|search)>")  # a prompt that describes these has our place
 CHOICES = re.compile("(multiple_|answer_)?(choice|option|opt)s?(_list|_?[a-e1-5])?")
 A_CHOICE = re.compile(r"\d(\.0)?|[(\[]?[A-Ka-k][)\]]?[.:]?|[A-K]{2,5}|[A-K][.)] .*", re.DOTALL)
@@ -133,12 +135,13 @@ def asked(row: dict) -> Any:
     shown = [x for each in shown for x in (each if isinstance(each, list) else [each])]
     if any(any(each.values()) if isinstance(each, dict) else each for each in shown):
         raise ValueError("it asks about an image or a file, which is not read")
-    if isinstance(text, list):
-        users = [turn["content"] for turn in text if turn["role"] == "user"]
+    turns = from_table(text)
+    if isinstance(turns, list) and all(isinstance(x, dict) and "role" in x for x in turns):
+        users = [turn["content"] for turn in turns if turn["role"] == "user"]
         if len(users) != 1:
             raise ValueError(f"a prompt has one user turn, this one has {len(users)}")
         (text,) = users
-    extra = row.get("extra_info")  # it has the question without verl's "think step by step"
+    extra = from_table(row.get("extra_info"))  # the question without verl's "think step by step"
     bare = extra.get("question") if isinstance(extra, dict) else None
     if isinstance(bare, str) and bare:
         before, _, after = text.rpartition(bare)
@@ -158,14 +161,17 @@ def gold_answers(row: dict) -> list:
     named = [x for x in map(str, found) if A_CHOICE.fullmatch(x) and x not in offered]
     if choices and named:
         raise ValueError("the answer names a choice: write the choices into the question")
-    aliases = (unpacked(row.get(key)) for key in ("answer_aliases", "aliases"))  # 2Wiki, MuSiQue
+    aliases = (unpacked(row.get(key)) for key in ALIAS_KEYS)
     return found + [x for some in aliases for x in as_list(some) if x not in (None, "", "[]")]
 
 
 def answer_of(row: dict) -> Any:
     """What stands under the key that says most surely what is right."""
     if "reward_model" in row:
-        return row["reward_model"]["ground_truth"]
+        model = from_table(row["reward_model"])
+        if not isinstance(model, dict):
+            raise ValueError(f"reward_model is no object but {model!s:.40}")
+        return model["ground_truth"]
     key = next((key for key in ANSWER_KEYS if row.get(key) not in (None, [], "")), None)
     if not key:
         return row["answer" if in_box(str(row.get("solution"))) is None else "solution"]
@@ -326,6 +332,17 @@ def from_json(value: Any) -> Any:
         with contextlib.suppress(ValueError):
             return json.loads(value)
     return value
+
+
+def from_table(value: Any) -> Any:
+    """The list or object that became a text in a table: as JSON, Python or numpy writes it."""
+    found = from_json(value)
+    if isinstance(found, str):
+        found = re.sub(r"(?s)\Aarray\((.*), dtype=object\)\Z", r"\1", found.strip())
+        found = re.sub(r"(?<=['\"}])\s+(?=['\"{])", ", ", found)  # numpy writes no commas
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError):
+            found = ast.literal_eval(found) if found.startswith(("{", "[")) else value
+    return found if isinstance(found, dict | list) else value
 
 
 def thinking(text: str) -> str:

@@ -123,7 +123,7 @@ BROKEN = {
     "deep": (TWO + b'{"a":' * 100_000, "line 3: nested too deeply"),
     "deep array": (b"[" * 100_000, "nested too deeply"),
     "no parquet": (b"PAR1 and nothing else", "cannot read"),
-    "long": (b"x" * 10**7, "line 1: no JSON"),
+    "long": (b"x" * 10**7, "(column 1); legal: JSON lines, a JSON array or parquet"),
 }
 
 
