@@ -63,6 +63,12 @@ def same_expression(prediction: str, answer: str) -> bool:
     some = [text for text in texts if not re.search(r"[<>]|\\[lg]e ", text)]
     if len(some) == 1 and not re.search(r"[(\[]", some[0]):  # 2 < x < 3 is no {2, 3}
         return False
+    if sum("=" in text for text in texts) == 1 and any(map(unsolved, texts)):
+        return False
+    if len({bool(re.search(r"\bor\b|\\cup", text)) for text in texts}) > 1:
+        letters = set(re.findall(r"\b([a-z]) *=", texts[0]))
+        if (not some and "|" not in "".join(texts)) or len(letters) > 1:
+            return False  # "x > 2 and x < 5" is not "x > 2 or x < 5"
     opens = re.compile(r"\((?!.*\).*\()|\\\{|")  # "(1,2),(3,4)" are two points, no pair
     sets = [r"\{" if " or " in text else opens.match(text)[0] for text in some]
     commas = {text.count(",") for text in some if not NO_LIST.search(text)}
@@ -71,6 +77,16 @@ def same_expression(prediction: str, answer: str) -> bool:
     # math-verify compares two unions of rays, but not one with intervals.
     other = tuple(map(as_intervals, texts))
     return ask_worker(texts) or (sum(map(str.__ne__, texts, other)) == 1 and ask_worker(other))
+
+
+def unsolved(text: str) -> bool:
+    """Is it e^x = 3, x/2 = 3: an equation for an unknown, whose right side is no answer?"""
+    left, equals, right = text.partition("=")
+    letters = {*re.findall(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])(?:_\w)?", left)} - {"e"}
+    named = re.search(r"\\(?:int|sum|prod|lim|max|min|sup|inf)(?![a-z])", left)
+    named = named or re.fullmatch(r" *\w+ *", left)
+    one = len(letters) == 1 and letters <= {*"xynkt"}
+    return bool(equals) and "=" not in right and one and not named
 
 
 def two_cases(text: str) -> bool:
@@ -124,6 +140,8 @@ def as_latex(text: str) -> str:
     if chain := re.fullmatch(r"([^<>,]+)(>|\\ge )( *[^<>, ]+ *)(>|\\ge )([^<>,]+)", text):
         text = "".join(chain.groups()[::-1]).replace(">", "<").replace(r"\ge", r"\le")  # c > b > a
     text = re.sub(r"(\w+) ?\\choose ?(\w+)", r"\\binom{\1}{\2}", text)
+    if text.count(r"\pm") == 1 and re.fullmatch(r"[^,]*\\frac[^,]*\\pm[^,]*", text):
+        text = ",".join(text.replace(r"\pm", sign) for sign in "+-")  # there none would be read
     return re.sub(r"(\^)?(\d*)\.(\d+)", exact, text)
 
 

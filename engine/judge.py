@@ -140,6 +140,7 @@ SILENT = re.compile(r"\\(?:left|right|[Bb]igg?[lr]?|boxed|fbox|displaystyle)(?![
 WRAPPED = re.compile(r"(?s)\A(?:\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}|\*\*?(.*?)\*?\*)\Z")
 EDGES = " \t\r\n`\"'“”\u2018\u2019«»「」『』《》"
 NO_NAME = rf"\b(?:not|never|false|minus)\b|\\(?:frac|neq?)\b|(?<![a-z])(?:{FUNCTIONS})(?![a-z])"
+NO_NAME += r"|\\(?:binom|lfloor|lceil)|\A(\w)\([^()=]*\1"  # the product x(x + 1) is none either
 NAME = re.compile(
     rf"\A(?![^=]*(?:{NO_NAME}))\\?[A-Za-z][\w\\{{}} ]*'*(?:\([^()=]*\) *)?=\s*(?=[^=]+\Z)"
 )
@@ -169,6 +170,8 @@ def clean(text: str) -> str:
             text = re.sub(r"(?<!\\)\$", "", text)
         text = re.sub(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})", "°", text)
         text = re.sub(r"(?<!\\)\\[,;:!> ]|(?<=\S)~", " ", text)
+        text = re.sub(r"\{\\(rm|bf|it|sf) +([^{}]*)\}", r"\\math\1{\2}", text)  # {\rm cm}
+        text = re.sub(r"\\(math[a-z]+) +(\w)", r"\\\1{\2}", text)  # \mathbb R
         text = SILENT.sub("", STYLE.sub(r" \1 ", STYLE.sub(r" \1 ", text)))
         text = re.sub(r"\\([a-z]+)", lambda found: SAME.get(found[1], found[0]), text)
         text = re.sub(r"\s*([_^])\s*", r"\1", re.sub(r"\\([%$#&_])", r"\1", text))
@@ -211,7 +214,7 @@ SCALES = {"dozen": 12} | {
     """.split(";")
     for word in line.split()[1:]
 }
-SCALE = re.compile(rf"\s*({'|'.join(SCALES)})s?(?![a-z]|(?<=千)[米克])")
+SCALE = re.compile(rf"\s*({'|'.join(SCALES)})s?(?![a-z]|(?<=千)[米克])", re.IGNORECASE)
 MEASURED = re.compile(r"(.*?[^\s+*/=<>-])(\s+([A-Za-z]{2,})[\w^{}/.-]*(?:\s+[A-Za-z][\w^{}/.-]*)*)")
 UNIT = re.compile(r"(/?)((?:[^\W\d_]|[°%$¢€£¥₹₩'\x22-])+)\.?(?:\^?\{?(-?[1-4])\}?)?")
 UNITS = {
@@ -284,7 +287,7 @@ def quantity(text: str) -> tuple[Fraction, str] | None:
     value = (value + int(found["whole"] or 0)) * Fraction(10) ** int(found["power"] or 0)
     rest, currency = found["unit"], UNITS.get((found["currency"] or "").lower(), "")
     if scale := SCALE.match(rest):
-        value, rest = value * SCALES[scale[1]], rest[scale.end() :]
+        value, rest = value * SCALES[scale[1].lower()], rest[scale.end() :]
     unit = unit_of(rest, currency)
     sign = -1 if found["sign"] + found["minus"] == "-" else 1
     return None if unit is None else (sign * value, unit)
@@ -299,7 +302,8 @@ def unit_of(text: str, unit: str) -> str | None:
     text = re.sub(r"(\w) squared\b", r"\1^2", re.sub(r"(\w) cubed\b", r"\1^3", text))
     text = re.sub(r"\bU\.?S\.? (?=dollars?\b)", "", text.replace("per cent", "percent"))
     text = re.sub(rf" (?:{AFTER})\Z", "", text)
-    beside, word = text[:1].isspace(), ""
+    text = re.sub(r"\A \((\w+)\)\Z", r" \1", text)  # 9 (apples)
+    beside, word = text[:1].isspace() or (unit and text[:1] == "/"), ""  # $18/day
     for token in re.sub(r"\s*(?:/|\bper\b)\s*", " /", text).split():
         found = UNIT.fullmatch(token)
         if not found or (found[1] and found[2] in SCALES):  # per thousand
