@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from app.config import PRESETS, Config
@@ -239,10 +240,9 @@ def exit_code(work: Callable[[], int | None]) -> int:
         code = work() or 0
         print(end="", flush=True)
         return code
-    except UserError as error:
-        return complain(f"error: {one_line(str(error))}", 2)
-    except FloatingPointError as error:
-        return complain(f"error: {one_line(str(error))}", 1)
+    except (UserError, SafetensorError, FloatingPointError) as error:
+        code = 1 if isinstance(error, FloatingPointError) else 2
+        return complain(f"error: {one_line(str(error))}", code)
     except KeyboardInterrupt as stop:
         return complain("stopped", 143 if isinstance(stop, Terminated) else 130)
     except OSError as error:  # of a file that has a name, else of the screen or a full disk

@@ -43,6 +43,8 @@ Its result follows between <result> and </result>. You may call tools several ti
 To answer, write <think>why</think><answer>\\boxed{the answer alone}</answer> and stop."""
 
 NOTHING = "(?!)"  # a pattern that nothing has
+# In a chat template, which may ask for today's date: a run can go on on another day.
+TODAY = "{% macro strftime_now(format) %}01 Jan 2025{% endmacro %}\n"
 HERE = "\ue000"  # stands in a chat template for the text that comes there
 RESULT_FRAME = toolbox.result_text(toolbox.ToolResult("", ok=True)).split()
 CHARS_A_TOKEN = 32  # more than a text has on average: what is longer is cut before it is counted
@@ -293,6 +295,7 @@ def chat_frame(tokenizer, system_prompt: str, config, tools: dict[str, toolbox.T
     def render(**said: str) -> list[str]:
         chat = [{"role": role, "content": text} for role, text in said.items()]
         given = {"add_generation_prompt": True, "enable_thinking": config.thinking}
+        given |= {"chat_template": TODAY + tokenizer.get_chat_template()}
         text = tokenizer.apply_chat_template(chat, tokenize=False, **given)
         # Some templates open the think block for the model: here it is the policy's to write.
         return re.sub(r"<think>\s*\Z", "", text).split(HERE)

@@ -16,6 +16,7 @@ from unittest.mock import Mock
 import pytest
 import scripted
 from common import ROOT
+from safetensors import SafetensorError
 from scripted import main, small_tree
 
 import app.cli
@@ -214,6 +215,7 @@ def test_an_error_of_the_system_is_one_line_and_a_bug_keeps_its_traceback(refuse
 
     refused(ended_by(OSError(errno.ENOSPC, "No space left")), "error: No space left")
     refused(ended_by(FileNotFoundError(errno.ENOENT, "No such file", "x")), "error: x: No such")
+    refused(ended_by(SafetensorError("I/O error: No space left")), "error: I/O error: No space")
     with pytest.raises(ValueError, match="a bug"):
         ended_by(ValueError("a bug"))
 

@@ -43,8 +43,8 @@ x=63 for 63; 90° for 90; 18 cm for 18; (5) for 5; −5 for -5; １２３ for 12
 44 B.C. for 44 BC; 5 kJ for 5; 5 nanometers for 5 nm; 100 ml for 100 mL;
 50 million US dollars for $50 million; *42* for 42; 37^\circ \text{C} for 37 °C; 5 \Omega for 5 Ω;
 5\,\mu m for 5 μm; 60 km h^{-1} for 60 km/h; 5 N·m for 5 N m; 24 people for 24; 1/2 cup for 1/2;
-5 red marbles for 5; 5백만 for 5000000; $5 each for $5; 5 Million for 5000000; $18/day for $18 per day;
-18 (eggs) for 18; 5\,{\rm cm} for 5; \frac{m}{n}=\frac34 for 3/4; |AB|=5 for 5; \sin A=0.6 for 3/5
+5 red marbles for 5; 5백만 for 5000000; $5 each for $5; 5 Million for 5000000; 18 (eggs) for 18;
+$18/day for $18 per day; 5\,{\rm cm} for 5; \frac{m}{n}=\frac34 for 3/4; |AB|=5 for 5
 """
 OTHER_NUMBER = r"""
 -5. for 5; (5) for -5; (1.5) for 15; 1,5 for 15; 12,34 for 1234; 1.5 million for 1.5; 63 64 for 63;
@@ -59,7 +59,7 @@ OTHER_NUMBER = r"""
 5 point five for 5; 5 thirtieths for 5; 63 _8 for 63; \text{63}_8 for 63; 5 N for 5 N m;
 5 Nm for 5 nm; 5 Mm for 5 mm; 2 x m for 2; \sqrt{x}=5 for 5; x \ne = 5 for 5; never = 5 for 5;
 79 BC for 79; 5 GB for 5 Gb; 5 per thousand for 5; 1 maybe for 1; 5 squared for 5; 5 mille for 5;
-x/2 = 3 for 3; e^x = 3 for 3; \binom{n}{2} = 45 for 45; x(x+1) = 3 for 3; \sin x = 1 for 1; |x|=3 for 3
+x/2=3 for 3; e^x = 3 for 3; \binom{n}{2} = 45 for 45; x(x+1)=3 for 3; \sin x=1 for 1; |x|=3 for 3
 """
 NUMBERS = pairs(SAME_NUMBER, 1) + pairs(OTHER_NUMBER, 0)
 
@@ -96,8 +96,9 @@ CO_2 for CO2; C_6H_{12}O_6 for C6H12O6; bh/2 for \frac12 bh; 1+X^2 for x^2+1;
 \langle 2,1\rangle for (2,1); ]-\infty,3[ for (-\infty,3); .\overline{3} for 1/3; Na+ for Na^+;
 1998/05/12 for 1998-05-12; 1, 2, and 3 for 3,2,1; d/2 for \frac{d}{2}; 2sqrt(5) for 2\sqrt{5};
 f(2)=1/2 for f(2)=\frac12; 4πr² for 4\pi r^2; \sqrt{ab} cm for \sqrt{ab}; \mu m g for \mu mg;
-\frac{1\pm\sqrt5}{2} for \frac{1+\sqrt5}{2}, \frac{1-\sqrt5}{2}; \frac{2\pm\sqrt{12}}{2} for 1\pm\sqrt3;
-\mathbb R for \mathbb{R}; {\bf C} for C
+\frac{1\pm\sqrt5}{2} for \frac{1+\sqrt5}{2}, \frac{1-\sqrt5}{2};
+\frac{2\pm\sqrt{12}}{2} for 1\pm\sqrt3; \mathbb R for \mathbb{R}; {\bf C} for C;
+\sin A=\frac35 for \frac35
 """
 UNEQUAL = r"""
 2+3 for 23; 64=63 for 63; 2x+1=5 for 5; x>3 for x≥3; 1.41421356 for \sqrt{2}; 3.14 for \pi;

@@ -203,6 +203,7 @@ def test_a_turn_ends_with_what_the_chat_template_writes(tmp_path, named, written
 TRIMS, DROPS = TEMPLATE.replace("content", "content | trim"), "in messages if m.role != 'system'"
 SYSTEM = [(TEMPLATE, False), (TRIMS, False), (REFUSES, True)]
 SYSTEM += [(TEMPLATE.replace("in messages", DROPS), True)]
+SYSTEM += [("{{ strftime_now('%d %b %Y') }}" + TEMPLATE, False)]
 
 
 @pytest.mark.parametrize(("template", "folded"), SYSTEM)
@@ -211,6 +212,7 @@ def test_the_policy_hears_of_its_tools(tmp_path, caplog, template, folded):
     said = policy.decode(policy.prompt("why?"))
     assert "<adder>two numbers</adder>" in said and said.endswith("why?<|end|>\n<|assistant|>")
     assert len(caplog.messages) == folded == ("and stop.\n\nwhy?" in said)
+    assert said.startswith("01 Jan 2025") == ("strftime" in template)
     save_tokenizer(tmp_path, TEMPLATE.replace("content", "role"))
     assert "hold the question" in refusal(tmp_path)
 
