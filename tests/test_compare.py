@@ -136,8 +136,8 @@ def fake(tmp_path, monkeypatch):
         folder = tmp_path / "out"
 
         def __call__(self, *args):
-            flags = ["--steps", "4", "--output_dir", str(self.folder), "--jobs", "2"]
-            return compare.main([*flags, *args])
+            flags = "--steps 4 --jobs 2 --dataset_path data/test.jsonl --output_dir".split()
+            return compare.main([*flags, str(self.folder), *args])
 
         def trained(self):
             names, FakeProcess.trained = sorted(FakeProcess.trained), []
