@@ -357,7 +357,7 @@ def test_how_much_is_computed_at_once_decides_nothing(tiny, scripted, rule):
     assert rule not in ("official", "random") or found[0][0] != found[0][1]  # but a draw does
 
 
-@pytest.mark.parametrize("rule", ["none", "random"])
+@pytest.mark.parametrize("rule", [pytest.param("none", marks=pytest.mark.slow), "random"])
 def test_a_thousand_rollouts_one_at_a_time_and_as_many_calls_as_are_legal(tiny, scripted, rule):
     """Also where the rest of the paths begin only after the first has made all its calls."""
     config = replace(TINY, group_size=1000, rollout_rows=1, branch_probability=1.0)

@@ -61,6 +61,7 @@ def test_a_row_is_what_a_rollout_would_have_made(demonstrations, rows, policy, c
     assert row.input_ids[len(prompt) :].count(policy.turn_end) == 1
 
 
+@pytest.mark.slow
 def test_hesitation_mixes_in_what_the_tiny_model_was_taught(tools):
     def shares(hesitation):
         some = demonstrations_of_the_world(300, tools, 0, hesitation)
