@@ -380,7 +380,7 @@ def safe_step(
         short = {"short_answers": short_answers(policy, groups)}
         return {**step_metrics(groups, rewards), **short, **figures}, groups, rewards
 
-    # Seed and step number begin the same draws again: only the update has to be undone.
+    # A repeated step begins with the same seed: only the update has to be undone.
     undo = snapshot(policy, optimizer)  # some optimizer steps may have been taken
     try:
         return policy.limits.retry(config, work, undo)

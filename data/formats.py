@@ -337,11 +337,11 @@ def from_json(value: Any) -> Any:
 def from_table(value: Any) -> Any:
     """The list or object that became a text in a table: as JSON, Python or numpy writes it."""
     found = from_json(value)
-    if isinstance(found, str):
-        found = re.sub(r"(?s)\Aarray\((.*), dtype=object\)\Z", r"\1", found.strip())
-        found = re.sub(r"(?<=['\"}])\s+(?=['\"{])", ", ", found)  # numpy writes no commas
+    if isinstance(found, str) and found.startswith(("{", "[", "array([")):
+        text = re.sub(r"(?s)\Aarray\((.*), dtype=object\)\s*\Z", r"\1", found)
+        text = re.sub(r"(?<=})\s+(?={)", ", ", text)  # numpy writes no commas
         with contextlib.suppress(ValueError, SyntaxError, MemoryError):
-            found = ast.literal_eval(found) if found.startswith(("{", "[")) else value
+            found = ast.literal_eval(text)
     return found if isinstance(found, dict | list) else value
 
 

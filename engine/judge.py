@@ -140,7 +140,8 @@ SILENT = re.compile(r"\\(?:left|right|[Bb]igg?[lr]?|boxed|fbox|displaystyle)(?![
 WRAPPED = re.compile(r"(?s)\A(?:\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}|\*\*?(.*?)\*?\*)\Z")
 EDGES = " \t\r\n`\"'“”\u2018\u2019«»「」『』《》"
 NO_NAME = rf"\b(?:not|never|false|minus)\b|\\(?:frac|neq?)\b|(?<![a-z])(?:{FUNCTIONS})(?![a-z])"
-NO_NAME += r"|\\(?:binom|lfloor|lceil)|\A(\w)\([^()=]*\1"  # the product x(x + 1) is none either
+NO_NAME += r"|\\(?:binom|lfloor|lceil)"
+NO_NAME += r"|\A(\w)\([^()=]*(?<![A-Za-z])\1(?![A-Za-z])"  # nor the product x(x + 1)
 NAME = re.compile(
     rf"\A(?![^=]*(?:{NO_NAME}))\\?[A-Za-z][\w\\{{}} ]*'*(?:\([^()=]*\) *)?=\s*(?=[^=]+\Z)"
 )
@@ -303,7 +304,8 @@ def unit_of(text: str, unit: str) -> str | None:
     text = re.sub(r"\bU\.?S\.? (?=dollars?\b)", "", text.replace("per cent", "percent"))
     text = re.sub(rf" (?:{AFTER})\Z", "", text)
     text = re.sub(r"\A \((\w+)\)\Z", r" \1", text)  # 9 (apples)
-    beside, word = text[:1].isspace() or (unit and text[:1] == "/"), ""  # $18/day
+    beside = text[:1].isspace() or (unit and text[:1] == "/")  # $18/day
+    word = ""
     for token in re.sub(r"\s*(?:/|\bper\b)\s*", " /", text).split():
         found = UNIT.fullmatch(token)
         if not found or (found[1] and found[2] in SCALES):  # per thousand

@@ -43,7 +43,7 @@ Its result follows between <result> and </result>. You may call tools several ti
 To answer, write <think>why</think><answer>\\boxed{the answer alone}</answer> and stop."""
 
 NOTHING = "(?!)"  # a pattern that nothing has
-# In a chat template, which may ask for today's date: a run can go on on another day.
+# Stands before a chat template: one that asks for today's date gets the same prompt every day.
 TODAY = "{% macro strftime_now(format) %}01 Jan 2025{% endmacro %}\n"
 HERE = "\ue000"  # stands in a chat template for the text that comes there
 RESULT_FRAME = toolbox.result_text(toolbox.ToolResult("", ok=True)).split()

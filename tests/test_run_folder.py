@@ -105,13 +105,12 @@ PLACES = {  # what is spoilt, where, the last step that is complete then
 }
 
 
-ctrl_c = partial(signal.raise_signal, signal.SIGINT)
-sigterm = partial(signal.raise_signal, signal.SIGTERM)
-killed = partial(signal.raise_signal, signal.SIGKILL)
+SIGNALS = [getattr(signal, f"SIG{name}", signal.SIGTERM) for name in "INT TERM HUP KILL".split()]
+ctrl_c, sigterm, sighup, killed = (partial(signal.raise_signal, number) for number in SIGNALS)
 STOPS = {  # how it ends: what does it, the exit code
     "Ctrl-C": (ctrl_c, 130),
     "SIGTERM": (sigterm, 143),
-    "SIGHUP": (partial(signal.raise_signal, signal.SIGHUP), 143),
+    "SIGHUP": (sighup, 143),
     "nan": (Mock(side_effect=FloatingPointError("step 4: the loss is nan")), 1),
     "lost device": (Mock(side_effect=RuntimeError("the device is lost")), None),
 }
