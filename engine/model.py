@@ -6,6 +6,7 @@ are refused because they would train silently wrong. Nothing here is the algorit
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import re
@@ -34,6 +35,7 @@ from engine.processes import joined
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+gc.freeze()  # what was imported stays: it need not be looked through again, nor at the end
 
 SYSTEM_PROMPT = """\
 Answer the question. Think first; then either call one tool and wait for its result, or answer.
