@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import sys
@@ -115,8 +116,7 @@ def eval_command(
     """
     k = samples if pass_k is None else pass_k
     if not 1 <= k <= samples <= 10_000:
-        words = "it must be 1 <= pass_k <= samples <= 10000"
-        raise UserError(f"--samples {samples} --pass_k {k}: {words}")
+        raise UserError(f"--samples {samples} --pass_k {k}; legal: 1 <= pass_k <= samples <= 10000")
     if json_path is not None:
         refuse_unwritable("--json", json_path)
     questions = load_questions(config.eval_path)
@@ -128,12 +128,14 @@ def eval_command(
         with tqdm(total=len(questions), desc=name, leave=False, disable=None) as bar:
             records = evaluate(agent, questions, asked, n, bar.update)
         figures[name] = {**summary(records, min(k, n)), "records": records}
-    if json_path is not None:  # before anything is printed: a pipe may be closed
-        value = {"config": dataclasses.asdict(config), **figures}
-        write_text("--json", json_path, json.dumps(value, indent=2) + "\n")
-    for name, values in figures.items():
-        for table in evaluation_tables(name, values):
-            print_table(table)
+    try:
+        if json_path is not None:  # before anything is printed: a pipe may be closed
+            value = {"config": dataclasses.asdict(config), **figures}
+            write_text("--json", json_path, json.dumps(value, indent=2) + "\n")
+    finally:  # the disk may have become full: then they are on the screen
+        for name, values in figures.items():
+            for table in evaluation_tables(name, values):
+                print_table(table)
 
 
 def show_command(
@@ -224,6 +226,7 @@ def parse_command(args: list[str]) -> Callable[[Algorithm], None]:
 
 def main(args: list[str], train: Callable, load_agent: Callable) -> int:
     """Run a command: its exit code."""
+    gc.freeze()  # what was imported stays: it is looked through no more, also not at the end
     return exit_code(lambda: parse_command(args)(Algorithm(train, load_agent)))
 
 

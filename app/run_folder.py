@@ -281,8 +281,7 @@ def resumed(values: dict) -> dict:
         settings = json.loads((folder / "config.json").read_bytes())
         unknown = settings.keys() - {item.name for item in dataclasses.fields(Config)}
     except (OSError, ValueError, RecursionError, AttributeError) as error:
-        words = f"it is not a run: config.json: {reason(error)}"
-        raise UserError(f"--resume {folder}: {words}") from None
+        raise UserError(f"--resume {folder} is not a run: config.json: {reason(error)}") from None
     if unknown:
         raise UserError(
             f"--resume {folder}: it is not of version {VERSION}, which does not have the settings "

@@ -74,23 +74,20 @@ def progress_bar() -> Progress:
 LOG_HEAD = "step  reward  right  calls  forks  H start  H tool  clipped    trained  seconds"
 
 
-def log_line(step: int, m: dict) -> str:
-    H_tool = "     -" if m["entropy_after_tool"] is None else f"{m['entropy_after_tool']:6.4f}"
-    trained = "/".join(f"{m[k] / 1000:.1f}k" for k in ("train_tokens", "train_tokens_unpacked"))
-    return (
-        f"{step:4d}  {m['reward']:6.3f}  {m['accuracy']:5.0%}  {m['tool_calls']:5d}  "
-        f"{m['forks']:5d}  {m['entropy_initial']:7.4f}  {H_tool}  {m['clip_fraction']:7.1%}  "
-        f"{trained:>9}  {m['seconds_rollout'] + m['seconds_update']:7.2f}"
-    )
-
-
 def print_log_head() -> None:
     console.print(LOG_HEAD, style="dim", soft_wrap=True)
 
 
-def print_log_line(step: int, metrics: dict, remarks: Iterable[str] = ()) -> None:
+def print_log_line(step: int, m: dict, remarks: Iterable[str] = ()) -> None:
     """The figures of a step, and below them what needs to be said about it."""
-    console.print(log_line(step, metrics), soft_wrap=True)
+    H_tool = "     -" if m["entropy_after_tool"] is None else f"{m['entropy_after_tool']:6.4f}"
+    trained = "/".join(f"{m[k] / 1000:.1f}k" for k in ("train_tokens", "train_tokens_unpacked"))
+    console.print(
+        f"{step:4d}  {m['reward']:6.3f}  {m['accuracy']:5.0%}  {m['tool_calls']:5d}  "
+        f"{m['forks']:5d}  {m['entropy_initial']:7.4f}  {H_tool}  {m['clip_fraction']:7.1%}  "
+        f"{trained:>9}  {m['seconds_rollout'] + m['seconds_update']:7.2f}",
+        soft_wrap=True,
+    )
     for words in remarks:
         console.print(f"      {words}", style="yellow", markup=False, soft_wrap=True)
 

@@ -46,7 +46,7 @@ def reason(error: Exception) -> str:
     lines = str(getattr(error, "strerror", None) or error).splitlines()
     if len(lines) > 1 and lines[0].endswith(":"):  # the reason stands in the next one
         lines[0] += f" {lines[1].strip()}"
-    return lines[0] if lines else type(error).__name__
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 # ---- rows ---------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ are refused because they would train silently wrong. Nothing here is the algorit
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import re
@@ -35,15 +34,8 @@ from engine.processes import joined
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-gc.freeze()  # what was imported stays: it need not be looked through again, nor at the end
 
-SYSTEM_PROMPT = """\
-Answer the question. Think first; then either call one tool and wait for its result, or answer.
-To call a tool, write <think>why</think> and then one of
-{tools}
-Its result follows between <result> and </result>. You may call tools several times.
-To answer, write <think>why</think><answer>\\boxed{the answer alone}</answer> and stop."""
-
+PROMPT = Path(__file__).parent.parent / "data/system_prompt.txt"
 NOTHING = "(?!)"  # a pattern that nothing has
 # Stands before a chat template: one that asks for today's date gets the same prompt every day.
 TODAY = "{% macro strftime_now(format) %}01 Jan 2025{% endmacro %}\n"
@@ -263,7 +255,7 @@ def read_system_prompt(path: str | None, tools: dict[str, toolbox.Tool]) -> str:
     """Ours, or that of the user's file, with the registered tools in the place of {tools}."""
     described = "\n".join(f"<{t.name}>{t.description}</{t.name}>" for t in tools.values())
     try:
-        text = SYSTEM_PROMPT if path is None else Path(path).read_text("utf-8-sig").strip()
+        text = (PROMPT if path is None else Path(path)).read_text("utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--system_prompt {path}: {reason(error)}") from None
     return text.replace("{tools}", described)

@@ -142,7 +142,6 @@ def test_a_model_of_a_shape_is_built_like_a_loaded_one(four, policy, policy_4bit
         for lm in (made, loaded)
     ]
     assert described[0] == described[1]
-    assert memory.weight_bytes(made) == memory.weight_bytes(loaded)
     frequencies = [lm.model.rotary_emb.inv_freq for lm in (made, loaded)]
     assert torch.equal(*frequencies)  # buffers are computed, not loaded
 

@@ -59,7 +59,7 @@ BAD = {  # what is typed, and words of the complaint
     "train --resume=--": ["--resume=--", "a value is missing"],
     "train --output_dir=": ["--output_dir : it must name a folder"],
     "train --output_dir x/..": ["--output_dir x/..: it must name a folder"],
-    "train --resume=": ["it is not a run"],
+    "train --resume=": ["is not a run"],
     "show --question=": ["--question ''", "must not be empty"],
     "show --question q --answer=": ["--answer ''", "must not be empty"],
     "eval --adapter=": ["--adapter : leave it out, or say none"],
@@ -176,12 +176,17 @@ def test_show_draws_trees_one_under_the_other(tmp_path, capsys):
 # ---- what the commands do -----------------------------------------------------------------
 
 
-def test_eval_writes_its_figures(few, tmp_path, capsys):
+def test_eval_prints_its_figures_and_writes_them(few, tmp_path, monkeypatch, refused, capsys):
+    """On a full disk, it still prints them."""
     path = tmp_path / "figures.json"
-    assert main("eval", "--dataset_path", few, "--samples", 4, "--pass_k", 2, "--json", path) == 0
+    command = "eval", "--dataset_path", few, "--samples", 4, "--pass_k", 2, "--json", path
+    assert main(*command) == 0
     values = json.loads(path.read_text())
     assert values["config"]["eval_path"] == few and len(values["greedy"]["records"]) == 3
-    assert f"{values['sampled']['pass@2']:.1%}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{values['sampled']['pass@2']:.1%}" in printed
+    monkeypatch.setattr(app.cli, "write_text", Mock(side_effect=[None, UserError("it is full")]))
+    assert refused(main(*command), "it is full") == printed
 
 
 def test_a_file_is_not_left_empty(few, tmp_path, monkeypatch):

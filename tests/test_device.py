@@ -97,6 +97,7 @@ def numbers(config, on_gpu):
     return {name: x for name, x in figures.items() if "seconds" not in name}, adapter
 
 
+@pytest.mark.slow
 def test_a_step_is_the_same_on_a_pretended_gpu(monkeypatch):
     # torch 2.11 makes no wrapped tensors in inference mode
     monkeypatch.setattr(Writer, "write", torch.no_grad()(Writer.write.__wrapped__))

@@ -225,6 +225,7 @@ def test_hostile_answers_take_bounded_time_in_any_thread(nothing_kept):
     assert expressions.start_worker(os.getpid()) is worker and worker.poll() is None
 
 
+@pytest.mark.slow
 def test_a_worker_is_started_again_and_a_child_waits_for_no_thread():
     assert judge_answer("3<x", ["x>3"]) == 1
     ended = expressions.start_worker(os.getpid())

@@ -87,24 +87,27 @@ SHORT = ROPE | {"original_max_position_embeddings": 511}
 MODELS = [
     ("qwen3", HEAD | {"rope_parameters": ROPE}, None), ("doge", {"keep_window_size": 128}, SMALL),
     ("qwen3", HEAD | {"rope_parameters": SHORT}, SMALL), ("gpt_neox", {}, None),
-    ("mistral", {"sliding_window": 1024}, None), ("phi3", {"sliding_window": None}, None),
-    ("gemma3_text", HEAD | {"sliding_window": 1024}, None), ("qwen2", W8, None),  # not in use
-    ("qwen3", HEAD, None), ("gemma", HEAD, None), ("olmo2", {}, None), ("granite", {}, None),
-    ("gpt2", GPT, None), ("falcon", {"alibi": False, "intermediate_size": None}, None),
-    ("cohere", {"logit_scale": 1.0}, None), ("qwen3_moe", QWEN_MOE, None), ("mistral", W8, SMALL),
-    ("smollm3", {"no_rope_layer_interval": 2}, None), ("falcon_h1", MAMBA, "has hybrid"),
-    ("qwen2", W8 | {"use_sliding_window": True, "max_window_layers": 0}, SMALL),
+    ("mistral", {"sliding_window": 1024}, None), ("mistral", W8, SMALL), ("qwen2", W8, None),
+    ("qwen3", HEAD, None), ("gemma", HEAD, None), ("gpt2", GPT, None), ("nanochat", {}, OFF),
     ("mistral", {"sliding_window": 1023}, SMALL), ("gemma3_text", HEAD | W8, SMALL),
-    ("llama4_text", HEAD | {"attention_chunk_size": 8}, SMALL), ("nanochat", {}, OFF),  # a cap
-    ("lfm2", {"layer_types": ["conv", "full_attention"]}, "has conv"),
-    ("granite", {"logits_scaling": 8.0}, OFF), ("cohere", {"logit_scale": 0.0625}, OFF),
-    ("falcon", {"hidden_dropout": 0.5}, OFF), ("falcon", {"alibi": True}, "compute trees"),
-    ("gemma2", HEAD, f"not support|{OFF}"),  # by transformers 5.23, by our check with 5.20
-    ("bloom", GPT, "not support"), ("mamba", {}, "not support"), ("phi3", W8, SMALL),
-    ("starcoder2", W8, SMALL), ("olmo3", W8, SMALL), ("cohere2", W8 | {"logit_scale": 1.0}, SMALL),
-    ("starcoder2", {"sliding_window": None}, None), ("mixtral", EXPERTS | W8, SMALL),
-    ("mixtral", EXPERTS | {"router_jitter_noise": 0.5}, None),
+    ("falcon_h1", MAMBA, "has hybrid"), ("granite", {"logits_scaling": 8.0}, OFF),
+    ("falcon", {"alibi": True}, "compute trees"), ("falcon", {"hidden_dropout": 0.5}, OFF),
+    ("bloom", GPT, "not support"), ("mixtral", EXPERTS | {"router_jitter_noise": 0.5}, None),
 ]  # fmt: skip
+MORE = [  # of the same kinds
+    ("gemma3_text", HEAD | {"sliding_window": 1024}, None), ("olmo2", {}, None),
+    ("phi3", {"sliding_window": None}, None), ("cohere", {"logit_scale": 1.0}, None),
+    ("falcon", {"alibi": False, "intermediate_size": None}, None), ("qwen3_moe", QWEN_MOE, None),
+    ("smollm3", {"no_rope_layer_interval": 2}, None), ("mamba", {}, "not support"),
+    ("qwen2", W8 | {"use_sliding_window": True, "max_window_layers": 0}, SMALL),
+    ("llama4_text", HEAD | {"attention_chunk_size": 8}, SMALL), ("phi3", W8, SMALL),
+    ("lfm2", {"layer_types": ["conv", "full_attention"]}, "has conv"),
+    ("cohere", {"logit_scale": 0.0625}, OFF), ("cohere2", W8 | {"logit_scale": 1.0}, SMALL),
+    ("gemma2", HEAD, f"not support|{OFF}"),  # by transformers 5.23, by our check with 5.20
+    ("starcoder2", W8, SMALL), ("olmo3", W8, SMALL), ("mixtral", EXPERTS | W8, SMALL),
+    ("starcoder2", {"sliding_window": None}, None), ("granite", {}, None),
+]  # fmt: skip
+MODELS += [pytest.param(*each, marks=pytest.mark.slow) for each in MORE]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")  # of peft

@@ -350,7 +350,7 @@ REFUSED = {
     "its checkpoints are gone": without("checkpoints"),
     "config.json: No such file": without("config.json"),
     "config.json: Is a directory": without("config.json", then=Path.mkdir),
-    "it is not a run": write("config.json", "[" * 100_000),
+    "is not a run": write("config.json", "[" * 100_000),
     "config.json: 'list'": write("config.json", "[]"),
     "--steps None: it must be of type int": changed("config.json", steps=None),
     f"not of version {run_folder.VERSION}, which does not have the settings keep, packed": changed(
