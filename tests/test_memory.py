@@ -1,6 +1,5 @@
 """Lean memory: what is never there at once, what is computed in pieces, and running out of it."""
 
-import gc
 import itertools
 import math
 from dataclasses import replace
@@ -124,12 +123,6 @@ def test_a_gpu_has_what_is_free_and_no_more_is_taken(monkeypatch):
 
 
 WORDS = "CUDA out of memory. Tried to allocate 2 GiB\n more words"
-
-
-@pytest.fixture(autouse=True)
-def no_gc(monkeypatch):
-    """Looking at all of torch takes a third of a second."""
-    monkeypatch.setattr(gc, "collect", lambda: None)
 
 
 def failing(real, *calls):
