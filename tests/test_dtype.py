@@ -9,6 +9,7 @@ import pytest
 import torch
 from common import ECHO, ROOT, TINY, TINY_QUESTIONS, lines_of, load, roll_out
 from safetensors.torch import load_file, save_file
+from test_memory import failing
 from test_update import flat_gradient, packed_rows
 
 from app.config import DATA, Config
@@ -128,14 +129,7 @@ def test_a_repeated_step_has_its_first_scale(half, questions, tools, monkeypatch
     policy, config, optimizer = half
     config = dataclasses.replace(config, questions_per_step=1, kl_coefficient=0.1)
     policy.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
-    real, fails = torch.optim.AdamW.step, [True]
-
-    def step(self, *args, **kwargs):
-        real(self, *args, **kwargs)
-        if fails and fails.pop():
-            raise torch.OutOfMemoryError("no memory")
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr(torch.optim.AdamW, "step", failing(torch.optim.AdamW.step, 1))
     agent = Agent(policy, tools, config)
     safe_step(agent, optimizer, questions[2:3], config, 1)
     assert policy.scaler.state_dict()["scale"] == 16.0 and "out of memory" in caplog.text

@@ -11,6 +11,7 @@ import pytest
 import torch
 from common import ROOT, lines_of, python
 from safetensors.torch import load_file
+from test_memory import failing
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer
 
@@ -127,20 +128,12 @@ def test_only_what_the_policy_wrote_has_a_gradient(policy, rows, monkeypatch):
 
 def test_out_of_memory_less_is_computed_at_once(policy, rows, monkeypatch):
     """In halves; the step stays the same."""
-    real, sizes, optimizer = packing.token_logprobs, [], torch.optim.SGD(policy.parameters, lr=0.0)
-
-    def small(policy, batch, temperature):
-        sizes.append(batch.input_ids.numel())
-        policy.limits.in_use = "micro_batch_tokens", sizes[-1]
-        if sizes[-1] > 300:
-            raise torch.OutOfMemoryError("no memory")
-        return real(policy, batch, temperature)
-
+    four, optimizer = rows[:1] * 4, torch.optim.SGD(policy.parameters, lr=0.0)
     monkeypatch.setattr(policy, "limits", Limits())
-    whole = sft.update(policy, optimizer, rows, Config())
-    monkeypatch.setattr("arpo_mini.token_logprobs", small)
-    assert sft.update(policy, optimizer, rows, Config()) == pytest.approx(whole, rel=1e-5)
-    assert max(sizes) > 300 >= sizes[-1]
+    whole = sft.update(policy, optimizer, four, Config())
+    monkeypatch.setattr("arpo_mini.token_logprobs", failing(packing.token_logprobs, 1))
+    assert sft.update(policy, optimizer, four, Config()) == pytest.approx(whole, rel=1e-5)
+    assert policy.limits.in_use[1] == policy.limits.micro_batch_tokens == 2 * len(rows[0])
     policy.model.zero_grad()
 
 
