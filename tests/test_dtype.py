@@ -19,7 +19,6 @@ from data.files import UserError
 from engine import model
 from engine.memory import snapshot
 from engine.packing import NonFinite
-from engine.writer import Writer
 from lab.bench import plan
 
 # Measured: 5e-6, 0.01 and 0.03 nats between sampler and trainer at the worst token; 0.003 and 0.02
@@ -53,20 +52,12 @@ DTYPES += [("float16", True), ("bfloat16", True)]
 
 @pytest.mark.parametrize("dtype, four", DTYPES)
 def test_every_dtype_samples_what_it_trains_and_has_the_gradient_of_float32(
-    dtype, four, config, tools, questions, policy, policy_4bit, rows, monkeypatch
+    dtype, four, config, tools, questions, policy, policy_4bit, rows
 ):
     drift, off = BOUNDS[dtype]
     config = dataclasses.replace(config, group_size=3, dtype=dtype, load_in_4bit=four)
-    own, wanted, caches = load(config, tools), getattr(torch, dtype), []
-    store = Writer.store
-
-    def watched(self, *args, **kwargs):
-        store(self, *args, **kwargs)
-        caches.append(self.kv)
-
-    monkeypatch.setattr(Writer, "store", watched)
+    own, wanted = load(config, tools), getattr(torch, dtype)
     groups = roll_out(own, config, tools, questions[2:3])
-    assert {x.dtype for kv in caches for path in kv.values() for x in path} == {wanted}
     assert own.lm.dtype == wanted and {p.dtype for p in own.parameters} == {torch.float32}
     if four:
         assert own.lm.get_decoder().layers[0].self_attn.q_proj.base_layer.compute_dtype == wanted
