@@ -195,15 +195,13 @@ def test_trl_reads_the_same_tokens_as_we_do(policy):
 def test_trl_finds_the_call_of_this_turn_and_no_earlier_one():
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     tokenizer.response_template = against.RESPONSE
-    asked = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
-    turn = "<think>first</think><search>Hallin</search>"
-    later = asked + turn + "<result>\nx\n</result>"
-    (call,) = tokenizer.parse_response(turn, prefix=asked)["tool_calls"]
-    assert call["function"] == {"name": "search", "arguments": {"text": "Hallin"}}
-    second = "<think>then</think><calculator>1 + 1</calculator>"
-    (call,) = tokenizer.parse_response(second, prefix=later)["tool_calls"]
-    assert call["function"] == {"name": "calculator", "arguments": {"text": "1 + 1"}}
-    answer = tokenizer.parse_response("<think>so</think><answer>2</answer>", prefix=later)
+    before = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    for name, text in (("search", "Hallin"), ("calculator", "1 + 1")):
+        turn = f"<think>why</think><{name}>{text}</{name}>"
+        (call,) = tokenizer.parse_response(turn, prefix=before)["tool_calls"]
+        assert call["function"] == {"name": name, "arguments": {"text": text}}
+        before += turn + "<result>\nx\n</result>"
+    answer = tokenizer.parse_response("<think>so</think><answer>2</answer>", prefix=before)
     assert not answer.get("tool_calls")
 
 
