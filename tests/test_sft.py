@@ -98,18 +98,13 @@ def test_who_writes_results_or_programs_is_left_out(tools, policy):
 # ---- what is trained ----------------------------------------------------------------------
 
 
-def labelled_loss(policy, rows):
-    """As transformers has it: labels of -100 where somebody else wrote, and in the padding."""
-    ids = pad_sequence([torch.tensor(row.input_ids) for row in rows], batch_first=True)
-    own = pad_sequence([torch.tensor(row.weight) for row in rows], batch_first=True) > 0
-    return policy.lm(ids, labels=ids.where(own, -100)).loss
-
-
 def test_only_what_the_policy_wrote_has_a_gradient(policy, rows, monkeypatch):
-    """Loss and gradient equal those of masked labels, however the rows are split."""
+    """Loss and gradient are those of transformers, with labels of -100 for all the rest."""
     monkeypatch.setattr("engine.packing.MAX_GRAD_NORM", 1e9)
     policy.model.zero_grad()
-    expected = labelled_loss(policy, rows)
+    ids = pad_sequence([torch.tensor(row.input_ids) for row in rows], batch_first=True)
+    own = pad_sequence([torch.tensor(row.weight) for row in rows], batch_first=True) > 0
+    expected = policy.lm(ids, labels=ids.where(own, -100)).loss
     expected.backward()
     wanted = [p.grad.clone() for p in policy.parameters]
     assert max(g.abs().max() for g in wanted) > 1e-4
