@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from common import ECHO, TINY, TINY_QUESTIONS, roll_out
+from transformers import TopPLogitsWarper
 
 import arpo_mini
 import engine.writer
@@ -43,18 +44,10 @@ def trees(groups):
     ]
 
 
-def clean_forward(policy, leaves, temperature):
-    """Segment -> logp and H (2, n) of its tokens, by a plain pass over all of each trajectory."""
-    rows = [torch.tensor(leaf.path_tokens()) for leaf in leaves]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (M, T), padded on the right
-    plain = torch.distributions.Categorical(logits=policy.lm(ids).logits[:, :-1] / temperature)
-    values = torch.stack([plain.log_prob(ids[:, 1:]), plain.entropy()], dim=1)  # (M, 2, T - 1)
-    found = {}
-    for leaf, value in zip(leaves, values, strict=True):
-        for segment in leaf.path()[1:]:
-            end = segment.depth() - 1  # token t is predicted at t - 1
-            found[segment] = value[:, end - len(segment.token_ids) : end]
-    return found
+def logits_of(policy, segment):
+    """(n, V) which its n tokens were drawn from, by a plain pass over its path."""
+    path = torch.tensor([segment.path_tokens()])
+    return policy.lm(path).logits[0, -len(segment.token_ids) - 1 : -1]
 
 
 @torch.no_grad()
@@ -68,11 +61,12 @@ def assert_true_to_the_model(policy, groups, config, tolerance=1e-4, at_least=40
         drift = drift[~batch.sampled_logp.isnan()]
         assert len(drift) == sum(len(segment.token_ids) for segment in counted)
         assert drift.abs().max() < tolerance
-        clean = clean_forward(policy, leaves, temperature)
         for segment in counted:
+            plain = torch.distributions.Categorical(logits=logits_of(policy, segment) / temperature)
+            expected = plain.log_prob(torch.tensor(segment.token_ids)), plain.entropy()
             recorded = torch.tensor([segment.logp, segment.token_entropy])  # (2, n)
-            assert (recorded - clean[segment]).abs().max() < tolerance
-            H = clean[segment][1, : config.entropy_tokens].mean() / math.log(policy.vocab_size)
+            assert (recorded - torch.stack(expected)).abs().max() < tolerance
+            H = expected[1][: config.entropy_tokens].mean() / math.log(policy.vocab_size)
             assert config.branch_rule == "official" or abs(segment.entropy - H) < tolerance
         checked += len(drift)
     assert checked > at_least
@@ -161,37 +155,32 @@ def test_the_released_rule_compares_what_was_written_before_the_result(tiny):
     for result in (s for s in every_segment(groups) if s.author == "tool"):
         decision, first, call = result.decision, result.path()[1], result.parent
         assert (decision.H_initial, decision.H) == (first.entropy, call.entropy)
-        lengths.append(n := len(call.token_ids))
-        logits = tiny.lm(torch.tensor([call.path_tokens()])).logits[0, -n - 1 : -1]
-        top = logits.log_softmax(-1).topk(10).values.tolist()
+        lengths.append(len(call.token_ids))
+        top = logits_of(tiny, call).log_softmax(-1).topk(10).values.tolist()
         assert call.entropy == pytest.approx(official_entropy(top, tiny.vocab_size), rel=1e-5)
     assert max(lengths) > 20
 
 
-def test_what_is_recorded_is_what_was_drawn_from(tiny, monkeypatch):
-    drawn, multinomial = [], torch.multinomial
-
-    def keep(probs, num_samples):
-        tokens = multinomial(probs, num_samples)
-        logp, H = probs.gather(1, tokens).log(), torch.special.entr(probs).sum(1, keepdim=True)
-        drawn.append([x.item() for x in (tokens, logp, H)] + [(probs > 0).sum().item()])
-        return tokens
-
-    monkeypatch.setattr(torch, "multinomial", keep)
-    some = {"group_size": 1, "branch_rule": "none", "rollout_rows": 1}
-    config, found = replace(TINY, temperature=0.6, top_p=0.8, **some), []
+@torch.no_grad()
+def test_what_is_recorded_is_what_was_drawn_from(tiny):
+    """The model's own distribution, sharpened and cut; the same for the same seed."""
+    config = replace(TINY, temperature=0.6, top_p=0.8, group_size=1, branch_rule="none")
+    found, cut = [], TopPLogitsWarper(0.8)
     for seed in (3, 3, 4):
-        drawn.clear()
         written = policy_segments(roll_out(tiny, config, ECHO, TINY_QUESTIONS, seed))
-        recorded = [zip(s.token_ids, s.logp, s.token_entropy, strict=True) for s in written]
-        for recalled, expected in zip(itertools.chain(*recorded), drawn, strict=True):
-            assert recalled == pytest.approx(tuple(expected[:3]), abs=1e-5)
-        assert max(kept for *_, kept in drawn) < tiny.vocab_size
+        for segment in written:
+            probs = cut(None, logits_of(tiny, segment) / 0.6).softmax(-1)  # (n, V)
+            drawn = probs.gather(1, torch.tensor(segment.token_ids)[:, None])[:, 0]
+            assert segment.logp == pytest.approx(drawn.log().tolist(), abs=1e-5)
+            H = torch.special.entr(probs).sum(1)
+            assert segment.token_entropy == pytest.approx(H.tolist(), abs=1e-5)
         found.append([segment.token_ids for segment in written])
-    assert found[0] == found[1] != found[2]  # the same seed, and another one
-    greedy, _ = replace(TINY, temperature=0), drawn.clear()  # then it is the model's own
-    assert_true_to_the_model(tiny, roll_out(tiny, greedy, ECHO, TINY_QUESTIONS), greedy)
-    assert not drawn
+    assert found[0] == found[1] != found[2]
+    greedy = replace(TINY, temperature=0)
+    groups = roll_out(tiny, greedy, ECHO, TINY_QUESTIONS)
+    assert_true_to_the_model(tiny, groups, greedy)
+    for segment in policy_segments(groups):
+        assert segment.token_ids == logits_of(tiny, segment).argmax(-1).tolist()
 
 
 @pytest.fixture
