@@ -62,10 +62,10 @@ def test_what_there_is_and_how_large():
     limits = {
         "arpo_mini.py": (lines("arpo_mini"), 450),
         "top level": (lines("arpo_mini", *PURE), 1380),
-        "engine": (lines("engine", without=JUDGED), 1190),
-        "app without the page": (lines("app", without=["app/page"]), 1499),
+        "engine": (lines("engine", without=JUDGED), 1182),
+        "app without the page": (lines("app", without=["app/page"]), 1498),
         "lab": (lines("lab"), 2199),
-        "tests": (lines("tests"), 6990),
+        "tests": (lines("tests"), 6945),
         "settings": (len(dataclasses.fields(Config)), 50),
         "words of the README": (len((ROOT / "README.md").read_text().split()), 900),
     }
