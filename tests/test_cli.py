@@ -176,8 +176,7 @@ def test_show_draws_trees_one_under_the_other(tmp_path, capsys):
 # ---- what the commands do -----------------------------------------------------------------
 
 
-def test_eval_prints_its_figures_and_writes_them(few, tmp_path, monkeypatch, refused, capsys):
-    """On a full disk, it still prints them."""
+def test_eval_prints_also_what_it_cannot_write(few, tmp_path, monkeypatch, refused, capsys):
     path = tmp_path / "figures.json"
     command = "eval", "--dataset_path", few, "--samples", 4, "--pass_k", 2, "--json", path
     assert main(*command) == 0

@@ -127,6 +127,7 @@ def test_stopped_anywhere_and_resumed_it_equals_the_uninterrupted_run(
     folder, more = tmp_path / "a run", ["--updates_per_rollout", "2"] * ("second" in place)
     if more:
         assert train(whole := tmp_path / "whole", few, *more) == 0
+    signal.signal(SIGNALS[2], signal.SIG_DFL)  # nohup has it ignored, and a run leaves it so
     with monkeypatch.context() as patch:
         spoil(patch, owner, name, stop, **when)
         with contextlib.nullcontext() if code else pytest.raises(RuntimeError, match="lost"):
