@@ -105,7 +105,7 @@ def write_questions(path, domains=3, each=1):
     """Test questions of some domains as a file, so that an evaluation takes a moment."""
     some = first_per_domain(load_questions(Config().eval_path), each)[: domains * each]
     lines = [{"question": q.text, "answer": q.answers, "domain": q.domain} for q in some]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(path, lines)
     return str(path)
 
 
@@ -146,6 +146,10 @@ def python(*args, timeout=1800):
 
 def lines_of(folder, name):
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def change_json(path, **values):

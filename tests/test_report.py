@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from browser import Browser
-from common import change_json, lines_of
+from common import change_json, lines_of, write_lines
 from scripted import main
 
 from app.page.curves import curve_data, nice_ticks, thinned
@@ -164,8 +164,7 @@ def test_a_run_that_goes_on_still(run_folder):
     partial = [row | {"step": 2, "questions": 2} for row in rows[:2]]
     for kept, words in ((rows[:2], "not evaluated since step 0"), ([], "not evaluated yet"),
                         (rows[:2] + partial, "at step 2, on 2 questions only")):  # fmt: skip
-        text = "".join(json.dumps(row) + "\n" for row in kept)
-        (run_folder / "evaluations.jsonl").write_text(text)
+        write_lines(run_folder / "evaluations.jsonl", kept)
         assert words in report(run_folder)[0]
     for name in LOGS:
         (run_folder / name).unlink()
@@ -232,7 +231,7 @@ def test_any_value_may_be_of_any_kind(run_folder, capsys):
                     break
                 at = at[key]
             at[key] = rng.choice(odd)
-        (run_folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_lines(run_folder / name, rows)
         code = main("report", run_folder)
         assert code in (0, 2) and len(capsys.readouterr().err.splitlines()) == code // 2
         ends.add(code)
