@@ -16,7 +16,7 @@ from unittest import mock
 import mpmath
 import pytest
 import torch
-from common import ECHO, ROOT, TINY, TINY_QUESTIONS, python, write_questions
+from common import ECHO, ROOT, TINY, TINY_QUESTIONS, python, write_lines, write_questions
 
 import arpo_mini
 from advantage import Reward, Segment
@@ -89,62 +89,53 @@ def test_a_row_of_the_table(results, tmp_path):
 # ---- running ------------------------------------------------------------------------------
 
 
-class FakeProcess:
-    """Plays a run, as soon as it is started, in the files of its slot."""
+class Fake:
+    """`main(args)`; its processes have played their run, in the files of its slot, when started."""
 
-    failing, trained, code = "", [], 1
+    failing, code = "", 1
 
-    def __init__(self, command, stdout, env, **_):
-        slot, self.returncode = Path(command[-1]), 0
-        settings = json.loads((slot / "settings.json").read_text())
-        steps, seed, name = settings["steps"], settings["seed"], slot.parent.name
-        self.trained.append(f"{name} {seed}")
-        (slot / "run" / "checkpoints" / "step").mkdir(parents=True, exist_ok=True)
-        (slot / "run" / "checkpoints" / "step" / "checkpoint.json").touch()
+    def __init__(self, folder):
+        self.folder, self.started = folder, []
 
-        def write(name, rows):
-            (slot / "run" / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    def __call__(self, *args):
+        flags = "--steps 4 --jobs 2 --dataset_path data/test.jsonl --output_dir".split()
+        return compare.main([*flags, str(self.folder), *args])
 
+    def trained(self):
+        """The runs since the last call."""
+        names, self.started = sorted(self.started), []
+        return names
+
+    def results(self):
+        return json.loads((self.folder / "results.json").read_text())
+
+    def start(self, command, stdout, env, **_):
+        slot = Path(command[-1])
+        run, seed = slot / "run", int(slot.name)
+        self.started.append(f"{slot.parent.name} {seed}")
+        (run / "checkpoints" / "step").mkdir(parents=True, exist_ok=True)
+        (run / "checkpoints" / "step" / "checkpoint.json").touch()
         spent = {"tool_calls": 10, "generated_tokens": 300, "prefill_tokens": 200}
         spent |= {"seconds_rollout": 1.5, "seconds_update": 0.5, "groups": 8, "equal_groups": 5}
         rates = [None, 0.25 + 0.1 * seed, 0.25, 0.25]  # no tool result in the first step
-        write("metrics.jsonl", [{**spent, "wishes": rates[i % 4]} for i in range(steps)])
-        if self.failing == self.trained[-1]:
+        write_lines(run / "metrics.jsonl", [{**spent, "wishes": rate} for rate in rates])
+        if self.failing == self.started[-1]:
             stdout.write("some line\nout of luck\n")
-            self.returncode = self.code
-            return
-        looks = [(step, d) for step in range(0, steps + 1, 2) for d in ("sampled", "greedy")]
+            return mock.Mock(returncode=self.code)
+        looks = [(step, d) for step in (0, 2, 4) for d in ("sampled", "greedy")]
         rows = [{"step": step, "decoding": d, "accuracy": 0.4 + 0.01 * step} for step, d in looks]
-        write("evaluations.jsonl", rows)
+        write_lines(run / "evaluations.jsonl", rows)
         (slot / "final.json").write_text(json.dumps({"sampled": {"accuracy": 0.9 + 0.001 * seed}}))
-
-    def poll(self):
-        return self.returncode
+        return mock.Mock(returncode=0)
 
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """main(args) with fake processes; `.trained()` lists what was trained since the last call."""
-
-    class Fake:
-        folder = tmp_path / "out"
-
-        def __call__(self, *args):
-            flags = "--steps 4 --jobs 2 --dataset_path data/test.jsonl --output_dir".split()
-            return compare.main([*flags, str(self.folder), *args])
-
-        def trained(self):
-            names, FakeProcess.trained = sorted(FakeProcess.trained), []
-            return names
-
-        def results(self):
-            return json.loads((self.folder / "results.json").read_text())
-
-    FakeProcess.failing, FakeProcess.trained = "", []
-    monkeypatch.setattr(compare.subprocess, "Popen", FakeProcess)
+    fake = Fake(tmp_path / "out")
+    monkeypatch.setattr(compare.subprocess, "Popen", fake.start)
     monkeypatch.setattr(compare, "POLL", 0)
     monkeypatch.setattr(compare.Comparison, "report", lambda *_: None)
-    return Fake()
+    return fake
 
 
 def test_a_finished_run_is_not_repeated(fake):
@@ -170,21 +161,20 @@ def test_a_finished_run_is_not_repeated(fake):
 
 
 def test_a_run_that_dies_is_reported_and_stops_no_other(fake, capsys):
-    FakeProcess.failing = "adaptive 0"
+    fake.failing = "adaptive 0"
     methods = ("--methods", "grpo,adaptive", "--seeds", "2")
     assert fake(*methods) == 1
     out, error = capsys.readouterr()
     assert "adaptive, seed 0: died with exit code 1: out of luck" in out
     assert error == "error: adaptive, seed 0: exit code 1: out of luck\n"
     assert fake.trained() == ["adaptive 0", "adaptive 1", "grpo 0", "grpo 1"]
-    FakeProcess.failing = ""
+    fake.failing = ""
     assert fake(*methods) == 0
     assert fake.trained() == ["adaptive 0"]
 
 
-def test_bad_input_is_that_of_all_runs(fake, refused, monkeypatch):
-    monkeypatch.setattr(FakeProcess, "code", 2)
-    monkeypatch.setattr(FakeProcess, "failing", "grpo 0")
+def test_bad_input_is_that_of_all_runs(fake, refused):
+    fake.failing, fake.code = "grpo 0", 2
     words = "error: grpo, seed 0: died with exit code 2: out of luck"
     refused(fake("--methods", "grpo,adaptive", "--seeds", "2", "--jobs", "1"), words)
     assert fake.trained() == ["grpo 0"]
