@@ -7,7 +7,7 @@ from collections import Counter
 
 import nbformat
 import pytest
-from common import ROOT, python
+from common import ROOT, lines_of, python
 from nbclient import NotebookClient
 
 from app.cli import exit_code
@@ -173,8 +173,7 @@ def test_the_lecture_runs_and_its_outputs_are_stored():
 
 
 def test_a_picture_has_a_box_for_every_turn():
-    lines = (ROOT / "tests/run/rollouts.jsonl").read_text().splitlines()
-    first, second = map(json.loads, lines[:2])
+    first, second, _ = lines_of(ROOT / "tests/run", "rollouts.jsonl")
     both = [Shown("grpo", None, first, "9 tool calls"), Shown("paper", None, second, "5")]
     turns = [node for tree in (first, second) for node in tree["nodes"] if node["author"] != "tool"]
     assert picture(both).count("<rect ") == 1 + len(turns) < picture(both).count("<text ")
