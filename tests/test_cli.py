@@ -247,13 +247,7 @@ def test_a_screen_that_takes_no_more(end, few, tmp_path):
 # ---- what is shown ------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[40, 20])
-def narrow(request, monkeypatch):
-    """A terminal of so many columns."""
-    monkeypatch.setattr(console, "_width", request.param)
-    return request.param
-
-
+@pytest.mark.parametrize("narrow", [40, 20])
 def test_no_figure_is_cut_off(narrow, few, tmp_path, capsys, monkeypatch):
     def figures(width, *command):
         monkeypatch.setattr(console, "_width", width)
@@ -272,7 +266,9 @@ def test_no_figure_is_cut_off(narrow, few, tmp_path, capsys, monkeypatch):
         assert figures(narrow, *command) == wide and len(wide) > 10
 
 
-def test_a_step_is_a_line_and_its_remarks_stand_below(narrow, capsys):
+def test_a_step_is_a_line_and_its_remarks_stand_below(monkeypatch, capsys):
+    """Whole, also on a narrower screen."""
+    monkeypatch.setattr(console, "_width", 20)
     figures = {"reward": 0.5, "accuracy": 0.5, "tool_calls": 9, "forks": 3, "clip_fraction": 0.4}
     figures |= {"entropy_initial": 0.1234, "entropy_after_tool": None, "train_tokens": 2000}
     figures |= {"train_tokens_unpacked": 3000, "seconds_rollout": 1.0, "seconds_update": 0.5}
