@@ -226,7 +226,7 @@ def parse_command(args: list[str]) -> Callable[[Algorithm], None]:
 
 def main(args: list[str], train: Callable, load_agent: Callable) -> int:
     """Run a command: its exit code."""
-    gc.freeze()  # what was imported stays: it is looked through no more, also not at the end
+    gc.freeze()  # no garbage collection looks through what was imported, not even the last
     return exit_code(lambda: parse_command(args)(Algorithm(train, load_agent)))
 
 
