@@ -34,7 +34,7 @@ class Config:
     load_in_4bit: bool = option(True, "quantise the frozen weights to NF4 (bitsandbytes)")
     dtype: str = option("auto", "of activations: auto, bfloat16, float16, float32", choices=DTYPES)
     lora_rank: int = option(16, "rank of the LoRA adapter, on all linear layers", 1, 1024)
-    system_prompt: str | None = option(None, "a file, else data/system_prompt.txt; {tools}: the tools")
+    system_prompt: str | None = option(None, "file instead of data/system_prompt.txt, with {tools}")
     thinking: bool = option(True, "false: ask the chat template for an empty think block (Qwen3)")
     # the task; the forms of its files: data/formats.py
     dataset_path: str = option(str(DATA / "train.jsonl"), "questions to train on")
